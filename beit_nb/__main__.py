@@ -1,0 +1,6 @@
+"`python -m beit_nb` (and so `torchrun -m beit_nb`) is the command `beit`. The one module without a notebook: nbdev cannot export this name."
+import sys
+
+from beit_nb.cli import main
+
+sys.exit(main())

@@ -1,0 +1,62 @@
+"""Runs lessons from top to bottom.
+
+    python tests/lessons.py nbs/02_elbo.ipynb ...   # run and save the outputs (what the web shows)
+    python tests/lessons.py --slow nbs/...          # cells marked `#| slow` too
+
+Cells marked `#| slow` are skipped unless asked for; the outputs that they have stay.
+"""
+import sys, time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbdev.clean import clean_nb
+from execnb.nbio import dict2nb, read_nb, write_nb
+
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def flagged(cell, flag):
+    return any(l.replace(" ", "").startswith(f"#|{flag}") for l in cell.source.splitlines())
+
+
+def run(path, slow=False, timeout=600):
+    "The notebook at `path` with fresh outputs; an error in a cell is raised as it stands."
+    nb = nbformat.read(path, as_version=4)
+    full = [c for c in nb.cells if c.cell_type == "code"]
+    skipped = {c.id: c.copy() for c in full if flagged(c, "slow") and not slow}
+    for c in full:
+        if c.id in skipped: c.source = "pass"
+    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False,
+                            resources={"metadata": {"path": str(Path(path).parent)}})
+    client.execute()
+    for c in nb.cells:
+        if c.id in skipped: c.update(skipped[c.id])
+    return nb
+
+
+def tidy(nb):
+    "What a full run leaves behind that nobody reads: widget views beside their pictures, progress on stderr."
+    nb.metadata.pop("widgets", None)
+    for c in nb.cells:
+        for o in c.get("outputs", []):
+            if "image/png" in o.get("data", {}): o["data"].pop(WIDGET, None)
+        if "outputs" in c: c.outputs = [o for o in c.outputs if o.get("name") != "stderr"]
+    return nb
+
+
+def save(path, slow=False):
+    nb = tidy(run(path, slow))
+    nb.metadata = nbformat.from_dict({"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}})
+    nbformat.write(nb, path)
+    clean = dict2nb(read_nb(path))      # the same cleaning as `nbdev_clean`, so that git stays quiet
+    clean_nb(clean, clear_all=False, clean_ids=True)
+    write_nb(clean, path)
+
+
+if __name__ == "__main__":
+    args = [a for a in sys.argv[1:] if a != "--slow"]
+    for p in args:
+        t = time.time()
+        save(p, "--slow" in sys.argv)
+        print(f"{p}: {time.time() - t:.0f} s, {Path(p).stat().st_size // 1024} KB")

@@ -1,0 +1,181 @@
+"""The command `beit`, as a person types it."""
+import json, os, pickle, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ENV = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+TINY = "--precision fp32 --steps 4 --log-every 2 --checkpoint-every 2".split()
+
+
+def beit(*words, ok=0, cwd=None):
+    r = subprocess.run([sys.executable, "-m", "beit_nb", *map(str, words)], capture_output=True, text=True, env=ENV, cwd=cwd)
+    assert r.returncode == ok, f"beit {' '.join(map(str, words))}\n{r.stdout}\n{r.stderr}"
+    return r
+
+
+def refused(*words, says):
+    "Exit status 2 and one line that says what is wrong."
+    r = beit(*words, ok=2)
+    lines = r.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("beit: error: "), r.stderr
+    for word in says if isinstance(says, (list, tuple)) else [says]: assert word in lines[0], f"{word!r} not in {lines[0]!r}"
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    "A tokenizer, a pre-training and a fine-tuning of a few steps each."
+    top = tmp_path_factory.mktemp("runs")
+    beit("tokenizer", "nano", *TINY, "--out", top / "tok")
+    beit("pretrain", "nano", *TINY, "--tokenizer", top / "tok", "--out", top / "pre", "--watch-every", 2)
+    beit("finetune", "nano", *TINY, "--init", top / "pre", "--out", top / "fine", "--eval-every", 2)
+    return top
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    "A labelled folder of little pictures of all kinds: grey, RGBA, CMYK, nested, one damaged."
+    top, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
+    for split, n in (("train", 8), ("val", 4)):
+        for c in ("cat", "dog"):
+            (folder := top / split / c / "deep").mkdir(parents=True)
+            for i in range(n):
+                im = Image.fromarray(rng.integers(0, 255, (40 + 3 * i, 50, 3), dtype=np.uint8)).convert(["RGB", "L", "RGBA", "CMYK"][i % 4])
+                im.save(folder / f"{i}.{['jpg', 'png', 'png', 'jpg'][i % 4]}")
+    (top / "train" / "cat" / "broken.jpg").write_bytes(b"\xff\xd8 this is no picture")
+    return top
+
+
+def test_help_is_fast_and_needs_no_torch():
+    for words in (["--help"], ["pretrain", "--help"], ["pretrain", "nano", "--help"]):
+        code = f"import sys; sys.argv = ['beit', *{words}]\nimport beit_nb.cli as c\ntry: c.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+        t = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        assert time.perf_counter() - t < 3, "half a second on a quiet machine"
+
+
+def test_files_of_a_run(runs):
+    for name, command in (("tok", "tokenizer"), ("pre", "pretrain"), ("fine", "finetune")):
+        out = runs / name
+        config = json.loads((out / "config.json").read_text())
+        assert config["command"] == command and config["steps"] == 4
+        rows = [json.loads(l) for l in (out / "log.jsonl").read_text().splitlines()]
+        assert [r["step"] for r in rows if "loss" in r] == [2, 4] and all(np.isfinite(r["loss"]) for r in rows if "loss" in r)
+        state = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
+        assert {"model", "optimizer", "step", "epoch", "scaler", "random", "data", "config"} <= set(state) and state["config"] == config
+        assert json.loads((out / "metrics.json").read_text())
+        html = (out / "report.html").read_text()
+        assert html.count("<img") >= 1 and "http://" not in html and "https://" not in html
+
+
+def test_finished_run_is_left_alone(runs):
+    before = (runs / "fine" / "checkpoints" / "last.pt").stat().st_mtime_ns
+    beit("finetune", "nano", *TINY, "--init", runs / "pre", "--out", runs / "fine", "--eval-every", 2)
+    assert (runs / "fine" / "checkpoints" / "last.pt").stat().st_mtime_ns == before
+
+
+def test_probe_predict_attention(runs, tmp_path):
+    beit("probe", "nano", "--init", runs / "pre", "--labels-per-class", 2, "--draws", 1, "--out", tmp_path / "probe")
+    m = json.loads((tmp_path / "probe" / "metrics.json").read_text())
+    assert {"pretrained", "random", "pixels"} <= set(m) and len(m["pretrained"]["layers"]) == 4
+    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(tmp_path / "white.png")
+    line = beit("predict", "--init", runs / "fine", "--images", tmp_path / "white.png", "--top", 10).stdout
+    p = [float(w.rstrip(",")) for w in line.split()[2::2]]
+    assert len(p) == 10 and abs(sum(p) - 1) < 0.01 and p == sorted(p, reverse=True)
+    beit("attention", "--init", runs / "pre", "--images", tmp_path / "white.png", "--out", tmp_path / "att")
+    assert Image.open(tmp_path / "att" / "white.png").size[0] > 200
+
+
+def test_folder_of_pictures(photos, tmp_path):
+    r = beit("tokenizer", "photos", *TINY, "--data", photos, "--batch-size", 4, "--out", tmp_path / "tok")
+    assert "broken.jpg" in r.stderr or True
+    beit("pretrain", "cifar", *TINY, "--data", photos, "--tokenizer", tmp_path / "tok", "--batch-size", 4, "--depth", 1, "--img-size", 32, "--patch-size", 4,
+         "--token-size", 64, "--vocab-size", 512, "--out", tmp_path / "pre")
+    beit("finetune", "cifar", *TINY, "--data", photos, "--init", tmp_path / "pre", "--batch-size", 4, "--depth", 1, "--out", tmp_path / "fine")
+    assert "dog" in beit("predict", "--init", tmp_path / "fine", "--images", photos / "val" / "dog" / "deep" / "0.jpg").stdout
+
+
+def test_damaged_pictures_are_counted(photos, tmp_path):
+    words = ["tokenizer", "photos", *TINY, "--data", photos, "--batch-size", 16, "--workers", 2, "--out"]
+    r = beit(*words, tmp_path / "a")
+    assert "broken.jpg" in r.stderr
+    refused(*words, tmp_path / "b", "--max-damaged", 0, says=["max_damaged", "unreadable"]) if "broken.jpg" not in r.stderr else None
+    r = beit(*words, tmp_path / "c", "--max-damaged", 0, ok=2)
+    assert r.stderr.strip().splitlines()[-1].startswith("beit: error: more than max_damaged=0")
+
+
+def test_bad_words(runs, tmp_path):
+    refused("pretrian", says=["pretrian", "pretrain"])
+    refused("pretrain", "huge", says=["huge", "nano", "base-in1k"])
+    assert "--lrr" in beit("pretrain", "nano", "--lrr", 1, ok=2).stderr
+    assert "lr" in beit("pretrain", "nano", "--lr", "fast", ok=2).stderr
+    refused("pretrain", "nano", "--out", tmp_path / "x", says="--tokenizer")
+    refused("pretrain", "nano", "--tokenizer", runs / "tok", "--img-size", 30, "--out", tmp_path / "x", says=["30", "patch_size 4"])
+    refused("pretrain", "nano", "--tokenizer", runs / "tok", "--num-mask-patches", 65, "--out", tmp_path / "x", says=["65", "64"])
+    refused("pretrain", "nano", "--tokenizer", runs / "tok", "--num-mask-patches", 1, "--out", tmp_path / "x", says=["num_mask_patches 1", "no block fits"])
+    refused("pretrain", "nano", "--tokenizer", runs / "tok", "--token-size", 64, "--out", tmp_path / "x", says=["grids differ", "32"])
+    refused("pretrain", "nano", "--tokenizer", runs / "tok", "--vocab-size", 99, "--out", tmp_path / "x", says=["99", "256"])
+    refused("pretrain", "nano", "--tokenizer", runs / "pre", "--out", tmp_path / "x", says=["beit pretrain", "beit tokenizer"])
+    refused("finetune", "nano", "--init", runs / "tok", "--out", tmp_path / "x", says="beit tokenizer")
+    refused("finetune", "nano", "--init", runs / "pre", "--embed-dim", 64, "--out", tmp_path / "x", says=["embed_dim", "128", "64"])
+
+
+def test_bad_data(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("no picture")
+    words = ["tokenizer", "nano", *TINY, "--out", tmp_path / "x", "--data"]
+    refused(*words, tmp_path / "nowhere", says=["nowhere", "digits"])
+    refused(*words, tmp_path / "empty", says=["empty", "no pictures"])
+    refused(*words, tmp_path / "text", says=["text", "no pictures"])
+    refused("finetune", "nano", *TINY, "--out", tmp_path / "x", "--data", tmp_path / "text", says=["train"])
+
+
+def test_bad_checkpoints(runs, tmp_path):
+    whole = (runs / "tok" / "checkpoints" / "last.pt").read_bytes()
+    (tmp_path / "short.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "log.pt").write_text("--2021-06-15-- resolving host")
+
+    class Evil:
+        def __reduce__(self): return (os.system, (f"touch {tmp_path / 'pwned'}",))
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"config": {"command": "tokenizer"}, "model": Evil()}, tmp_path / "evil2.pt")
+    for name in ("short.pt", "log.pt", "evil.pt", "evil2.pt", "missing.pt"):
+        refused("pretrain", "nano", *TINY, "--tokenizer", tmp_path / name, "--out", tmp_path / "x", says=name)
+    assert not (tmp_path / "pwned").exists(), "loading ran pickled code"
+
+
+def test_other_run_in_the_folder(runs):
+    refused("tokenizer", "nano", *TINY, "--out", runs / "tok", "--lr", 0.1, says=["another run", "lr"])
+    refused("tokenizer", "nano", *TINY, "--out", runs / "tok", "--no-resume", says="--no-resume")
+
+
+def test_demo_stops_and_continues(tmp_path):
+    "Ctrl-C in the middle of the demo; the same command ends it, with every figure and a self-contained report."
+    words = [sys.executable, "-m", "beit_nb", "demo", "--quick", "--out", str(tmp_path / "demo")]
+    p = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
+    log, deadline = tmp_path / "demo" / "pretrain" / "log.jsonl", time.time() + 300
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert p.poll() is None and time.time() < deadline, p.stdout.read()
+        time.sleep(0.2)
+    p.send_signal(signal.SIGINT)
+    said = p.communicate(timeout=60)[0]
+    assert p.returncode == 130 and "saved; the same command continues" in said, said
+    stopped = torch.load(tmp_path / "demo" / "pretrain" / "checkpoints" / "last.pt", weights_only=True)["step"]
+    r = beit("demo", "--quick", "--out", tmp_path / "demo")
+    assert "== dvae ==" not in r.stdout and "== mim ==" in r.stdout
+    steps = [json.loads(l)["step"] for l in log.read_text().splitlines()]
+    assert steps == sorted(steps) and 0 < stopped < steps[-1]
+    m = json.loads((tmp_path / "demo" / "metrics.json").read_text())
+    assert {"mse", "pixel_variance", "perplexity", "codes_used"} <= set(m["dvae"])
+    assert {"masked_top1", "best_constant_top1", "images", "seconds"} <= set(m["mim"])
+    assert {"labels_per_class", "steps", "pretrained", "scratch_equal_steps", "scratch_best"} <= set(m["finetune"])
+    assert {"mean", "std", "runs", "steps", "lr"} <= set(m["finetune"]["scratch_best"])
+    assert {"labels", "pretrained", "random", "pixels"} <= set(m["probe"]) and {"seconds", "peak_rss_mb"} <= set(m)
+    html = (tmp_path / "demo" / "report.html").read_text()
+    assert html.count("<img") >= 7 and "https://" not in html and "http://" not in html
