@@ -14,7 +14,7 @@ import statistics
 import time
 from collections import OrderedDict
 from itertools import pairwise
-from math import log2, sqrt
+from math import sqrt
 from pathlib import Path
 
 import torch

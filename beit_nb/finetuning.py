@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MEAN_STD', 'SHAPE', 'BeitForImageClassification', 'stretch', 'resize_rel_pos_bias', 'resize_pos_embed',
-           'load_backbone', 'build_classifier', 'start_classifier', 'load_classifier', 'FinetuneTransform', 'to_input',
-           'evaluate_classifier', 'finetune_loss', 'finetune']
+           'load_backbone', 'build_classifier', 'start_classifier', 'load_classifier', 'timm_transform',
+           'FinetuneTransform', 'to_input', 'finetune_loss', 'evaluate_classifier', 'check_classes', 'finetune']
 
 # %% ../nbs/15_finetuning.ipynb #imports
 from pathlib import Path
@@ -19,10 +19,10 @@ from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from .data import PictureSet, Samples, batches, few_labels, open_data
-from .images import BEIT_MEAN_STD, IMAGENET_MEAN_STD, normalize, to_pil
+from .data import PictureSet, Samples, TwoViews, batches, few_labels, open_data
+from .images import BEIT_MEAN_STD, IMAGENET_MEAN_STD, denormalize, normalize, to_pil
 from .recipes import Backbone, FinetuneRecipe, from_config
-from .training import Trainer, finish, finished, fit, load_checkpoint, open_run, rank, read_log, world_size
+from .training import Trainer, finish, finished, fit, load_checkpoint, open_run, pick_precision, rank, read_log, world_size
 from .vit import VisionTransformer
 
 # %% ../nbs/15_finetuning.ipynb #classifier
@@ -33,7 +33,7 @@ class BeitForImageClassification(VisionTransformer):
         self,
         num_classes: int = 1000,
         use_mean_pooling: bool = True,  # else the class token
-        init_scale: float = 0.001,  # the head starts that much smaller
+        init_scale: float = 0.001,  # the head starts that much smaller (official code)
         **kwargs,  # to VisionTransformer
     ):
         super().__init__(**kwargs)
@@ -50,9 +50,10 @@ class BeitForImageClassification(VisionTransformer):
 # %% ../nbs/15_finetuning.ipynb #stretch
 def stretch(src: int, dst: int) -> np.ndarray:
     "Where the 2*src-1 known offsets lie among the 2*dst-1 wanted ones: steps that grow geometrically from the centre (official code)."
-    n, reach = src - 1, dst - 1  # offsets to one side
+    n, reach = src - 1, dst - 1  # largest offset to one side
     if n == reach: return np.arange(-n, n + 1.0)
-    q = brentq(lambda q: (q ** np.arange(n)).sum() - reach, 0.5, 1.5 + reach / n, xtol=1e-9)
+    if min(n, reach) < 2: raise ValueError(f"stretch: a side of {src} patches cannot become {dst}; both sides need at least 3 patches")
+    q = brentq(lambda q: (q ** np.arange(n)).sum() - reach, 0.1, reach ** (1 / (n - 1)), xtol=1e-12)
     side = np.cumsum(q ** np.arange(n))
     return np.concatenate([-side[::-1], [0], side])
 
@@ -63,22 +64,41 @@ def resize_rel_pos_bias(
     dst_grid: tuple[int, int],  # patch grid that is wanted
 ) -> Tensor:
     "A relative-position table for another grid: a bicubic spline per head on geometrically stretched offsets; the last 3 rows stay."
-    if src_grid == dst_grid: return table
     (h, w), (H, W) = src_grid, dst_grid
-    if len(table) != (2 * h - 1) * (2 * w - 1) + 3: raise ValueError(f"a table of {len(table)} rows does not belong to a grid of {h}x{w} patches")
-    old = table[:-3].double().cpu().numpy().reshape(2 * h - 1, 2 * w - 1, -1)
-    ys, xs = np.arange(1 - H, H), np.arange(1 - W, W)
-    new = np.stack([RectBivariateSpline(stretch(h, H), stretch(w, W), old[..., k])(ys, xs).ravel() for k in range(old.shape[-1])], 1)
-    return torch.cat([torch.from_numpy(new).to(table), table[-3:]])
+    if len(table) != (2 * h - 1) * (2 * w - 1) + 3:
+        raise ValueError(f"resize_rel_pos_bias: a table of {len(table)} rows does not belong to a grid of {h}x{w} patches, "
+                         f"which has {(2 * h - 1) * (2 * w - 1) + 3}; give the grid that it was trained on")
+    if (h, w) == (H, W): return table
+    old = table[:-3].detach().double().cpu().unflatten(0, (2 * h - 1, 2 * w - 1)).numpy()
+    known, wanted = (stretch(h, H), stretch(w, W)), (np.arange(1 - H, H), np.arange(1 - W, W))
+    new = [RectBivariateSpline(*known, old[..., k])(*wanted).ravel() for k in range(old.shape[-1])]
+    return torch.cat([torch.from_numpy(np.stack(new, 1)).to(table), table[-3:]])
 
 # %% ../nbs/15_finetuning.ipynb #resize-pos-embed
-def resize_pos_embed(pos_embed: Tensor, src_grid: tuple[int, int], dst_grid: tuple[int, int]) -> Tensor:
-    "Absolute positions (1, 1+h*w, D) for another grid, bicubic; the class token's stays."
-    if src_grid == dst_grid: return pos_embed
-    cls, grid = pos_embed[:, :1], pos_embed[:, 1:].unflatten(1, src_grid).permute(0, 3, 1, 2)  # (1, D, h, w)
-    return torch.cat([cls, F.interpolate(grid, dst_grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)], 1)
+def resize_pos_embed(
+    pos_embed: Tensor,  # (1, 1+h*w, D)
+    src_grid: tuple[int, int],  # (h, w)
+    dst_grid: tuple[int, int],  # the grid that is wanted
+) -> Tensor:
+    "Absolute positions for another grid, bicubic; the class token's stays (official code)."
+    if pos_embed.shape[1] != 1 + src_grid[0] * src_grid[1]:
+        raise ValueError(f"resize_pos_embed: {pos_embed.shape[1]} positions are not one for CLS and {src_grid[0]}x{src_grid[1]} for the patches; "
+                         "give the grid that they were trained on")
+    if tuple(src_grid) == tuple(dst_grid): return pos_embed
+    cls, grid = pos_embed[:, :1], pos_embed[:, 1:].unflatten(1, tuple(src_grid)).permute(0, 3, 1, 2)  # (1, D, h, w)
+    grid = F.interpolate(grid, dst_grid, mode="bicubic", align_corners=False)  # (1, D, H, W)
+    return torch.cat([cls, grid.flatten(2).transpose(1, 2)], 1)
 
 # %% ../nbs/15_finetuning.ipynb #load-backbone
+def _check_body(own: dict, weights: dict) -> None:
+    block_names = lambda names: {n for n in names if n.startswith("blocks.") and "relative_position" not in n}
+    lone = sorted(block_names(own) ^ block_names(weights))
+    if lone: raise ValueError(f"{lone[0]} is only in the {'model' if lone[0] in own else 'checkpoint'}; depth and init_values (LayerScale) must be the checkpoint's")
+    for part, field in (("relative_position_bias_table", "use_rel_pos_bias"), ("pos_embed", "use_abs_pos_emb")):
+        if any(part in n for n in weights) and not any(part in n for n in own):
+            raise ValueError(f"the checkpoint's {part} has no place in this model; set {field}")
+
+
 def load_backbone(
     model: VisionTransformer,
     weights: dict[str, Tensor],  # a state dict in the official names
@@ -86,27 +106,29 @@ def load_backbone(
 ) -> list[str]:  # names of the model's parameters that start fresh
     "Bring trained weights into `model`: a shared bias table is copied to every block, positions are resized, other heads stay behind."
     own, grid, new = model.state_dict(), model.patch_embed.patch_shape, {}
-    shared = weights.get("rel_pos_bias.relative_position_bias_table")
+    _check_body(own, weights)
+    shared = "rel_pos_bias.relative_position_bias_table"
     for name, old in own.items():
-        value = weights.get(name, shared if name.endswith("attn.relative_position_bias_table") else None)
-        if value is None or name.startswith(("head.", "lm_head.")) and value.shape != old.shape: continue
-        if name.endswith("relative_position_bias_table"): value = resize_rel_pos_bias(value, src_grid, grid)
+        table = name.endswith("relative_position_bias_table")
+        value = weights.get(name, weights.get(shared) if table and shared not in own else None)
+        if value is None or (name.startswith(("head.", "lm_head.")) and value.shape != old.shape): continue
+        if table: value = resize_rel_pos_bias(value, src_grid, grid)
         if name == "pos_embed": value = resize_pos_embed(value, src_grid, grid)
-        if value.shape != old.shape: raise ValueError(f"{name} has shape {tuple(value.shape)} in the checkpoint, but {tuple(old.shape)} is needed; the recipe's shape must be the checkpoint's")
+        if value.shape != old.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)} in the checkpoint, but {tuple(old.shape)} is needed; the recipe's shape must be the checkpoint's")
         new[name] = value
-    if not any(n.startswith("blocks.") for n in new): raise ValueError("this checkpoint holds no transformer blocks of ours")
     model.load_state_dict(new, strict=False)
     return sorted(set(own) - set(new))
 
 # %% ../nbs/15_finetuning.ipynb #build-classifier
 MEAN_STD = {"beit": BEIT_MEAN_STD, "imagenet": IMAGENET_MEAN_STD}
-SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "use_abs_pos_emb")
+SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "use_abs_pos_emb")  # must be the checkpoint's
 
 
 def build_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassification:
     "The model of a recipe, untrained."
     args = {k: getattr(r, k) for k in (*Backbone.__dataclass_fields__, "weight_init", "pos_embed_init", "use_mean_pooling", "init_scale")}
-    if not r.init and args["weight_init"] == "beit": args["weight_init"] = "beit_finetune"  # the official code draws untruncated here
+    if r.weight_init == "beit": args["weight_init"] = "beit_finetune"  # the official code draws untruncated here
     return BeitForImageClassification(num_classes, **args)
 
 
@@ -117,12 +139,13 @@ def start_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassif
     state = load_checkpoint(r.init, ("pretrain", "finetune"))
     src = from_config(state["config"])
     for k in SHAPE:
-        if getattr(src, k) != getattr(r, k): raise ValueError(f"{k} is {getattr(src, k)} in {r.init}, but {getattr(r, k)} in this recipe; set it with --{k.replace('_', '-')}")
+        if getattr(src, k) != getattr(r, k):
+            raise ValueError(f"{k} is {getattr(src, k)} in {r.init}, but {getattr(r, k)} in this recipe; set it with --{k.replace('_', '-')}")
     load_backbone(model, state["model"], (src.img_size // src.patch_size,) * 2)
     return model
 
 
-def load_classifier(path: str | Path):
+def load_classifier(path: str | Path) -> tuple[BeitForImageClassification, FinetuneRecipe, list[str]]:
     "A fine-tuned model, its recipe and the names of its classes from `beit finetune`'s --out folder or a checkpoint."
     state = load_checkpoint(path, "finetune")
     classes = state["classes"]
@@ -131,46 +154,49 @@ def load_classifier(path: str | Path):
     return model.eval(), r, classes
 
 # %% ../nbs/15_finetuning.ipynb #transforms
+def timm_transform(r: FinetuneRecipe, training: bool):
+    "timm's pipeline of a recipe: crop, flip, auto-augment, normalise, erase with noise (official code); for evaluation a centre crop."
+    mean, std = MEAN_STD[r.mean_std]
+    try:
+        return create_transform(
+            r.img_size, is_training=training, hflip=r.flip, color_jitter=None, interpolation="bicubic",
+            scale=r.crop_scale or (1.0, 1.0), ratio=(3 / 4, 4 / 3) if r.crop_scale else (1.0, 1.0),
+            auto_augment=None if r.augment == "none" else r.augment, re_prob=r.erasing, re_mode="pixel",
+            crop_pct=224 / 256 if r.img_size < 384 else 1.0, mean=mean, std=std)
+    except (AssertionError, KeyError, ValueError) as e:
+        raise ValueError(f"augment {r.augment!r} is not 'shift', 'none' or a policy of timm's such as 'rand-m9-mstd0.5-inc1' ({e})") from e
+
+
 class FinetuneTransform:
-    "A picture to (image uint8 or float in [0, 1], label, number)."
+    "A picture, its number and a generator to (image uint8 or float, label, number)."
 
     def __init__(self, r: FinetuneRecipe, labels: np.ndarray, training: bool):
-        self.size, self.labels = r.img_size, labels
-        self.shift = 2 if r.augment == "shift" and training else 0
-        self.timm = None
-        if r.augment != "shift":  # timm's transform, without its normalisation: that happens on the device
-            auto = r.augment if training and r.augment != "none" else None
-            self.timm = create_transform(r.img_size, is_training=training, scale=r.crop_scale or (1.0, 1.0), ratio=(3 / 4, 4 / 3) if r.crop_scale else (1.0, 1.0),
-                                         hflip=r.flip, auto_augment=auto, color_jitter=None, re_prob=r.erasing if training else 0.0, interpolation="bicubic",
-                                         crop_pct=224 / 256 if r.img_size < 384 else 1.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+        self.labels, self.mean_std = labels, MEAN_STD[r.mean_std]
+        self.most = 2 if training else 0  # pixels to shift
+        self.view = TwoViews(r.img_size)
+        self.timm = None if r.augment == "shift" else timm_transform(r, training)
 
     def __call__(self, picture, number: int, rng: np.random.Generator):
-        if self.timm is not None: x = self.timm(to_pil(picture.float() / 255) if isinstance(picture, Tensor) else picture)
-        else: x = picture if not self.shift else F.pad(picture, [self.shift] * 4)[:, (a := rng.integers(0, 2 * self.shift + 1)) : a + self.size, (b := rng.integers(0, 2 * self.shift + 1)) : b + self.size]
+        if self.timm is None:
+            x = self.view(picture)[0]  # (3, H, W) uint8
+            top, left = (int(rng.integers(0, 2 * self.most + 1)) for _ in range(2)) if self.most else (0, 0)
+            x = F.pad(x, [self.most] * 4)[:, top : top + x.shape[1], left : left + x.shape[2]]
+        else:
+            x = self.timm(to_pil(picture.float() / 255) if isinstance(picture, Tensor) else picture)
+            x = denormalize(x, self.mean_std)  # (3, H, W), [0, 1] but for the noise
         return x, int(self.labels[number]), number
 
 # %% ../nbs/15_finetuning.ipynb #to-input
 def to_input(x: Tensor, mean_std: str) -> Tensor:
-    "uint8 or [0, 1] floats to what the network reads."
+    "uint8 or [0, 1] floats (..., 3, H, W) to what the network reads."
     return normalize(x.float() / 255 if x.dtype == torch.uint8 else x, MEAN_STD[mean_std])
-
-# %% ../nbs/15_finetuning.ipynb #evaluate-classifier
-@torch.no_grad()
-def evaluate_classifier(model, r: FinetuneRecipe, pictures: PictureSet, chunk: int = 250) -> dict:
-    "Top-1 accuracy and mean cross-entropy on all pictures of a set."
-    device, training = next(model.parameters()).device, model.training
-    make, rng = FinetuneTransform(r, pictures.labels, training=False), np.random.default_rng(0)
-    model.eval()
-    logits = torch.cat([model(to_input(torch.stack([make(pictures[int(i)], int(i), rng)[0] for i in part]).to(device), r.mean_std)).float().cpu()
-                        for part in torch.arange(len(pictures)).split(chunk)])
-    model.train(training)
-    y = torch.as_tensor(pictures.labels, dtype=torch.long)
-    return dict(accuracy=(logits.argmax(1) == y).float().mean().item(), val_loss=F.cross_entropy(logits, y).item())
 
 # %% ../nbs/15_finetuning.ipynb #finetune-loss
 def finetune_loss(r: FinetuneRecipe, num_classes: int):
-    "(model, batch, step) -> loss: label smoothing, or timm's mixup and cutmix with soft targets."
+    "(model, batch, step) -> loss, {}: label smoothing, or timm's mixup and cutmix with soft targets."
     mix = Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=num_classes) if r.mixup or r.cutmix else None
+    if mix and r.batch_size // world_size() % 2:
+        raise ValueError(f"mixup and cutmix pair pictures, but batch_size {r.batch_size} over {world_size()} processes is odd; make it even")
     loss = SoftTargetCrossEntropy() if mix else LabelSmoothingCrossEntropy(r.label_smoothing)
 
     def loss_of(model, batch, step):
@@ -182,17 +208,41 @@ def finetune_loss(r: FinetuneRecipe, num_classes: int):
 
     return loss_of
 
+# %% ../nbs/15_finetuning.ipynb #evaluate-classifier
+@torch.no_grad()
+def evaluate_classifier(model, r: FinetuneRecipe, pictures: PictureSet, chunk: int = 250) -> dict:
+    "Top-1 accuracy and mean cross-entropy on all pictures of a set."
+    device, training = next(model.parameters()).device, model.training
+    make, rng, logits = FinetuneTransform(r, pictures.labels, training=False), np.random.default_rng(0), []
+    dtype = pick_precision(r.precision, device)
+    model.eval()
+    for part in torch.arange(len(pictures)).split(chunk):
+        x = torch.stack([make(pictures[int(i)], int(i), rng)[0] for i in part]).to(device)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None): logits.append(model(to_input(x, r.mean_std)).float().cpu())
+    model.train(training)
+    logits, y = torch.cat(logits), torch.as_tensor(pictures.labels, dtype=torch.long)
+    return dict(accuracy=(logits.argmax(1) == y).float().mean().item(), val_loss=F.cross_entropy(logits, y).item())
+
 # %% ../nbs/15_finetuning.ipynb #finetune
+def check_classes(train: PictureSet, held: PictureSet) -> None:
+    "Both sets must number the same classes alike."
+    if train.classes != held.classes:
+        odd = sorted(set(train.classes) ^ set(held.classes))
+        raise ValueError(f"{train.name} and {held.name} have different classes ({', '.join(odd[:3]) or 'another order'}); give both the same class folders")
+
+
 def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
     "Fine-tune to the recipe, or continue; returns the final metrics, and leaves checkpoints, log.jsonl and metrics.json in its folder."
     with open_run("finetune", r) as out:
         pictures, held = open_data(r.data, "train", labels=True), open_data(r.data, r.split, labels=True)
-        samples = Samples(pictures, FinetuneTransform(r, pictures.labels, training=True), r.seed, few_labels(pictures.labels, r.labels_per_class, r.seed))
+        check_classes(pictures, held)
+        ids, classes = few_labels(pictures.labels, r.labels_per_class, r.seed), pictures.classes
+        samples = Samples(pictures, FinetuneTransform(r, pictures.labels, training=True), r.seed, ids)
         torch.manual_seed(r.seed)
-        per_epoch, classes = len(samples) // r.batch_size, pictures.classes
+        per_epoch = len(samples) // r.batch_size
         total, every = r.steps or r.epochs * per_epoch, r.eval_every or per_epoch
-        t = Trainer("finetune", r, out, start_classifier(r, len(classes)), total, per_epoch, r.layer_decay, quiet, extra=dict(classes=classes))
-
+        model = start_classifier(r, len(classes))
+        t = Trainer("finetune", r, out, model, total, per_epoch, r.layer_decay, quiet, extra=dict(classes=classes))
         if t.step == total and (done := finished(out)): return done  # nothing is left to do
 
         def after_step(step, model):

@@ -26,8 +26,9 @@ def figure_html(fig: Figure, caption: str = "", dpi: int = 110) -> str:
 
 # %% ../nbs/21_report.ipynb #table-html
 def table_html(rows: list[dict], caption: str = "") -> str:
-    "Rows with the same keys as an HTML table; numbers to three places."
-    show = lambda v: f"{v:.3f}" if isinstance(v, float) else escape(str(v))
+    "Rows with the same keys as an HTML table; numbers to three places, small ones to three digits."
+    number = lambda v: f"{v:.3f}" if abs(v) >= 0.01 or v == 0 else f"{v:.3g}"
+    show = lambda v: number(v) if isinstance(v, float) else escape(str(v))
     head = "".join(f"<th>{escape(str(k))}</th>" for k in rows[0])
     body = "".join("<tr>" + "".join(f"<td>{show(v)}</td>" for v in r.values()) + "</tr>" for r in rows)
     return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
