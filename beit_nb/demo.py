@@ -40,7 +40,7 @@ class Plan:
 
     out: str = "runs/demo"  # where everything goes
     seed: int = 0  # of everything
-    tokenizer_steps: int = 360  # of 64 pictures
+    tokenizer_steps: int = 720  # of 32 pictures
     pretrain_steps: int = 1600  # of 64 pictures
     finetune_steps: int = 200  # of 32 pictures
     longer: int = 3  # the best scratch run may take that many times the steps

@@ -116,6 +116,7 @@ class DiscreteVAE(TokenModel):
         likelihood: str = "normal",  # of a pixel: "normal", or "laplace" (DALL-E's logit-Laplace)
     ):
         super().__init__()
+        if logits not in ("distance", "linear") or likelihood not in ("normal", "laplace"): raise ValueError(f"DiscreteVAE: logits={logits!r}, likelihood={likelihood!r}; choose 'distance' or 'linear', and 'normal' or 'laplace'")
         if downsample not in (2, 4, 8, 16): raise ValueError(f"DiscreteVAE: downsample {downsample} is not one of 2, 4, 8, 16")
         self.vocab_size, self.downsample, self.likelihood = vocab_size, downsample, likelihood
         self.encoder = encoder(downsample, width, code_dim)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MEAN_STD', 'SHAPE', 'BeitForImageClassification', 'stretch', 'resize_rel_pos_bias', 'resize_pos_embed',
            'load_backbone', 'build_classifier', 'start_classifier', 'load_classifier', 'timm_transform',
-           'FinetuneTransform', 'to_input', 'finetune_loss', 'evaluate_classifier', 'check_classes', 'finetune']
+           'FinetuneTransform', 'to_input', 'finetune_loss', 'evaluate_classifier', 'finetune']
 
 # %% ../nbs/15_finetuning.ipynb #imports
 from pathlib import Path
@@ -224,18 +224,10 @@ def evaluate_classifier(model, r: FinetuneRecipe, pictures: PictureSet, chunk: i
     return dict(accuracy=(logits.argmax(1) == y).float().mean().item(), val_loss=F.cross_entropy(logits, y).item())
 
 # %% ../nbs/15_finetuning.ipynb #finetune
-def check_classes(train: PictureSet, held: PictureSet) -> None:
-    "Both sets must number the same classes alike."
-    if train.classes != held.classes:
-        odd = sorted(set(train.classes) ^ set(held.classes))
-        raise ValueError(f"{train.name} and {held.name} have different classes ({', '.join(odd[:3]) or 'another order'}); give both the same class folders")
-
-
 def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
     "Fine-tune to the recipe, or continue; returns the final metrics, and leaves checkpoints, log.jsonl and metrics.json in its folder."
     with open_run("finetune", r) as out:
         pictures, held = open_data(r.data, "train", labels=True), open_data(r.data, r.split, labels=True)
-        check_classes(pictures, held)
         ids, classes = few_labels(pictures.labels, r.labels_per_class, r.seed), pictures.classes
         samples = Samples(pictures, FinetuneTransform(r, pictures.labels, training=True), r.seed, ids)
         torch.manual_seed(r.seed)

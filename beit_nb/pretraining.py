@@ -48,8 +48,8 @@ def check_tokenizer(r: PretrainRecipe, tokenizer: Tokenizer) -> None:
     "Patches and tokens must lie on one grid, and the head must speak the tokenizer's alphabet."
     patches, tokens = r.img_size // r.patch_size, r.token_size // tokenizer.downsample
     if patches != tokens or r.token_size % tokenizer.downsample:
-        raise ValueError(f"the grids differ: {r.img_size}/{r.patch_size} gives {patches} patches a side, but {r.token_size}/{tokenizer.downsample} gives {tokens} tokens; "
-                         f"set token_size to {patches * tokenizer.downsample}")
+        raise ValueError(f"the grids differ: {r.img_size}/{r.patch_size} gives {patches} patches a side, but {r.token_size}/{tokenizer.downsample} gives {r.token_size / tokenizer.downsample:g} tokens; "
+                         f"set --token-size {patches * tokenizer.downsample}")
     if r.vocab_size != tokenizer.vocab_size:
         raise ValueError(f"vocab_size {r.vocab_size} differs from the tokenizer's {tokenizer.vocab_size}; set --vocab-size {tokenizer.vocab_size}")
 
@@ -72,14 +72,23 @@ class PretrainTransform:
         return *self.views(picture), torch.from_numpy(self.mask(rng=rng)), number
 
 # %% ../nbs/13_pretraining.ipynb #token-table
-def token_table(tokenizer: Tokenizer, pictures: PictureSet, views: TwoViews, chunk: int = 256) -> Tensor:
-    "Token ids (N, h, w) of a whole data set whose views never change: tokenized once instead of in every epoch."
-    device = next(tokenizer.parameters()).device
+def token_table(
+    tokenizer: Tokenizer,
+    pictures: PictureSet,
+    views: TwoViews,   # without dice: `views.fixed`
+    chunk: int = 256,
+) -> Tensor:           # (N, h, w) ids
+    "Token ids of a whole data set whose views never change: tokenized once instead of in every epoch."
+    device, samples = next(tokenizer.parameters()).device, Samples(pictures, lambda picture, number, rng: views(picture)[1:])
     parts = torch.arange(len(pictures)).split(chunk)
-    return torch.cat([tokenizer.get_codebook_indices(torch.stack([views(pictures[int(i)])[1] for i in part]).to(device).float() / 255) for part in parts])
+    return torch.cat([tokenizer.get_codebook_indices(torch.stack([samples[int(i)][0] for i in part]).to(device).float() / 255) for part in parts])
 
 # %% ../nbs/13_pretraining.ipynb #pretrain-loss
-def pretrain_loss(r: PretrainRecipe, tokenizer: Tokenizer, table: Tensor | None = None):
+def pretrain_loss(
+    r: PretrainRecipe,
+    tokenizer: Tokenizer,
+    table: Tensor | None = None,  # ids (N, h, w) of all pictures, if they never change
+):
     "(model, batch, step) -> loss and mlm_acc; targets come from the token view, or from the table where there is one."
 
     def loss_of(model, batch, step):
@@ -96,8 +105,8 @@ class Watch:
     "Saves what the model would fill in at the masked places of a few fixed pictures, every `every` steps, under OUT/watch."
 
     def __init__(self, r: PretrainRecipe, out: Path, pictures: PictureSet, every: int, n: int = 6):
-        make, rng = PretrainTransform(r), np.random.default_rng([4, r.seed])
-        picks = [make(pictures[int(i)], 0, rng) for i in np.linspace(0, len(pictures) - 1, n).astype(int)]
+        samples = Samples(pictures, PretrainTransform(r), r.seed + 1)  # other masks than the training's
+        picks = [samples[int(i)] for i in np.linspace(0, len(pictures) - 1, n).astype(int)]
         self.views, _, self.masks = (torch.stack(x) for x in list(zip(*picks))[:3])
         self.every, self.mean_std, self.folder = every, MEAN_STD[r.mean_std], out / "watch"
         self.folder.mkdir(exist_ok=True)
@@ -113,19 +122,29 @@ class Watch:
 
 # %% ../nbs/13_pretraining.ipynb #evaluate-mim
 @torch.no_grad()
-def evaluate_mim(model, r: PretrainRecipe, tokenizer: Tokenizer, pictures: PictureSet, prior: Tensor | None = None, seed: int = 0, chunk: int = 250) -> dict:
-    "Top-1 on masked tokens of unseen pictures, beside the best constant guess at every place (taken from `prior`: ids (N, h, w) of training pictures)."
-    device, make, rng = next(model.parameters()).device, PretrainTransform(r), np.random.default_rng([5, seed])
+def evaluate_mim(
+    model,
+    r: PretrainRecipe,
+    tokenizer: Tokenizer,
+    pictures: PictureSet,         # unseen ones
+    prior: Tensor | None = None,  # ids (N, h, w) of training pictures, for the constant guess
+    seed: int = 0,                # of the masks
+    chunk: int = 250,
+) -> dict:
+    "Top-1 and loss on masked tokens of unseen pictures, beside the best constant guess at every place."
+    device, training, samples = next(model.parameters()).device, model.training, Samples(pictures, PretrainTransform(r), seed)
     hits = constant = total = loss = 0
     best = None if prior is None else torch.mode(prior.flatten(1), 0).values.to(device)  # (h*w,) the most frequent id of every place
+    model.eval()
     for part in torch.arange(len(pictures)).split(chunk):
-        views, tokens, masks = (torch.stack(x).to(device) for x in list(zip(*[make(pictures[int(i)], 0, rng) for i in part]))[:3])
+        views, tokens, masks = (torch.stack(x).to(device) for x in list(zip(*[samples[int(i)] for i in part]))[:3])
         ids, masks = tokenizer.get_codebook_indices(tokens.float() / 255).flatten(1), masks.flatten(1)
         logits = model(normalize(views.float() / 255, MEAN_STD[r.mean_std]), masks)
         hits += (logits.argmax(-1) == ids[masks]).sum().item()
         loss += mim_loss(logits, ids[masks]).item() * int(masks.sum())
         if best is not None: constant += (best.expand_as(ids)[masks] == ids[masks]).sum().item()
         total += int(masks.sum())
+    model.train(training)
     return dict(masked_top1=hits / total, masked_loss=loss / total, **({} if best is None else dict(best_constant_top1=constant / total)))
 
 # %% ../nbs/13_pretraining.ipynb #pretrain
@@ -141,7 +160,8 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> BeitForMaskedImageModeli
         per_epoch = len(samples) // r.batch_size
         t = Trainer("pretrain", r, out, build_mim(r), r.steps or r.epochs * per_epoch, per_epoch, quiet=quiet)
         table = token_table(tokenizer, pictures, transform.views) if transform.views.fixed else None
-        watch = Watch(r, out, pictures, r.watch_every) if r.watch_every else None
+        watch = Watch(r, out, pictures, r.watch_every) if r.watch_every and rank() == 0 else None
+        if watch and t.step == 0: watch(0, t.model)
         model = fit(t, batches(samples, r, rank(), world_size()), pretrain_loss(r, tokenizer, table), watch)
         finish(out, dict(steps=t.step, images=t.step * r.batch_size))
         return model

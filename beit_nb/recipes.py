@@ -148,7 +148,7 @@ TINY = dict(img_size=32, patch_size=4, embed_dim=192, depth=12, num_heads=3, wei
 # %% ../nbs/06_recipes.ipynb #tokenizer-presets
 TOKENIZER = {
     "nano": ("embedded digits, under a minute on a laptop", TokenizerRecipe(
-        data="digits", epochs=2, batch_size=64, lr=2e-3, min_lr=0.0, warmup_steps=20, weight_decay=1e-4, beta2=0.99, clip_grad=1.0)),
+        data="digits", epochs=2, batch_size=32, width=64, lr=2e-3, min_lr=0.0, warmup_steps=20, weight_decay=1e-4, beta2=0.99, clip_grad=1.0)),
     "photos": ("crops of the embedded photographs: natural colour on a laptop, 8 pixels a token", TokenizerRecipe(
         data="photos", img_size=64, downsample=8, vocab_size=512, epochs=4, batch_size=32, lr=2e-3, min_lr=0.0, warmup_steps=20,
         weight_decay=1e-4, beta2=0.99, clip_grad=1.0, crop_scale=(0.02, 0.3), flip=0.5)),

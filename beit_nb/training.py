@@ -264,7 +264,7 @@ def log_values(t: Trainer, sums: dict, since: int, began: float, batch: int) -> 
     n, seconds = t.step - since, max(1e-9, time.time() - began)
     mean = {k: mean_over_ranks(torch.as_tensor(v / n, dtype=torch.float32)).item() for k, v in sums.items()}
     if not math.isfinite(mean["loss"]) or not (t.scaler.is_enabled() or math.isfinite(mean["grad_norm"])):  # fp16's scaler skips bad steps
-        raise FloatingPointError(f"between steps {since} and {t.step} the loss is {mean['loss']:.4g} and the gradient norm {mean['grad_norm']:.4g}; lower --lr or --clip-grad in another --out"
+        raise FloatingPointError(f"between steps {since} and {t.step} the loss is {mean['loss']:.4g} and the gradient norm {mean['grad_norm']:.4g}; lower --lr, or set a smaller --clip-grad, in another --out"
                                  + (f" ({t.last} has the last sound weights)" if t.last.exists() else ""))
     speed = n * batch * world_size() / seconds
     return mean | dict(epoch=t.step / t.per_epoch, lr=float(t.lr[t.step - 1]), images_per_s=speed, seconds_left=(t.total - t.step) * seconds / n)
