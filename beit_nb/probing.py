@@ -20,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from .data import PictureSet, TwoViews, few_labels, open_data
-from .finetuning import build_classifier, check_classes, load_backbone, to_input
+from .finetuning import build_classifier, load_backbone, to_input
 from .recipes import FinetuneRecipe, ProbeRecipe, from_config
 from .training import default_device, finish, load_checkpoint, open_run, pick_precision
 from .vit import VisionTransformer
@@ -107,7 +107,6 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
     arms["pixels"] = raw_pixels
     with open_run("probe", r) as out:
         train, val, held = (open_data(r.data, s, labels=True) for s in ("train", "val", r.split))
-        for other in (val, held): check_classes(train, other)
         draws = [few_labels(train.labels, r.labels_per_class, r.seed + d) for d in range(r.draws)]
         used = np.unique(np.concatenate(draws))  # each picture is read once, whatever number of draws wants it
         rows = [np.searchsorted(used, d) for d in draws]

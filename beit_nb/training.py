@@ -193,8 +193,8 @@ class Log:
         text = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k in ("loss", "mlm_acc", "mse", "accuracy", "images_per_s", "seconds_left"))
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
-            self.bar.set_postfix_str(text)
-        elif not self.quiet and (time.time() - self.said > 5 or step == self.total):
+            if text: self.bar.set_postfix_str(text)
+        elif text and not self.quiet and (time.time() - self.said > 5 or step == self.total):
             print(f"{self.label} {step}/{self.total}: {text}", flush=True)
             self.said = time.time()
 

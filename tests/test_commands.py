@@ -1,20 +1,27 @@
 """The command `beit`, as a person types it."""
-import json, os, pickle, signal, subprocess, sys, time
+import contextlib, io, json, os, pickle, resource, signal, subprocess, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from beit_nb.cli import main
+
 ENV = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 TINY = "--precision fp32 --steps 4 --log-every 2 --checkpoint-every 2".split()
 
 
-def beit(*words, ok=0, cwd=None):
-    r = subprocess.run([sys.executable, "-m", "beit_nb", *map(str, words)], capture_output=True, text=True, env=ENV, cwd=cwd)
-    assert r.returncode == ok, f"beit {' '.join(map(str, words))}\n{r.stdout}\n{r.stderr}"
-    return r
+def beit(*words, ok=0):
+    "What `beit WORDS` prints and its exit status, in this process: starting Python and torch anew for each takes longer than the work."
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: status = main(list(map(str, words)))
+        except SystemExit as e: status = e.code
+    assert status == ok, f"beit {' '.join(map(str, words))}\n{out.getvalue()}\n{err.getvalue()}"
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 def refused(*words, says):
@@ -53,9 +60,19 @@ def photos(tmp_path_factory):
 def test_help_is_fast_and_needs_no_torch():
     for words in (["--help"], ["pretrain", "--help"], ["pretrain", "nano", "--help"]):
         code = f"import sys; sys.argv = ['beit', *{words}]\nimport beit_nb.cli as c\ntry: c.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
-        t = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-        assert time.perf_counter() - t < 3, "half a second on a quiet machine"
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime  # wall time says more about the neighbours
+        assert cpu < 0.5, f"{words}: {cpu:.2f} s of processor time"
+
+
+def test_console_script_and_module():
+    "The two ways to start it agree, and a refusal is one line with exit status 2 there too."
+    for start in ([sys.executable, "-m", "beit_nb"], [str(Path(sys.executable).with_name("beit"))]):
+        r = subprocess.run([*start, "pretrain", "huge"], capture_output=True, text=True)
+        assert r.returncode == 2 and r.stdout == "" and r.stderr.startswith("beit: error: unknown pretrain recipe 'huge'") and r.stderr.count("\n") == 1
+        assert "usage: beit" in subprocess.run([*start, "--help"], capture_output=True, text=True, check=True).stdout
 
 
 def test_files_of_a_run(runs):
@@ -91,8 +108,7 @@ def test_probe_predict_attention(runs, tmp_path):
 
 
 def test_folder_of_pictures(photos, tmp_path):
-    r = beit("tokenizer", "photos", *TINY, "--data", photos, "--batch-size", 4, "--out", tmp_path / "tok")
-    assert "broken.jpg" in r.stderr or True
+    beit("tokenizer", "photos", *TINY, "--data", photos, "--batch-size", 4, "--out", tmp_path / "tok")
     beit("pretrain", "cifar", *TINY, "--data", photos, "--tokenizer", tmp_path / "tok", "--batch-size", 4, "--depth", 1, "--img-size", 32, "--patch-size", 4,
          "--token-size", 64, "--vocab-size", 512, "--out", tmp_path / "pre")
     beit("finetune", "cifar", *TINY, "--data", photos, "--init", tmp_path / "pre", "--batch-size", 4, "--depth", 1, "--out", tmp_path / "fine")
@@ -100,11 +116,10 @@ def test_folder_of_pictures(photos, tmp_path):
 
 
 def test_damaged_pictures_are_counted(photos, tmp_path):
-    words = ["tokenizer", "photos", *TINY, "--data", photos, "--batch-size", 16, "--workers", 2, "--out"]
+    words = ["tokenizer", "photos", *TINY, "--data", photos, "--batch-size", 16, "--out"]
     r = beit(*words, tmp_path / "a")
-    assert "broken.jpg" in r.stderr
-    refused(*words, tmp_path / "b", "--max-damaged", 0, says=["max_damaged", "unreadable"]) if "broken.jpg" not in r.stderr else None
-    r = beit(*words, tmp_path / "c", "--max-damaged", 0, ok=2)
+    assert "broken.jpg" in r.stderr                                    # named, and the run went on
+    r = beit(*words, tmp_path / "b", "--max-damaged", 0, ok=2)
     assert r.stderr.strip().splitlines()[-1].startswith("beit: error: more than max_damaged=0")
 
 
@@ -167,7 +182,7 @@ def test_demo_stops_and_continues(tmp_path):
     said = p.communicate(timeout=60)[0]
     assert p.returncode == 130 and "saved; the same command continues" in said, said
     stopped = torch.load(tmp_path / "demo" / "pretrain" / "checkpoints" / "last.pt", weights_only=True)["step"]
-    r = beit("demo", "--quick", "--out", tmp_path / "demo")
+    r = subprocess.run(words, capture_output=True, text=True, env=ENV, check=True)
     assert "== dvae ==" not in r.stdout and "== mim ==" in r.stdout
     steps = [json.loads(l)["step"] for l in log.read_text().splitlines()]
     assert steps == sorted(steps) and 0 < stopped < steps[-1]
