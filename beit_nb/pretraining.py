@@ -18,7 +18,7 @@ from .data import PictureSet, Samples, TwoViews, batches, open_data
 from .images import BEIT_MEAN_STD, IMAGENET_MEAN_STD, normalize
 from .masking import blockwise_mask, random_mask
 from .mim import BeitForMaskedImageModeling, mim_accuracy, mim_loss
-from .recipes import Backbone, PretrainRecipe, from_config
+from .recipes import Backbone, PretrainRecipe, check_recipe, from_config
 from .tokenizer import Tokenizer, load_tokenizer
 from .training import Trainer, default_device, finish, fit, load_checkpoint, open_run, rank, world_size
 
@@ -94,7 +94,7 @@ def pretrain_loss(
     def loss_of(model, batch, step):
         patch_view, token_view, mask, number = batch
         ids = tokenizer.get_codebook_indices(token_view.float() / 255) if table is None else table[number]
-        targets = ids.clone()[mask]  # (n,) row-major, as the model's logits
+        targets = ids[mask]  # (n,) row-major, as the model's logits
         logits = model(normalize(patch_view.float() / 255, MEAN_STD[r.mean_std]), mask)
         return mim_loss(logits, targets), dict(mlm_acc=mim_accuracy(logits.detach(), targets))
 
@@ -150,11 +150,12 @@ def evaluate_mim(
 # %% ../nbs/13_pretraining.ipynb #pretrain
 def pretrain(r: PretrainRecipe, quiet: bool = False) -> BeitForMaskedImageModeling:
     "Pre-train to the recipe, or continue; leaves checkpoints, log.jsonl and metrics.json in its folder."
+    check_recipe(r)
     if not r.tokenizer: raise ValueError("pre-training needs --tokenizer: the --out folder of `beit tokenizer`, or a checkpoint in it")
     tokenizer = load_tokenizer(r.tokenizer).to(default_device())
     check_tokenizer(r, tokenizer)
+    pictures, transform = open_data(r.data), PretrainTransform(r)
     with open_run("pretrain", r) as out:
-        pictures, transform = open_data(r.data), PretrainTransform(r)
         samples = Samples(pictures, transform, r.seed)
         torch.manual_seed(r.seed)
         per_epoch = len(samples) // r.batch_size

@@ -84,6 +84,7 @@ def train_tokenizer(r: TokenizerRecipe, quiet: bool = False) -> Tokenizer:
         torch.manual_seed(r.seed)
         dvae, images = build_dvae(r), first_pictures(samples, 512)
         init_codes(dvae, images, r.seed)
+        if r.compile: dvae.encoder.compile(), dvae.decoder.compile()  # the loss calls these two, not the model
         per_epoch = len(samples) // r.batch_size
         total = r.steps or r.epochs * per_epoch
         tau = temperature_schedule(r.tau_start, r.tau_end, max(1, int(r.tau_share * total)), total)

@@ -155,13 +155,16 @@ def open_run(command: str, recipe):
     with open(out / ".lock", "w") as lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError: raise ValueError(f"another run is at work in {out}; wait for it, or choose another --out") from None
-        if file.exists():
+        if not (fresh := not file.exists()):
             try: old = json.loads(file.read_text())
             except ValueError as e: raise ValueError(f"{file} is damaged; choose another --out, or delete that folder") from e
             check_same_run(old, config, out)
             if not getattr(recipe, "resume", True): raise ValueError(f"{out} holds a run already, and --no-resume was given; choose another --out, or delete that folder")
         with whole_file(file) as f: f.write(json.dumps(config, indent=1).encode())
-        yield out
+        try: yield out
+        except BaseException:  # failed before its first checkpoint: leave the folder free for a corrected try
+            if fresh and not (out / "checkpoints" / "last.pt").exists(): file.unlink(missing_ok=True)
+            raise
 
 # %% ../nbs/07_training.ipynb #read-log
 def read_log(out: str | Path) -> list[dict]:
@@ -279,7 +282,8 @@ def fit(
     "Train from where `t` stands to its last step. Every random number follows from seed, step and rank, so a resumed run is the run."
     r = t.recipe
     end = max(t.step, min(t.total, 2 if r.dry_run else r.max_steps or t.total))
-    run, sums, since, began = torch.compile(t.model) if r.compile else t.model, {}, t.step, time.time()
+    sums, since, began = {}, t.step, time.time()
+    if r.compile: t.model.compile()  # in place: names in checkpoints stay
     cast = torch.autocast(t.device.type, t.dtype) if t.dtype else nullcontext()
     t.model.train()
     with closing(Log(t.out, t.step, t.total, t.command, r.tensorboard, t.quiet)) as log, Stop() as stop:
@@ -287,7 +291,7 @@ def fit(
             for g in t.optimizer.param_groups: g["lr"] = float(t.lr[t.step]) * g["lr_scale"]
             torch.manual_seed(hash((r.seed, t.step, rank())) % 2**63)  # numbers hash alike in every process
             batch = [b.to(t.device, non_blocking=True) for b in batch]
-            with cast: loss, metrics = loss_of(run, batch, t.step)
+            with cast: loss, metrics = loss_of(t.model, batch, t.step)
             norm = train_step(t.model, t.optimizer, t.scaler, loss, r.clip_grad)
             for k, v in dict(loss=loss, grad_norm=norm, **metrics).items(): sums[k] = sums.get(k, 0) + v.detach()
             t.step, stopping = t.step + 1, stop.asked  # read once: it may change at any moment

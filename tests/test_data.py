@@ -1,5 +1,5 @@
 """Sources of pictures: layouts on disk, known sets without a network, faults, and batches that repeat."""
-import json, pickle
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
