@@ -85,7 +85,7 @@ def run_predict(o: Predict) -> None:
     from beit_nb.finetuning import FinetuneTransform, load_classifier, to_input
     from beit_nb.images import load_image
     model, r, classes = load_classifier(o.init)
-    view = FinetuneTransform(replace(r, augment="none"), [0], training=False)
+    view = FinetuneTransform(r, [0], training=False)  # as it was scored
     for path in o.images:
         with torch.no_grad(): p = model(to_input(view(load_image(path), 0, None)[0][None], r.mean_std)).softmax(-1)[0]
         best = p.topk(min(o.top, len(classes)))
