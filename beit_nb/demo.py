@@ -10,7 +10,6 @@ __all__ = ['ARMS', 'Plan', 'stage', 'tokenizer_stage', 'pretrain_stage', 'fine_t
 # %% ../nbs/22_demo.ipynb #imports
 import json
 import os
-import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -31,7 +30,7 @@ from .probing import probe
 from .recipes import FinetuneRecipe, recipe_named
 from .report import cards_html, figure_html, page, plot_log, table_html
 from .tokenizer import evaluate_tokenizer, load_tokenizer, train_tokenizer
-from .training import finish, read_log
+from .training import finish, memory, read_log
 
 # %% ../nbs/22_demo.ipynb #plan
 @dataclass
@@ -106,11 +105,13 @@ def finetune_stage(p: Plan) -> dict:
     recipes = arms(p)
     at = lambda arm, lr, draw: replace(recipes[arm], lr=lr, seed=p.seed + draw, out=f"{p.out}/finetune/{arm}-lr{lr:g}-draw{draw}")
     grid = [at(arm, lr, 0) for arm in recipes for lr in p.lrs]
-    tried = {r.out: m["accuracy"] for r, m in zip(grid, fine_tune_all(grid))}
+    first = fine_tune_all(grid)
+    tried = {r.out: m["accuracy"] for r, m in zip(grid, first)}
     best = {arm: max(p.lrs, key=lambda lr: tried[at(arm, lr, 0).out]) for arm in recipes}
     chosen = [at(arm, best[arm], d) for arm in recipes for d in range(p.draws)]  # the first draws are done: they are only read
     runs = {r.out: m | dict(test=score_on_test(r.out)) for r, m in zip(chosen, fine_tune_all(chosen))}
-    result = dict(labels_per_class=recipes["pretrained"].labels_per_class, steps=p.finetune_steps)
+    result = dict(labels_per_class=recipes["pretrained"].labels_per_class, steps=p.finetune_steps,
+                  peak_mb=memory("VmRSS") + 2 * max(m["peak_rss_mb"] for m in first))
     for arm, r in recipes.items():
         ms = [runs[at(arm, best[arm], d).out] for d in range(p.draws)]
         result[arm] = spread([m["test"] for m in ms]) | dict(lr=best[arm], steps=r.steps, curves=[m["curve"] for m in ms])
@@ -164,7 +165,7 @@ def compare_figure(f: dict) -> Figure:
     a.set(xlabel="fine-tuning step", ylabel="validation accuracy", ylim=(0, 1))
     a.legend(frameon=False, fontsize=8, loc="lower right")
     b.set(xticks=range(3), ylabel="test accuracy", ylim=(0, 1))
-    b.set_xticklabels([f"{label}\n{f[k]['steps']} steps" for k, (label, _) in ARMS.items()], fontsize=7.5)
+    b.set_xticklabels([f"{label.replace(', ', chr(10))}\n{f[k]['steps']} steps" for k, (label, _) in ARMS.items()], fontsize=7.5)
     for ax in (a, b): ax.spines[["top", "right"]].set_visible(False)
     return fig
 
@@ -227,8 +228,7 @@ def demo(p: Plan = Plan()) -> dict:
     stages = dict(dvae=tokenizer_stage, mim=pretrain_stage, finetune=finetune_stage, probe=probe_stage)
     metrics = {name: stage(out, name, lambda work=work: work(p)) for name, work in stages.items()}
     metrics["seconds"] = sum(m["seconds"] for m in metrics.values())
-    self, child = (resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    metrics["peak_rss_mb"] = self + 2 * child  # at most: ours, and two fine-tunings beside it
+    metrics["peak_rss_mb"] = max(memory(), metrics["finetune"].get("peak_mb", 0))
     finish(out, metrics)
     demo_report(p, metrics)
     print(f"\n{metrics['seconds']:.0f} s in all, at most {metrics['peak_rss_mb']:.0f} MB of memory. Now look at {out / 'report.html'}", flush=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REASONS', 'cosine_schedule', 'layer_id', 'param_groups', 'rank', 'world_size', 'mean_over_ranks', 'default_device',
            'pick_precision', 'whole_file', 'save_checkpoint', 'load_checkpoint', 'open_run', 'read_log', 'Log', 'Stop',
-           'train_step', 'Trainer', 'log_values', 'fit', 'finish', 'finished']
+           'train_step', 'Trainer', 'log_values', 'fit', 'memory', 'finish', 'finished']
 
 # %% ../nbs/07_training.ipynb #imports
 import fcntl
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import time
@@ -307,8 +308,16 @@ def fit(
     return t.model.eval()
 
 # %% ../nbs/07_training.ipynb #finish
+def memory(what: str = "VmHWM") -> float:
+    "MB that this process held at most (VmHWM) or holds now (VmRSS); elsewhere than on Linux always the most."
+    status = Path("/proc/self/status")  # getrusage would not do here: a child inherits its parent's peak
+    if status.exists(): return int(status.read_text().split(f"{what}:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def finish(out: Path, metrics: dict) -> dict:
-    "Write OUT/metrics.json, the final figures of a run; returns them."
+    "Write OUT/metrics.json, the final figures of a run and the memory that it took; returns them."
+    metrics = dict(peak_rss_mb=memory()) | metrics
     with whole_file(out / "metrics.json") as f: f.write(json.dumps(metrics, indent=1).encode())
     return metrics
 
