@@ -46,7 +46,7 @@ def test_staircase():
 
 def test_every_module_has_its_notebook():
     for name, path in MODULES.items():
-        notebook = re.search(r"File to edit: \.\./nbs/(\S+)\.", path.read_text())
+        notebook = re.search(r"File to edit: \.\./nbs/(\S+)\.ipynb", path.read_text())
         assert notebook, f"{path} was not exported from a notebook"
         file = ROOT / "nbs" / f"{notebook[1]}.ipynb"
         assert file.exists(), f"{path} comes from {file.name}, which is gone"
