@@ -10,8 +10,9 @@ __all__ = ['ARMS', 'Plan', 'stage', 'tokenizer_stage', 'pretrain_stage', 'fine_t
 # %% ../nbs/22_demo.ipynb #imports
 import json
 import os
+import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,6 +21,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from tqdm import tqdm
 
 from .attention import attention_maps, patch_attention, show_attention
 from .data import Digits, TwoViews
@@ -80,6 +82,11 @@ def fine_tune_all(recipes: list[FinetuneRecipe]) -> list[dict]:
     if cores < 2 or torch.cuda.is_available(): return [finetune(r, quiet=True) for r in recipes]
     with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(cores // 2,)) as pool:
         jobs = [pool.submit(finetune, r, quiet=True) for r in recipes]
+        with tqdm(total=sum(r.steps * r.batch_size for r in recipes), unit=" images", desc="finetune", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
+            while wait(jobs, timeout=2).not_done:  # the runs are quiet; their logs say how far they are
+                logs = [(r, rows[-1]) for r in recipes if (rows := [x for x in read_log(r.out) if "loss" in x])]
+                bar.update(sum(x["step"] * r.batch_size for r, x in logs) - bar.n)
+                if logs: bar.set_postfix_str(f"loss {logs[-1][1]['loss']:.3g}")
         for job, r in zip(jobs, recipes): print(f"{Path(r.out).name}: validation accuracy {job.result()['accuracy']:.3f}", flush=True)
     return [job.result() for job in jobs]
 
