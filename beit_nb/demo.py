@@ -24,9 +24,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from .attention import attention_maps, patch_attention, show_attention
-from .data import Digits, TwoViews
+from .data import Digits
 from .finetuning import evaluate_classifier, finetune, load_classifier
 from .images import PALETTE, normalize, show_images
+from .loading import TwoViews
 from .pretraining import evaluate_mim, load_mim, pretrain, token_table
 from .probing import probe
 from .recipes import FinetuneRecipe, recipe_named

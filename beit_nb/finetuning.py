@@ -19,11 +19,13 @@ from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from .data import PictureSet, Samples, TwoViews, batches, few_labels, open_data
+from .data import PictureSet, few_labels, open_data
 from .images import MEAN_STD, denormalize, normalize, to_pil
+from .loading import Samples, TwoViews, batches
 from .recipes import Backbone, FinetuneRecipe, from_config
-from .training import Trainer, finish, finished, fit, load_checkpoint, open_run, pick_precision, rank, read_log, world_size
-from .vit import VisionTransformer
+from .runs import finish, finished, join_processes, load_checkpoint, open_run, rank, read_log, sum_over_ranks, world_size
+from .training import Trainer, bite_size, default_device, fit, pick_precision
+from .vit import VisionTransformer, tune
 
 # %% ../nbs/18_finetuning.ipynb #classifier
 class BeitForImageClassification(VisionTransformer):
@@ -128,7 +130,7 @@ def build_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassif
     "The model of a recipe, untrained."
     args = {k: getattr(r, k) for k in (*Backbone.__dataclass_fields__, "weight_init", "pos_embed_init", "use_mean_pooling", "init_scale")}
     if r.weight_init == "beit": args["weight_init"] = "beit_finetune"  # the official code draws untruncated here
-    return BeitForImageClassification(num_classes, **args)
+    return BeitForImageClassification(num_classes, use_checkpoint=r.grad_checkpointing, **args)
 
 
 def start_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassification:
@@ -194,14 +196,14 @@ def to_input(x: Tensor, mean_std: str) -> Tensor:
 def finetune_loss(r: FinetuneRecipe, num_classes: int):
     "(model, batch, step) -> loss, {}: label smoothing, or timm's mixup and cutmix with soft targets."
     mix = Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=num_classes) if r.mixup or r.cutmix else None
-    if mix and r.batch_size // world_size() % 2:
-        raise ValueError(f"mixup and cutmix pair pictures, but batch_size {r.batch_size} over {world_size()} processes is odd; make it even")
+    if mix and (size := bite_size(r, world_size())) % 2:
+        raise ValueError(f"mixup and cutmix pair pictures, but a process takes {size} at once, which is odd; make it even with --batch-size or --device-batch-size")
     loss = SoftTargetCrossEntropy() if mix else LabelSmoothingCrossEntropy(r.label_smoothing)
 
     def loss_of(model, batch, step):
         x, y = to_input(batch[0], r.mean_std), batch[1]
         if mix:
-            np.random.seed([r.seed % 2**32, step, rank()])  # timm draws from numpy's global generator
+            np.random.seed(torch.randint(2**31, ()).item())  # timm draws from numpy's global generator; the engine has seeded torch's
             x, y = mix(x, y)
         return loss(model(x).float(), y), {}
 
@@ -210,21 +212,25 @@ def finetune_loss(r: FinetuneRecipe, num_classes: int):
 # %% ../nbs/18_finetuning.ipynb #evaluate-classifier
 @torch.no_grad()
 def evaluate_classifier(model, r: FinetuneRecipe, pictures: PictureSet, chunk: int = 250) -> dict:
-    "Top-1 accuracy and mean cross-entropy on all pictures of a set."
-    device, training = next(model.parameters()).device, model.training
-    make, rng, logits = FinetuneTransform(r, pictures.labels, training=False), np.random.default_rng(0), []
+    "Top-1 accuracy and mean cross-entropy on all pictures of a set; several processes share them."
+    device, training, n = next(model.parameters()).device, model.training, len(pictures)
+    make, rng, sums = FinetuneTransform(r, pictures.labels, training=False), np.random.default_rng(0), torch.zeros(2, dtype=torch.float64)
     dtype = pick_precision(r.precision, device)
     model.eval()
-    for part in torch.arange(len(pictures)).split(chunk):
-        x = torch.stack([make(pictures[int(i)], int(i), rng)[0] for i in part]).to(device)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None): logits.append(model(to_input(x, r.mean_std)).float().cpu())
+    for part in torch.arange(rank(), n + -n % world_size(), world_size()).split(chunk):  # all take equally many: a model in shards is read together
+        ids, real = part % n, part < n
+        x, y = torch.stack([make(pictures[int(i)], int(i), rng)[0] for i in ids]).to(device), torch.as_tensor(pictures.labels[ids.numpy()], dtype=torch.long)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None): logits = model(to_input(x, r.mean_std)).float().cpu()
+        sums += torch.stack([(logits.argmax(1) == y)[real].sum(), F.cross_entropy(logits, y, reduction="none")[real].sum()])
     model.train(training)
-    logits, y = torch.cat(logits), torch.as_tensor(pictures.labels, dtype=torch.long)
-    return dict(accuracy=(logits.argmax(1) == y).float().mean().item(), val_loss=F.cross_entropy(logits, y).item())
+    accuracy, loss = (sum_over_ranks(sums) / n).tolist()
+    return dict(accuracy=accuracy, val_loss=loss)
 
 # %% ../nbs/18_finetuning.ipynb #finetune
+@join_processes()
 def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
     "Fine-tune to the recipe, or continue; returns the final metrics, and leaves checkpoints, log.jsonl and metrics.json in its folder."
+    tune(default_device(), r.embed_dim)
     with open_run("finetune", r) as out:
         pictures, held = open_data(r.data, "train", labels=True), open_data(r.data, r.split, labels=True)
         ids, classes = few_labels(pictures.labels, r.labels_per_class, r.seed), pictures.classes

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['backbone_args', 'build_mim', 'load_mim', 'check_tokenizer', 'mask_maker', 'PretrainTransform', 'token_table',
-           'pretrain_loss', 'Watch', 'evaluate_mim', 'pretrain']
+           'check_tokens', 'spelling', 'with_cells', 'pretrain_loss', 'Watch', 'evaluate_mim', 'pretrain']
 
 # %% ../nbs/16_pretraining.ipynb #imports
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,18 +15,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .data import PictureSet, Samples, TwoViews, batches, open_data
+from .data import PictureSet, open_data
 from .images import MEAN_STD, normalize
+from .loading import Samples, TwoViews, batches, jitter_batch
 from .masking import blockwise_mask, random_mask
-from .mim import BeitForMaskedImageModeling, mim_accuracy, mim_loss
+from .mim import BeitForMaskedImageModeling, masked_cells, mim_accuracy, mim_loss
 from .recipes import Backbone, PretrainRecipe, check_recipe, from_config
-from .tokenizer import Tokenizer, load_tokenizer
-from .training import Trainer, default_device, finish, fit, load_checkpoint, open_run, rank, world_size
+from .runs import finish, join_processes, load_checkpoint, open_run, rank, world_size
+from .tokenizer import Tokenizer, fingerprint, load_tokenizer, load_tokens
+from .training import Trainer, default_device, fit
+from .vit import roads, tune
 
 # %% ../nbs/16_pretraining.ipynb #build-mim
 def backbone_args(r: Backbone) -> dict:
     "The arguments that every model of this shape takes."
-    return {k: getattr(r, k) for k in Backbone.__dataclass_fields__} | {k: getattr(r, k) for k in ("weight_init", "pos_embed_init")}
+    return {k: getattr(r, k) for k in (*Backbone.__dataclass_fields__, "weight_init", "pos_embed_init")} | dict(use_checkpoint=r.grad_checkpointing)
 
 
 def build_mim(r: PretrainRecipe) -> BeitForMaskedImageModeling:
@@ -59,10 +63,10 @@ def mask_maker(r: PretrainRecipe):
 
 # %% ../nbs/16_pretraining.ipynb #pretrain-transform
 class PretrainTransform:
-    "A picture to (patch view uint8, token view uint8, mask (h, w), number): everything that one sample of pre-training needs."
+    "A picture to (patch view uint8, token view uint8, [its colours,] mask (h, w), number): everything that one sample of pre-training needs."
 
     def __init__(self, r: PretrainRecipe):
-        self.views = TwoViews(r.img_size, r.token_size, r.crop_scale, r.color_jitter, r.flip)
+        self.views = TwoViews(r.img_size, r.token_size, r.crop_scale, r.color_jitter, r.flip, r.jitter_on)
         self.mask = mask_maker(r)
 
     def __call__(self, picture, number: int, rng: np.random.Generator):
@@ -80,19 +84,48 @@ def token_table(
     parts = torch.arange(len(pictures)).split(chunk)
     return torch.cat([tokenizer.get_codebook_indices(torch.stack([samples[int(i)][0] for i in part]).to(device).float() / 255) for part in parts])
 
+# %% ../nbs/16_pretraining.ipynb #check-tokens
+def check_tokens(r: PretrainRecipe, described: dict, pictures: PictureSet) -> None:
+    "The ids that `beit tokenize` wrote must belong to these pictures, this view and this alphabet."
+    side = r.img_size // r.patch_size
+    wanted = dict(pictures=len(pictures), names=fingerprint(*([Path(f).name for f in getattr(pictures, "files", [])] or [pictures.name])), vocab_size=r.vocab_size,
+                  grid=[side, side], img_size=r.img_size, token_size=r.token_size)
+    other = [f"{k} {described[k]!r} there, {v!r} here" for k, v in wanted.items() if described[k] != v]
+    if other: raise ValueError(f"the tokens in {r.tokens} are of something else ({'; '.join(other[:3])}); write them again with `beit tokenize`")
+    if not PretrainTransform(r).views.fixed: raise ValueError("--tokens needs pictures that look the same in every epoch; set --crop-scale None --color-jitter 0 --flip 0, or drop --tokens")
+
+
+def spelling(r: PretrainRecipe, pictures: PictureSet) -> tuple[Tokenizer | None, Tensor | None]:
+    "Where the targets come from: a tokenizer that runs in every step, or a table of all ids; on this process's device."
+    if r.tokens:
+        table, described = load_tokens(r.tokens)
+        check_tokens(r, described, pictures)
+        return None, table.to(default_device())
+    if not r.tokenizer: raise ValueError("pre-training needs --tokenizer: the --out folder of `beit tokenizer`, or a checkpoint in it")
+    tokenizer, device = load_tokenizer(r.tokenizer), default_device()
+    check_tokenizer(r, tokenizer)
+    if roads(device).tokenizer and hasattr(tokenizer.dvae, "prepare_for_inference"): tokenizer.dvae.prepare_for_inference(roads(device).tokenizer)
+    return tokenizer.to(device), None
+
+# %% ../nbs/16_pretraining.ipynb #with-cells
+def with_cells(bite: list[Tensor]) -> tuple[list[Tensor], int]:
+    "A bite (..., mask, number) and its hidden cells (n,), with how many they are."
+    where = masked_cells(bite[-2])
+    return [*bite, where.pin_memory() if torch.cuda.is_available() else where], len(where)
+
 # %% ../nbs/16_pretraining.ipynb #pretrain-loss
 def pretrain_loss(
     r: PretrainRecipe,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     table: Tensor | None = None,  # ids (N, h, w) of all pictures, if they never change
 ):
-    "(model, batch, step) -> loss and mlm_acc; targets come from the token view, or from the table where there is one."
+    "(model, bite, step) -> loss and mlm_acc; targets come from the token view, or from the table where there is one."
 
-    def loss_of(model, batch, step):
-        patch_view, token_view, mask, number = batch
-        ids = tokenizer.get_codebook_indices(token_view.float() / 255) if table is None else table[number]
-        targets = ids[mask]  # (n,) row-major, as the model's logits
-        logits = model(normalize(patch_view.float() / 255, MEAN_STD[r.mean_std]), mask)
+    def loss_of(model, bite, step):
+        patch_view, token_view, *colours, mask, number, where = bite
+        patch_view, token_view = (jitter_batch(x, *colours) if colours else x.float() / 255 for x in (patch_view, token_view))  # [0, 1]
+        targets = tokenizer.indices_at(token_view, where) if table is None else table[number].flatten()[where].long()  # (n,)
+        logits = model(normalize(patch_view, MEAN_STD[r.mean_std]), mask, where=where)
         return mim_loss(logits, targets), dict(mlm_acc=mim_accuracy(logits.detach(), targets))
 
     return loss_of
@@ -102,7 +135,7 @@ class Watch:
     "Saves what the model would fill in at the masked places of a few fixed pictures, every `every` steps, under OUT/watch."
 
     def __init__(self, r: PretrainRecipe, out: Path, pictures: PictureSet, every: int, n: int = 6):
-        samples = Samples(pictures, PretrainTransform(r), r.seed + 1)  # other masks than the training's
+        samples = Samples(pictures, PretrainTransform(replace(r, jitter_on="loader")), r.seed + 1)  # other masks than the training's
         picks = [samples[int(i)] for i in np.linspace(0, len(pictures) - 1, n).astype(int)]
         self.views, _, self.masks = (torch.stack(x) for x in list(zip(*picks))[:3])
         self.every, self.mean_std, self.folder = every, MEAN_STD[r.mean_std], out / "watch"
@@ -115,6 +148,7 @@ class Watch:
         model.eval()
         logits = model(normalize(self.views.to(device).float() / 255, self.mean_std), self.masks.to(device), return_all_tokens=True)
         model.train()
+        if rank() > 0: return  # all look, for a model in shards can be read only together; one writes
         torch.save(dict(step=step, views=self.views, masks=self.masks, guess=logits.argmax(-1).view(self.masks.shape).cpu()), self.folder / f"{step:07d}.pt")
 
 # %% ../nbs/16_pretraining.ipynb #evaluate-mim
@@ -129,7 +163,7 @@ def evaluate_mim(
     chunk: int = 250,
 ) -> dict:
     "Top-1 and loss on masked tokens of unseen pictures, beside the best constant guess at every place."
-    device, training, samples = next(model.parameters()).device, model.training, Samples(pictures, PretrainTransform(r), seed)
+    device, training, samples = next(model.parameters()).device, model.training, Samples(pictures, PretrainTransform(replace(r, jitter_on="loader")), seed)
     hits = constant = total = loss = 0
     best = None if prior is None else torch.mode(prior.flatten(1), 0).values.to(device)  # (h*w,) the most frequent id of every place
     model.eval()
@@ -145,21 +179,21 @@ def evaluate_mim(
     return dict(masked_top1=hits / total, masked_loss=loss / total, **({} if best is None else dict(best_constant_top1=constant / total)))
 
 # %% ../nbs/16_pretraining.ipynb #pretrain
+@join_processes()
 def pretrain(r: PretrainRecipe, quiet: bool = False) -> BeitForMaskedImageModeling:
     "Pre-train to the recipe, or continue; leaves checkpoints, log.jsonl and metrics.json in its folder."
     check_recipe(r)
-    if not r.tokenizer: raise ValueError("pre-training needs --tokenizer: the --out folder of `beit tokenizer`, or a checkpoint in it")
-    tokenizer = load_tokenizer(r.tokenizer).to(default_device())
-    check_tokenizer(r, tokenizer)
+    tune(default_device(), r.embed_dim)
     pictures, transform = open_data(r.data), PretrainTransform(r)
+    tokenizer, table = spelling(r, pictures)
     with open_run("pretrain", r) as out:
-        samples = Samples(pictures, transform, r.seed)
+        samples = Samples(pictures, transform, r.seed, pixels=True)
         torch.manual_seed(r.seed)
         per_epoch = len(samples) // r.batch_size
         t = Trainer("pretrain", r, out, build_mim(r), r.steps or r.epochs * per_epoch, per_epoch, quiet=quiet)
-        table = token_table(tokenizer, pictures, transform.views) if transform.views.fixed else None
-        watch = Watch(r, out, pictures, r.watch_every) if r.watch_every and rank() == 0 else None
+        if table is None and transform.views.fixed: table = token_table(tokenizer, pictures, transform.views)
+        watch = Watch(r, out, pictures, r.watch_every) if r.watch_every else None
         if watch and t.step == 0: watch(0, t.model)
-        model = fit(t, batches(samples, r, rank(), world_size()), pretrain_loss(r, tokenizer, table), watch)
+        model = fit(t, batches(samples, r, rank(), world_size()), pretrain_loss(r, tokenizer, table), watch, with_cells)
         finish(out, dict(steps=t.step, images=t.step * r.batch_size))
         return model

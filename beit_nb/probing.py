@@ -19,8 +19,9 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from .data import PictureSet, TwoViews, few_labels, open_data
+from .data import PictureSet, few_labels, open_data
 from .finetuning import build_classifier, load_backbone, to_input
+from .loading import TwoViews
 from .recipes import FinetuneRecipe, ProbeRecipe, from_config
 from .training import default_device, finish, load_checkpoint, open_run, pick_precision
 from .vit import VisionTransformer

@@ -23,6 +23,7 @@ class Run:
     epochs: int = 1  # passes over the training pictures
     steps: int | None = None  # the same in optimizer steps; wins over epochs
     batch_size: int = 64  # pictures per step, over all processes
+    device_batch_size: int | None = None  # pictures a process takes at once; none: its whole share; smaller: gradients accumulate
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 1e-5  # learning rate at the end
     warmup_epochs: float = 0.0  # linear from 0 to lr
@@ -32,11 +33,15 @@ class Run:
     beta2: float = 0.999  # AdamW's second beta; the first is 0.9
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it in hardware
     compile: bool = False  # torch.compile the model
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: copies of the model, or one model in shards (FSDP2)
+    grad_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more work
     max_steps: int | None = None  # stop after that many steps, whatever epochs says
     checkpoint_every: int = 1000  # steps between checkpoints
+    keep_checkpoints: int = 2  # so many of the newest are kept
+    milestone_every: int | None = None  # steps between checkpoints that are kept for good
     log_every: int = 20  # steps between log lines
     workers: int = 0  # loader processes
-    max_damaged: int = 100  # unreadable pictures that a run skips before it stops
+    max_damaged: float = 0.01  # largest share of unreadable pictures; a run with more of them stops
     tensorboard: bool = False  # write events under OUT/tb
     dry_run: bool = False  # two steps, then stop
 
@@ -63,6 +68,7 @@ class TokenizerRecipe(Run):
     "How a dVAE is trained: -ELBO per pixel-channel, with a schedule for the KL weight and for the temperature."
 
     img_size: int = 32  # pixels a side of the pictures it trains on
+    arch: Literal["small", "dalle"] = "small"  # our network, or DALL-E's (53.8 + 43.8 million parameters, 8 pixels a token)
     downsample: int = 4  # pixels a side of one token: 2, 4, 8 or 16
     vocab_size: int = 256  # how many tokens there are
     code_dim: int = 32  # width of a row of the codebook
@@ -75,6 +81,9 @@ class TokenizerRecipe(Run):
     tau_start: float = 1.0  # Gumbel-softmax temperature at the beginning
     tau_end: float = 1 / 16  # and at the end (DALL-E, App. A.2)
     tau_share: float = 0.8  # share of the training over which it falls
+    tau_steps: int | None = None  # the same in steps; wins over tau_share
+    lr_steps: int | None = None  # steps after which the learning rate has come down to min_lr; none: all
+    ema: float = 0.0  # keep a running mean of the weights with this memory (DALL-E: .999), and hand that out; 0: none
     crop_scale: tuple[float, float] | None = None  # random resized crop; none: whole picture
     flip: float = 0.0  # probability of a mirrored picture
 
@@ -99,6 +108,9 @@ class PretrainRecipe(Backbone, Run):
     weight_init: Literal["beit", "xavier"] = "beit"  # beit: truncated normal .02; xavier: for tiny models
     pos_embed_init: Literal["normal", "sincos"] = "normal"  # start of the learnt positions; sincos: for tiny models
     watch_every: int | None = None  # steps between saved guesses on a few fixed pictures
+    loss_mean: Literal["global", "process"] = "global"  # over all masked tokens of the step, or per process as the official code does
+    tokens: str = ""  # ids that `beit tokenize` wrote, where crops are fixed: no tokenizer runs
+    jitter_on: Literal["loader", "device"] = "loader"  # where colours are jittered; device: the same jitter on the batch, faster
 
 # %% ../nbs/06_recipes.ipynb #finetune-recipe
 @dataclass
@@ -155,6 +167,13 @@ TOKENIZER = {
     "cifar": ("CIFAR-100 on one GPU; not measured here", TokenizerRecipe(
         data="cifar100", epochs=30, batch_size=256, vocab_size=1024, width=256, lr=1e-3, min_lr=1e-5, warmup_epochs=1,
         weight_decay=1e-4, clip_grad=1.0, crop_scale=(0.5, 1.0), flip=0.5)),
+    "imagenet": ("ImageNet-1K on eight GPUs, 8 pixels a token, trained on the crops that BEiT will show it; not run here", TokenizerRecipe(
+        data="imagenet", img_size=112, downsample=8, vocab_size=8192, width=512, epochs=30, batch_size=1024, lr=1e-3, min_lr=1e-5, warmup_epochs=1,
+        weight_decay=1e-4, beta2=0.99, clip_grad=1.0, ema=0.999, crop_scale=(0.08, 1.0), flip=0.5)),
+    "dalle": ("DALL-E's own (App. A.2): its network at 256 pixels, batch 512, 3,000,000 steps; not run here", TokenizerRecipe(
+        data="imagenet", arch="dalle", img_size=256, downsample=8, vocab_size=8192, code_dim=128, width=256, logits="linear", likelihood="laplace",
+        steps=3_000_000, batch_size=512, lr=1e-4, min_lr=1.25e-6, lr_steps=1_200_000, weight_decay=1e-4, kl_weight=6.6, kl_steps=5000,
+        usage_weight=0.0, tau_steps=150_000, ema=0.999, crop_scale=(0.44, 0.79))),
 }
 
 # %% ../nbs/06_recipes.ipynb #pretrain-presets
@@ -207,8 +226,9 @@ PROBE = {
 RECIPES = {"tokenizer": TOKENIZER, "pretrain": PRETRAIN, "finetune": FINETUNE, "probe": PROBE}
 
 # %% ../nbs/06_recipes.ipynb #check-recipe
-POSITIVE = ("batch_size", "epochs", "steps", "max_steps", "checkpoint_every", "log_every", "watch_every", "eval_every", "img_size", "patch_size",
-            "token_size", "embed_dim", "depth", "num_heads", "vocab_size", "code_dim", "width", "labels_per_class", "draws")  # counts and sizes
+POSITIVE = ("batch_size", "device_batch_size", "epochs", "steps", "max_steps", "checkpoint_every", "keep_checkpoints", "milestone_every", "log_every",
+            "watch_every", "eval_every", "tau_steps", "lr_steps", "img_size", "patch_size", "token_size", "embed_dim", "depth", "num_heads", "vocab_size",
+            "code_dim", "width", "labels_per_class", "draws")  # counts and sizes
 
 
 def check_recipe(recipe) -> None:
@@ -216,7 +236,11 @@ def check_recipe(recipe) -> None:
     r = recipe
     bad = [f"{k} {getattr(r, k)} must be at least 1" for k in POSITIVE if getattr(r, k, None) is not None and getattr(r, k) < 1]
     if isinstance(r, Run) and not r.lr > 0: bad.append(f"lr {r.lr} must be above 0")
-    if isinstance(r, TokenizerRecipe) and r.downsample not in (2, 4, 8, 16): bad.append(f"downsample {r.downsample} is not one of 2, 4, 8, 16")
+    if isinstance(r, TokenizerRecipe):
+        if r.downsample not in (2, 4, 8, 16): bad.append(f"downsample {r.downsample} is not one of 2, 4, 8, 16")
+        if r.arch == "dalle" and (r.logits, r.likelihood) != ("linear", "laplace"): bad.append("arch dalle has logits linear and likelihood laplace: set both")
+        if not 0 <= r.ema < 1: bad.append(f"ema {r.ema} must be at least 0 and below 1")
+        if r.parallel == "fsdp": bad.append("a tokenizer is small: set parallel ddp")
     if not bad:
         for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads"), ("img_size", "downsample")):
             if hasattr(r, whole) and hasattr(r, part) and getattr(r, whole) % getattr(r, part):
@@ -230,7 +254,8 @@ def check_recipe(recipe) -> None:
     if bad: raise ValueError("; ".join(bad))
 
 # %% ../nbs/06_recipes.ipynb #as-config
-FREE = {"out", "resume", "workers", "max_steps", "checkpoint_every", "log_every", "tensorboard", "dry_run", "max_damaged"}  # may change on resume
+FREE = {"out", "resume", "workers", "max_steps", "checkpoint_every", "keep_checkpoints", "milestone_every", "log_every", "tensorboard", "dry_run", "max_damaged",
+        "device_batch_size", "parallel", "grad_checkpointing"}  # may change on resume
 
 
 def as_config(command: str, recipe) -> dict:
@@ -247,7 +272,7 @@ def from_config(config: dict):
 # %% ../nbs/06_recipes.ipynb #check-same-run
 def check_same_run(old: dict, new: dict, where) -> None:
     "Refuse to go on with a run of another recipe: all fields of the two configs but the FREE ones must agree."
-    other = [f"{k} {old.get(k)!r} there, {v!r} now" for k, v in new.items() if k not in FREE and old.get(k) != v]
+    other = [f"{k} {old.get(k)!r} there, {v!r} now" for k, v in new.items() if k not in FREE and old.get(k, v) != v]  # a field of a later version is no quarrel
     if other: raise ValueError(f"{where} holds another run ({'; '.join(other[:3])}); choose another --out, or delete that folder")
 
 # %% ../nbs/06_recipes.ipynb #recipe-named

@@ -123,6 +123,34 @@ def test_damaged_pictures_are_counted(photos, tmp_path):
     assert r.stderr.strip().splitlines()[-1].startswith("beit: error: more than max_damaged=0")
 
 
+def test_tokenize_and_train_on_the_tokens(runs, tmp_path):
+    "Tokens from disk give the very training that the tokenizer gives; tokens of something else are refused."
+    said = beit("tokenize", "digits", "--tokenizer", runs / "tok", "--out", tmp_path / "tokens").stdout
+    assert "14,400 pictures, 8 x 8 tokens" in said and len(list((tmp_path / "tokens").glob("part-*.npz"))) == 4
+    beit("pretrain", "nano", *TINY, "--tokenizer", runs / "tok", "--tokens", tmp_path / "tokens", "--out", tmp_path / "pre", "--watch-every", 2)
+    a, b = (torch.load(p / "checkpoints" / "last.pt", weights_only=True)["model"] for p in (runs / "pre", tmp_path / "pre"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    refused("pretrain", "nano", *TINY, "--tokenizer", runs / "tok", "--tokens", tmp_path / "none", "--out", tmp_path / "x", says=["there are no tokens", "beit tokenize"])
+    refused("pretrain", "nano", *TINY, "--tokenizer", runs / "tok", "--tokens", tmp_path / "tokens", "--flip", .5, "--out", tmp_path / "y", says="tokens")
+    refused("tokenize", "digits", "--tokenizer", tmp_path, "--out", tmp_path / "z", says="no checkpoint")
+
+
+def test_shards_train_like_the_folder(photos, tmp_path):
+    said = beit("shard", photos, "--out", tmp_path / "shards", "--per-shard", 5).stdout
+    assert "24 pictures" in said or "damaged" in said
+    assert len(list((tmp_path / "shards" / "train").glob("*.tar"))) >= 3
+    beit("tokenizer", "photos", *TINY, "--data", tmp_path / "shards", "--batch-size", 4, "--out", tmp_path / "tok")
+    refused("shard", tmp_path / "nowhere", "--out", tmp_path / "s", says="nowhere")
+
+
+def test_plan():
+    said = beit("plan", "base-in1k", "--gpus", 16, "--hardware", "v100").stdout
+    assert "500,000 steps" in said and "92,089,856" in said and "160.1 GFLOP" in said
+    refused("plan", "huge", says=["huge", "base-in1k"])
+    refused("plan", "nano", "--gpus", 0, says="gpus")
+    assert "311,674,880" in beit("plan", "large-in1k").stdout and "GPU" in beit("plan", "base-in1k", "--command", "finetune").stdout
+
+
 def test_bad_words(runs, tmp_path):
     refused("pretrian", says=["pretrian", "pretrain"])
     refused("pretrain", "huge", says=["huge", "nano", "base-in1k"])

@@ -1,6 +1,10 @@
-"""Sources of pictures: layouts on disk, known sets without a network, faults, and batches that repeat."""
+"""Sources of pictures: layouts on disk, known sets without a network, faults, and tar shards in both directions."""
+import io
+import json
+import os
 import pickle
-from dataclasses import replace
+import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +13,9 @@ import torch
 import torchvision
 from PIL import Image
 
-from beit_nb.data import KNOWN, Digits, Folder, Order, Photos, Samples, TwoViews, batches, open_data, torchvision_set
-from beit_nb.recipes import PretrainRecipe
+import beit_nb.data as data
+from beit_nb.data import KNOWN, Digits, Folder, Photos, Shards, decode, open_data, shard_folder, torchvision_set
+from beit_nb.images import load_image, photos
 
 
 def grey(file: Path, value: int, size=(24, 20)):
@@ -95,58 +100,204 @@ def test_many_classes_are_fast(tmp_path, monkeypatch):
     import time, beit_nb.data as d
     root = tmp_path / "x"
     root.mkdir()
-    names = [f"n{i:05d}" for i in range(5000)]
+    names = [f"n{i:05d}" for i in range(2000)]
     monkeypatch.setattr(d, "list_images", lambda r: [root / n / f"{k}.jpg" for n in names for k in range(20)])
     t = time.process_time()
-    assert len(Folder(root, labels=True, classes=names)) == 100_000
+    assert len(Folder(root, labels=True, classes=names)) == 40_000
     assert time.process_time() - t < 5
 
 
-def transform(picture, number, rng):
-    return TwoViews(16, 8, (0.2, 1.0), 0.4, 0.5)(picture) + (number, torch.rand(()), rng.random())
+def test_imagenet_layouts(tmp_path, monkeypatch):
+    "Both sets by name, from data/ of the folder that one stands in; and trees of any depth."
+    for i in range(4): grey(tmp_path / "data" / "imagenet" / ("train", "val")[i % 2] / f"n0{i // 2}" / f"n0{i // 2}_{i}.JPEG", 50 * i)
+    for i in range(3): grey(tmp_path / "data" / "imagenet22k" / f"n1{i}" / f"n1{i}_1.JPEG", 50 * i)
+    for i in range(3): grey(tmp_path / "deep" / "/".join("abcdef"[: 2 * i]) / f"{i}.Png", 50 * i)
+    monkeypatch.chdir(tmp_path)
+    assert len(open_data("imagenet")) == 2 and open_data("imagenet", "val", labels=True).labels.tolist() == [0, 1]
+    assert len(open_data("imagenet22k")) == 3 and open_data("imagenet22k").labels is None
+    assert len(open_data("deep")) == 3
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_damaged_pictures(tmp_path, workers, capfd):
-    for i in range(8): grey(tmp_path / f"{i}.png", 10 * i)
-    for i in (2, 3): (tmp_path / f"{i}.png").write_bytes(b"no picture")
-    r = replace(PretrainRecipe(), batch_size=4, max_damaged=2, workers=workers)
-    rows = [x for b in batches(Samples(Folder(tmp_path), transform), r)(0, 20) for x in b[2].tolist()]     # ten epochs, two damaged
-    assert len(rows) == 80 and not {2, 3} & set(rows) and rows.count(4) == 30
-    said = [l for l in capfd.readouterr().err.splitlines() if l.startswith("beit: passed over: cannot read")]
-    assert len(said) <= 2 * max(1, workers) and {"2.png", "3.png"} == {n for n in ("2.png", "3.png") if any(n in l for l in said)}
-    with pytest.raises(ValueError, match="max_damaged=1 unreadable"):
-        list(batches(Samples(Folder(tmp_path), transform), replace(r, max_damaged=1))(0, 20))
-    for i in range(8): (tmp_path / f"{i}.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="none of the 8 pictures"): Samples(Folder(tmp_path), transform)[0]
+def jpeg(image, **more) -> bytes:
+    with io.BytesIO() as f:
+        image.save(f, "JPEG", **more)
+        return f.getvalue()
 
 
-def test_batches_depend_on_seed_and_step_only():
-    r = replace(PretrainRecipe(), batch_size=6, seed=3)
-    samples = Samples(Photos(2), transform, r.seed)
-    whole = list(batches(samples, r)(0, 7))                                 # 22 pictures: 3 steps an epoch
-    for other in (list(batches(samples, replace(r, workers=2))(2, 7)), [b for k in range(2, 7) for b in batches(samples, r)(k, k + 1)]):
-        assert all(torch.equal(x, y) for a, b in zip(whole[2:], other, strict=True) for x, y in zip(a, b, strict=True))
-    halves = [list(batches(samples, r, rank, 2)(0, 7)) for rank in range(2)]
-    for step, batch in enumerate(whole):
-        assert torch.equal(torch.stack([h[step][2] for h in halves], 1).flatten(), batch[2])
-    assert not torch.equal(whole[0][0], list(batches(Samples(Photos(2), transform, 4), replace(r, seed=4))(0, 1))[0][0])
+def by_pil(blob: bytes):
+    return torch.from_numpy(np.array(load_image(io.BytesIO(blob)))).permute(2, 0, 1)
 
 
-def test_sources_travel_to_spawned_workers(tmp_path):
-    grey(tmp_path / "1.png", 7)
-    for pictures in (Digits("val"), Folder(tmp_path), Photos()):
-        again = pickle.loads(pickle.dumps(Samples(pictures, transform)))
-        assert torch.equal(again[0][0], Samples(pictures, transform)[0][0])
+def test_fast_decoder_is_pil(tmp_path):
+    "Every kind of file gives the pixels that PIL gives, and is damaged where PIL says so."
+    cat = photos()["chelsea"]
+    kinds = [jpeg(cat), jpeg(cat, progressive=True), jpeg(cat, subsampling=0), jpeg(cat, subsampling=1), jpeg(cat.convert("L")), jpeg(cat.convert("CMYK"))]
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        kinds.append(jpeg(cat, exif=exif))
+    for kind in ("PNG", "WEBP", "GIF", "TIFF", "BMP"):
+        with io.BytesIO() as f:
+            cat.save(f, kind)
+            kinds.append(f.getvalue())
+    for blob in kinds: assert torch.equal(decode(blob, lambda: "x"), by_pil(blob))
+    whole, rng = kinds[0], np.random.default_rng(0)
+    broken = [whole[:n] for n in (0, 1, 2, 10, 700, len(whole) // 2, len(whole) - 1)]
+    for _ in range(60):
+        blob = bytearray(whole)
+        for place in rng.integers(2, len(blob), rng.choice([1, 5, 20])): blob[place] = rng.integers(256)
+        broken.append(bytes(blob))
+    refused = 0
+    for blob in broken:
+        try: want = by_pil(blob)
+        except ValueError: want, refused = None, refused + 1
+        if want is not None: assert torch.equal(decode(blob, lambda: "x"), want)
+        else:
+            with pytest.raises(ValueError, match="^cannot read the picture cat.jpg"): decode(blob, lambda: "cat.jpg")
+    assert 7 <= refused < len(broken)
 
 
-def test_views_of_odd_pictures():
-    for size in ((1, 1), (1, 300), (300, 2), (5, 7)):
-        for views in (TwoViews(16, 8), TwoViews(16, 8, (0.08, 1.0), 0.4, 0.5)):
-            a, b = views(Image.new("RGB", size, (10, 20, 30)))
-            assert a.shape == (3, 16, 16) and b.shape == (3, 8, 8) and a.dtype == b.dtype == torch.uint8
+def test_without_torchvisions_decoder(tmp_path, monkeypatch):
+    "It is to leave torchvision one day: the same pixels by PIL, and no warning while it is there."
+    import warnings
+
+    blobs = [jpeg(photos()["chelsea"]), jpeg(photos()["coffee"].convert("L")), jpeg(photos()["coffee"].convert("CMYK"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = [decode(b, lambda: "x") for b in blobs]
+    asked = []
+    monkeypatch.setattr(data, "load_image", lambda f: asked.append(f) or load_image(f))
+    monkeypatch.setattr(torch.ops, "image", None)
+    assert all(torch.equal(decode(b, lambda: "x"), w) for b, w in zip(blobs, want)) and len(asked) == 3
+    with pytest.raises(ValueError, match="^cannot read the picture x"): decode(blobs[0][:900], lambda: "x")
 
 
-def test_order_refuses():
-    with pytest.raises(ValueError, match="larger than the data set"): Order(3, 4, 0, 0, 1)
-    with pytest.raises(ValueError, match="3 processes"): Order(30, 4, 0, 0, 1, world=3)
+@pytest.fixture
+def tree(tmp_path):
+    "Twelve pictures in two classes, a third one only in train; a note, a hidden file and a broken picture."
+    for i in range(12): grey(tmp_path / "in" / ("train" if i < 9 else "val") / "abc"[i % 3 if i < 9 else 1] / ("deep" if i % 2 else "") / f"pic.{i}.{('png', 'JPEG', 'webp')[i // 4]}", 20 * i)
+    (tmp_path / "in" / "train" / "a" / "note.txt").write_text("hello")
+    (tmp_path / "in" / "train" / "b" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
+    return tmp_path / "in"
+
+
+def test_shards_both_ways(tree, tmp_path, capfd):
+    import webdataset
+
+    out = tmp_path / "out"
+    assert shard_folder(tree, out, per_shard=4) == dict(pictures=12, shards=4, damaged=1, others=1)
+    assert "beit: left out: cannot read the picture" in (said := capfd.readouterr().err) and "broken.jpg" in said
+    train, val = (open_data(str(out), s, labels=True) for s in ("train", "val"))
+    assert (len(train), len(val)) == (9, 3) and train.classes == val.classes == ["a", "b", "c"]
+    assert values(train) == {20 * i: i % 3 for i in range(9)} and values(val) == {20 * i: 1 for i in (9, 10, 11)}
+    want = {f.read_bytes(): "abc".index(f.relative_to(tree / "train").parts[0]) for f in (tree / "train").rglob("pic.*")}
+    theirs = list(webdataset.WebDataset([str(t) for t in train.tars], shardshuffle=False))
+    assert {next(v for k, v in x.items() if k in ("png", "jpeg", "webp")): int(x["cls"]) for x in theirs} == want and len({x["__key__"] for x in theirs}) == 9
+    assert {train.bytes(i): int(y) for i, y in enumerate(train.labels)} == want
+    assert all(torch.equal(train.pixels(i), torch.from_numpy(np.array(train[i])).permute(2, 0, 1)) for i in range(9))
+    assert not [f for f in out.rglob("*") if f.name.endswith(".part")]
+    assert len(open_data(str(out))) == 9 and open_data(str(out)).labels is None
+
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    with webdataset.ShardWriter(str(foreign / "s-%03d.tar"), maxcount=2, verbose=0) as w:
+        for i, (blob, y) in enumerate(want.items()): w.write({"__key__": f"some/folder/{i:03d}", "jpg": blob, "cls": y, "json": {"a": 1}, "seg.png": b"no", "txt": "words"})
+    theirs = Shards(foreign, labels=True)
+    assert {theirs.bytes(i): int(y) for i, y in enumerate(theirs.labels)} == want and theirs.classes == ["0", "1", "2"]
+    assert theirs.where(0) == f"{foreign}/s-000.tar/some/folder/000.jpg"
+    assert Shards(foreign, labels=True, classes=["x", "y", "z"]).classes == ["x", "y", "z"]
+
+
+@pytest.mark.parametrize("kind", ["ustar", "gnu", "pax", "command"])
+def test_shards_of_any_tar(tmp_path, kind):
+    "Names longer than a header holds, links and folders, and the tar of the system."
+    root, name = tmp_path / "t", "x" * 60 + "/" + "y" * (60 if kind == "ustar" else 120)
+    for i in range(3): grey(root / f"{name}{i}.PNG", 50 * i)
+    (root / "link.png").symlink_to("x.png")
+    tar = tmp_path / "s" / "0.tar"
+    tar.parent.mkdir()
+    if kind == "command": subprocess.run(["tar", "cf", tar, "-C", root, "."], check=True)
+    else:
+        with tarfile.open(tar, "w", format=dict(ustar=tarfile.USTAR_FORMAT, gnu=tarfile.GNU_FORMAT, pax=tarfile.PAX_FORMAT)[kind]) as t: t.add(root, ".")
+    shards = Shards(tar.parent)
+    assert sorted(round(float(np.asarray(shards[i]).mean())) for i in range(len(shards))) == [0, 50, 100]
+    assert "y" * 20 in shards.where(0)
+
+
+def test_sharding_goes_on_where_it_was_stopped(tree, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    shard_folder(tree / "train", whole, per_shard=2)
+    real, n = data.decode, [0]
+
+    def dies(*a):
+        n[0] += 1
+        if n[0] > 5: raise KeyboardInterrupt
+        return real(*a)
+
+    monkeypatch.setattr(data, "decode", dies)
+    with pytest.raises(KeyboardInterrupt): shard_folder(tree / "train", out, per_shard=2)
+    left = {t.name: t.stat().st_mtime_ns for t in out.glob("*.tar")}
+    assert len(left) == 2 and not list(out.glob("*.part"))
+    with pytest.raises(ValueError, match="holds 2 of 5 shards; let `beit shard` finish"): open_data(str(out))
+    monkeypatch.setattr(data, "decode", real)
+    again = shard_folder(tree / "train", out, per_shard=2)
+    assert again == shard_folder(tree / "train", out, per_shard=2) == dict(pictures=9, shards=5, damaged=1, others=1)
+    assert all((out / t).stat().st_mtime_ns == when for t, when in left.items())
+    assert [t.read_bytes() for t in sorted(out.glob("*.tar"))] == [t.read_bytes() for t in sorted(whole.glob("*.tar"))]
+    grey(tree / "train" / "a" / "new.png", 3)
+    with pytest.raises(ValueError, match="something else"): shard_folder(tree / "train", out, per_shard=2)
+    with pytest.raises(ValueError, match="something else"): shard_folder(tree / "train", out, per_shard=3)
+    with pytest.raises(ValueError, match="per_shard 0"): shard_folder(tree / "train", out, per_shard=0)
+
+
+def test_faults_of_shards(tree, tmp_path):
+    out = tmp_path / "out"
+    shard_folder(tree / "train", out, per_shard=100)
+    tar, shards = out / "000000.tar", Shards(out)
+    first = shards.bytes(0)
+    whole, index = tar.read_bytes(), out / "000000.tar.index.npy"
+    tar.write_bytes(whole[: len(whole) // 2])                                # cut short while in use, and afterwards
+    with pytest.raises(ValueError, match="^cannot read the picture at byte .*000000.tar"): [shards.bytes(i) for i in range(9)]
+    with pytest.raises(ValueError, match="000000.tar: .*beit shard"): Shards(out)
+    tar.write_bytes(whole)                                                   # another time stamp: the list is found again
+    assert Shards(out).bytes(0) == first
+    for rubbish in (b"", b"\x93NUMPY", index.read_bytes()[:-9]):
+        index.write_bytes(rubbish)
+        assert Shards(out).bytes(0) == first and len(np.load(index)) == 10
+    (empty := tmp_path / "empty").mkdir()
+    with tarfile.open(empty / "0.tar", "w") as t: t.add(tree / "train" / "a" / "note.txt", "note.txt")
+    with pytest.raises(ValueError, match="no pictures in the shards"): open_data(str(empty))
+    with tarfile.open(empty / "0.tar", "w:gz") as t: t.add(tree / "train" / "a" / "note.txt", "note.txt")
+    with pytest.raises(ValueError, match="uncompressed"): open_data(str(empty))
+    (out / "classes.json").write_text(json.dumps(["a", "b"]))
+    with pytest.raises(ValueError, match="class 2 .*of 2 classes"): Shards(out, labels=True)
+
+
+def test_shards_in_a_folder_that_nobody_may_write(tree, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shard_folder(tree / "train", out, per_shard=5)
+    for f in out.glob("*.npy"): f.unlink()
+
+    def refuse(*a, **k): raise PermissionError(13, "no")
+
+    monkeypatch.setattr(data, "whole_file", refuse)
+    assert len(Shards(out)) == 9 and not list(out.glob("*.npy"))
+
+
+def test_many_shards_few_open_files(tree, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    shard_folder(tree / "train", out, per_shard=1)
+    shards = Shards(out)
+    shards.pieces.most = 2
+    before = len(os.listdir("/proc/self/fd"))
+    want = [shards.bytes(i) for i in range(9)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2 and len(set(want)) == 9
+    assert [shards.bytes(i) for i in reversed(range(9))] == want[::-1]
+
+
+def test_sources_travel_to_spawned_workers(tree, tmp_path):
+    shard_folder(tree / "train", tmp_path / "out")
+    for pictures in (Digits("val"), Folder(tree / "val"), Photos(), Shards(tmp_path / "out")):
+        pictures.pixels(0)
+        again = pickle.loads(pickle.dumps(pictures))
+        assert torch.equal(again.pixels(0), pictures.pixels(0)) and len(again) == len(pictures) and again.where(0) == pictures.where(0)
