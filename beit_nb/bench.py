@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WORK', 'PLUS', 'FULL', 'TINY', 'SMALL', 'BENCHES', 'clock_of', 'race', 'compare', 'peak', 'OfficialStyle',
            'official_tokens', 'hugging_face', 'Step', 'targets_of', 'loss_of', 'step', 'warm_up', 'step_memory',
-           'bench_step', 'gpu_memory', 'bench_small', 'official_mask', 'bench_masks', 'OfficialViews', 'jpegs',
-           'bench_loader', 'bench_tokens', 'machine', 'table', 'bench']
+           'bench_step', 'bench_small', 'official_mask', 'bench_masks', 'OfficialViews', 'jpegs', 'bench_loader',
+           'bench_tokens', 'machine', 'table', 'bench']
 
 # %% ../nbs/25_bench.ipynb #imports
 import copy
@@ -207,16 +207,16 @@ def warm_up(s: Step) -> None:
 
 
 def step_memory(who: str, how: str, batch: int = 8, quick: bool = False) -> float:
-    "MB that one step takes at most beyond the imports, in a process of its own."
+    "MB that one step takes at most, in a process of its own: on the GPU, or of main memory beyond the imports."
     code = f"""
 import sys, torch, beit_nb.bench as b
 if {who!r} == "hf": import transformers.models.beit.modeling_beit
 torch.set_num_threads(1)
 before, size = b.memory("VmRSS"), b.TINY if {quick} else b.FULL
-s = b.Step({who!r}, {how!r}, size, {batch})
+s = b.Step({who!r}, {how!r}, size, {batch}, b.default_device())
 b.warm_up(s)
 b.step(s)
-print(b.memory() - before)"""
+print(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else b.memory() - before)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f"the memory of {who}, {how} could not be measured: {done.stderr.strip().splitlines()[-1]}")
     return float(done.stdout)
@@ -234,21 +234,13 @@ def bench_step(threads: int, quick: bool = False, repeats: int = 3) -> dict:
     rows = compare(race({k: lambda s=s: [step(s) for _ in range(steps)] for k, s in runs.items()}, repeats, clock, warm=int(gpu)), steps * batch, "official, fp32")
     for k, s in runs.items():
         if not gpu: rows[k]["stages"] = {b: statistics.median(np.subtract(s.laps[b], s.laps[a])) for a, b in zip(s.laps, list(s.laps)[1:])}
-        if gpu: rows[k]["memory_mb"] = gpu_memory(s)
-        elif not quick or s.who == "ours": rows[k]["memory_mb"] = step_memory(s.who, s.how, batch, quick)
+        if not quick or k == "ours, fp32": rows[k]["memory_mb"] = step_memory(s.who, s.how, batch, quick)
     tune(device, 768)
     peaks = {n: peak(d, device, 256 if quick else 8192 if gpu else 2048) for n, d in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
     work = sum(WORK.values()) if size is FULL else 0.0
     for k, row in rows.items(): row["share_of_peak"] = row["per_second"] * work / peaks["fp32" if k.endswith("fp32") else "bf16"]
     hf = rows["hf, fp32"]["seconds"] / rows["ours, fp32"]["seconds"]
     return dict(rows=rows, items="images", peaks=peaks, work_per_image=work, batch=batch, ours_against_hf_fp32=hf)
-
-
-def gpu_memory(s: Step) -> float:
-    "MB that one step takes at most on the GPU, all that lives there included."
-    torch.cuda.reset_peak_memory_stats()
-    step(s)
-    return torch.cuda.max_memory_allocated() / 2**20
 
 # %% ../nbs/25_bench.ipynb #bench-small
 SMALL = dict(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3)
@@ -375,12 +367,12 @@ def machine() -> dict:
 
 def table(name: str, result: dict) -> str:
     "A benchmark's rows as text."
-    if "rows" not in result: return f"{name}\n" + "\n".join(f"  {k:18} {v:.3f}" if isinstance(v, float) else f"  {k:18} {v}" for k, v in result.items())
-    lines = [f"{name:26}{'seconds':>10}{'(min .. max)':>20}{result['items'] + '/s':>12}{'times as fast':>15}{'(min .. max)':>16}{'memory':>10}{'of peak':>9}"]
+    if "rows" not in result: return "\n".join([name, *(f"  {k:18} {v:.3f}" for k, v in result.items() if isinstance(v, float)), *(f"  {k:18} {v:.2f} s" for k, v in result["seconds"].items())])
+    lines = [f"{name:26}{'seconds':>9}{'(min .. max)':>22}{result['items'] + '/s':>12}{'times as fast':>15}{'(min .. max)':>16}"]
+    if full := any("memory_mb" in r for r in result["rows"].values()): lines[0] += f"{'memory':>9}{'of peak':>9}"
     for k, r in result["rows"].items():
-        mb, share = r.get("memory_mb"), r.get("share_of_peak")
-        lines.append(f"{k:26}{r['seconds']:10.4g}{'(%.3g .. %.3g)' % (r['low'], r['high']):>20}{r['per_second']:12.4g}{r['ratio']:15.2f}"
-                     f"{'(%.2f .. %.2f)' % (r['ratio_low'], r['ratio_high']):>16}{f'{mb:.0f} MB' if mb else '':>10}{f'{share:.0%}' if share else '':>9}".rstrip())
+        lines.append(f"{k:26}{r['seconds']:9.3g}{'(%.3g .. %.3g)' % (r['low'], r['high']):>22}{r['per_second']:12.3g}{r['ratio']:15.2f}{'(%.2f .. %.2f)' % (r['ratio_low'], r['ratio_high']):>16}")
+        if full: lines[-1] += f"{r.get('memory_mb', math.nan):6.0f} MB{r['share_of_peak']:9.0%}"
     return "\n".join(lines + [f"{k}: {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items() if k.startswith(("ours", "fastest"))])
 
 # %% ../nbs/25_bench.ipynb #bench-all

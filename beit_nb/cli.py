@@ -86,7 +86,7 @@ class AttentionMaps:
         from beit_nb.images import load_image
         from beit_nb.pretraining import load_mim
         from beit_nb.probing import views_of
-        from beit_nb.training import load_checkpoint
+        from beit_nb.runs import load_checkpoint
         load = load_mim if load_checkpoint(self.init, ("pretrain", "finetune"))["config"]["command"] == "pretrain" else load_classifier
         model, r = load(self.init)[:2]
         Path(self.out).mkdir(parents=True, exist_ok=True)

@@ -33,7 +33,7 @@ from .probing import probe
 from .recipes import FinetuneRecipe, recipe_named
 from .report import cards_html, figure_html, page, plot_log, table_html
 from .tokenizer import evaluate_tokenizer, load_tokenizer, train_tokenizer
-from .training import finish, memory, read_log
+from .runs import finish, memory, read_log
 
 # %% ../nbs/28_demo.ipynb #plan
 @dataclass

@@ -37,7 +37,8 @@ from .patches import patchify, unpatchify
 from .pretraining import build_mim, load_mim
 from .recipes import RECIPES, Backbone, TokenizerRecipe, recipe_named
 from .tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from .training import cosine_schedule, finished
+from .runs import finished
+from .training import cosine_schedule
 from .vit import VisionTransformer
 from .widgets import Explorer, PatchPad, PictureMenu, chart, control, png, read_picture, strip
 
@@ -114,7 +115,7 @@ def words(text: str) -> str:
 
 def view() -> W.Image:
     "An empty picture that keeps its own size."
-    return W.Image(format="png", layout=W.Layout(align_self="flex-start", margin="0"))
+    return W.Image(format="png", layout=W.Layout(align_self="flex-start", flex="0 0 auto", margin="0"))
 
 
 WIDE = 400                                     # pixels of a control
@@ -206,9 +207,9 @@ def alphabet_picture(image: Tensor, patch_size: int = 8, vocab_size: int = 64):
     def draw(beta: float):
         stamps, q = best_alphabet(blocks, start, beta)
         printed = unpatchify(stamps[q.argmax(1)][None], P)[0]
-        page = Image.new("RGBA", (288 + printed.shape[2], max(264, printed.shape[1])), (255, 255, 255, 0))
-        page.paste(mosaic(as_tiles(stamps.view(-1, P, P, 3).permute(0, 3, 1, 2)), 8, 31), (0, 0))
-        page.paste(to_pil(printed), (288, 0))
+        page = Image.new("RGBA", (244 + printed.shape[2], max(224, printed.shape[1])), (255, 255, 255, 0))
+        page.paste(mosaic(as_tiles(stamps.view(-1, P, P, 3).permute(0, 3, 1, 2)), 8, 26), (0, 0))
+        page.paste(to_pil(printed), (244, 0))
         kl = kl_uniform(q.clamp_min(1e-30).log()).mean().clamp_min(0)
         return page, (f"{vocab_size} stamps, and a picture printed with them. A token costs <b>{kl:.2f}</b> of {math.log(vocab_size):.2f} nats; "
                       f"squared error <b>{F.mse_loss(printed, image):.4f}</b>, of a grey card {card:.4f}; from {edge:.0f} on all is grey")
@@ -220,7 +221,7 @@ class AlphabetExplorer(Drawn):
     "Raise the KL weight, and the alphabet greys out (lesson 04). 1 is the ELBO, 6.6 DALL-E's, 192 the unscaled sum."
 
     def __init__(self, image: Tensor | None = None):
-        draw = alphabet_picture(house_pictures(264)[0] if image is None else image)
+        draw = alphabet_picture(house_pictures(224)[0] if image is None else image)
         super().__init__(draw, control(W.FloatLogSlider, "KL weight", WIDE, value=1, base=2, min=-3, max=8, step=.25, readout_format=".2f"))
 
 # %% ../nbs/23_explorers.ipynb #cost
@@ -252,7 +253,7 @@ def framed(picture: Image.Image, left: float, top: float, size: float) -> Image.
 # %% ../nbs/23_explorers.ipynb #patch-explorer
 def column(title: str, *widgets) -> W.VBox:
     "Widgets under a small title."
-    return W.VBox([W.HTML(words(f"<h4>{title}</h4>"), layout=W.Layout(margin="0 0 2px")), *widgets], layout=W.Layout(margin="6px 20px 0 0", overflow="hidden"))
+    return W.VBox([W.HTML(words(f"<h4>{title}</h4>"), layout=W.Layout(margin="0 0 2px")), *widgets], layout=W.Layout(margin="6px 20px 0 0", flex="0 0 auto", overflow="hidden"))
 
 
 class PatchExplorer(Explorer):
@@ -270,22 +271,22 @@ class PatchExplorer(Explorer):
 
     def update(self, change=None) -> None:
         P, step = self.size.value, int(self.size.value * self.stride.value)
-        self.picture = read_picture(self.menu.value, 320)
+        if change is None or change["owner"] is self.menu: self.picture = read_picture(self.menu.value, 320)
         tiles, c = as_tiles(cut(to_tensor(self.picture.resize((224, 224))), P, step)), cost(224, P, step)
         self.order = np.random.default_rng(0).permutation(len(tiles)) if self.shuffle.value else np.arange(len(tiles))
         self.film, self.ncols = film(tiles[self.order])
         self.price = (f"<b>{c['tokens']:,}</b> tokens, <b>{c['pairs']:,}</b> pairs a head, <b>{c['work'] / 1e9:.1f}</b> billion multiply-adds "
                       f"in a ViT-B ({c['work'] / cost()['work']:.2f} x BEiT's), {c['share']:.0%} of them for attention")
         if self.pad.cursor >= len(tiles): self.pad.cursor = 0
-        self.pad.rows = self.pad.cols = math.isqrt(len(tiles))
-        self.pad.show(self.picture)
+        with self.pad.hold_sync(): self.pad.rows = self.pad.cols = math.isqrt(len(tiles))
         self.point()
 
     def point(self, change=None) -> None:
         "Frame the chosen patch in the picture and in the sequence."
         i, place, zoom, size = self.pad.cursor, int((self.order == self.pad.cursor).nonzero()[0][0]), 320 / 224, 448 // self.ncols
         (r, c), step = divmod(i, self.pad.cols), int(self.size.value * self.stride.value)
-        if step != self.size.value: self.pad.show(framed(self.picture, c * step * zoom, r * step * zoom, self.size.value * zoom))
+        seen = self.picture if step == self.size.value else framed(self.picture, c * step * zoom, r * step * zoom, self.size.value * zoom)
+        if seen is not self.pad.image: self.pad.show(seen)
         self.shown = framed(self.film, place % self.ncols * size, place // self.ncols * size, size + 2)
         self.view.value, self.words.value = png(self.shown), words(f"{self.price}<br>patch {r},{c} is word <b>{place + 1}</b> of the sequence")
 
@@ -335,9 +336,9 @@ def tinted(image: Tensor, heat: Tensor, size: tuple[int, int]) -> Image.Image:
 
 def bars(ids: list[int], odds: list[float], height: int = 32) -> str:
     "Token numbers with bars of their probability, a line each, as HTML."
-    line = ('<div style="display:flex;align-items:center;gap:6px;height:{0}px;white-space:nowrap"><span style="width:70px">token {1}</span>'
+    line = ('<div style="display:flex;align-items:center;gap:6px;height:{0}px;white-space:nowrap"><span style="width:66px">token {1}</span>'
             '<span style="width:{2:.0f}px;height:10px;border-radius:2px;background:{3}"></span><span>{4:.1%}</span></div>')
-    return words("".join(line.format(height, i, max(1, 90 * p), PALETTE["blue"], p) for i, p in zip(ids, odds)))
+    return words("".join(line.format(height, i, max(1, 76 * p), PALETTE["blue"], p) for i, p in zip(ids, odds)))
 
 # %% ../nbs/23_explorers.ipynb #token-explorer
 class TokenExplorer(Explorer):
@@ -350,7 +351,8 @@ class TokenExplorer(Explorer):
         self.token, self.again = control(W.BoundedIntText, "write token", width=220, max=tokenizer.vocab_size - 1), W.Button(description="As read", icon="undo", layout=W.Layout(width="110px"))
         self.pad = PatchPad(rows=h, cols=w, mode="pick", width=256, unit="cell", label="cells of the picture", cursor=(h // 2 - 1) * w + w // 2 - 1)
         self.list, self.odds, self.painted = PatchPad(rows=8, cols=1, mode="pick", width=32, unit="candidate", label="best tokens"), W.HTML(), view()
-        for widget, trait, do in ((self.pad, "cursor", self.point), (self.list, "cursor", lambda c: self.write(self.best[c.new])), (self.token, "value", lambda c: self.write(c.new))):
+        self.list.layout = W.Layout(width="36px", height="256px", overflow="hidden")          # no room for its line of words
+        for widget, trait, do in ((self.pad, "cursor", self.point), (self.list, "cursor", lambda c: self.best[c.new] == self.token.value or self.write(self.best[c.new])), (self.token, "value", lambda c: self.write(c.new))):
             widget.observe(self.safely(do), trait)
         self.again.on_click(self.safely(self.update))
         places = W.HBox([column("point at a cell", self.pad), column("its best tokens", W.HBox([self.list, self.odds])), column("painted from tokens", self.painted)])
@@ -373,9 +375,9 @@ class TokenExplorer(Explorer):
 
     def write(self, token: int) -> None:
         "Put a token into the chosen cell and paint the picture anew."
+        if token != self.token.value: return self.token.set_trait("value", token)            # which calls us again
         self.ids[self.cell] = token
         if token in self.best: self.list.cursor = self.best.index(token)
-        self.token.value = token
         self.picture = to_pil(self.tokenizer.decode(self.ids[None])[0]).resize(self.size, Image.Resampling.NEAREST)
         self.painted.value = png(self.picture)
 

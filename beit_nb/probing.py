@@ -23,7 +23,8 @@ from .data import PictureSet, few_labels, open_data
 from .finetuning import build_classifier, load_backbone, to_input
 from .loading import TwoViews
 from .recipes import FinetuneRecipe, ProbeRecipe, from_config
-from .training import default_device, finish, load_checkpoint, open_run, pick_precision
+from .runs import finish, load_checkpoint, open_run
+from .training import default_device, pick_precision
 from .vit import VisionTransformer
 
 # %% ../nbs/19_probing.ipynb #views-of

@@ -29,7 +29,8 @@ from .dvae import DiscreteVAE, dvae_loss, init_codes
 from .gumbel import temperature_schedule
 from .loading import Samples, TwoViews, batches
 from .recipes import TokenizerRecipe, from_config
-from .training import Trainer, cosine_schedule, default_device, finish, fit, load_checkpoint, open_run, rank, whole_file, world_size
+from .runs import finish, load_checkpoint, open_run, rank, whole_file, world_size
+from .training import Trainer, cosine_schedule, default_device, fit
 
 # %% ../nbs/11_tokenizer.ipynb #tokenizer
 class Tokenizer(nn.Module):

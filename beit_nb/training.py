@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from .recipes import as_config, check_same_run
-from .runs import (Log, finish, finished, join_processes, keep_newest, load_checkpoint, mean_over_ranks, memory, open_run, rank, rank_0_first, read_log,
-                          run_checkpoints, save_checkpoint, shard_like, sum_over_ranks, whole, whole_file, world_size, writing)
+from .runs import (Log, keep_newest, load_checkpoint, mean_over_ranks, memory, rank, rank_0_first, run_checkpoints, save_checkpoint, shard_like, sum_over_ranks,
+                          whole, whole_file, world_size, writing)
 
 # %% ../nbs/08_training.ipynb #cosine-schedule
 def cosine_schedule(

@@ -83,6 +83,19 @@ def test_skipping_dropped_samples_changes_nothing(monkeypatch):
     for x, y in zip(*results): torch.testing.assert_close(x, y, atol=1e-6, rtol=1e-5)
 
 
+def test_skipping_goes_with_activation_checkpointing():
+    "The second pass through a block must drop the samples of the first."
+    torch.manual_seed(0)
+    ours = BeitForMaskedImageModeling(img_size=32, patch_size=4, embed_dim=32, depth=3, num_heads=2, vocab_size=50, drop_path_rate=0.6, weight_init="xavier", **b.PLUS)
+    images, mask, results = torch.randn(6, 3, 32, 32), blockwise_masks(6, (8, 8), 24, 4), []
+    for ours.use_checkpoint in (False, True):
+        ours.zero_grad()
+        torch.manual_seed(1)
+        ours(images, mask).square().mean().backward()
+        results.append(gradients(ours))
+    torch.testing.assert_close(*results, atol=1e-7, rtol=1e-5)
+
+
 def test_all_samples_dropped_still_gives_every_parameter_a_gradient():
     "DistributedDataParallel waits for all of them."
     block, x = Block(16, 2, drop_path=1 - 1e-9, init_values=0.1), torch.randn(2, 5, 16)

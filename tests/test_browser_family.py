@@ -199,7 +199,7 @@ def test_model(page, runs):
     expect(cells).to_have_count(64)
     mask = lambda: np.array([s == "true" for s in cells.evaluate_all("all => all.map(c => c.ariaSelected)")]).reshape(8, 8)
 
-    x = E.to_tensor(E.to_pil(E.some_digits()[3]).resize((448, 448), 0).resize((32, 32)))          # as the explorer hands it on
+    x = E.to_tensor(E.to_pil(E.some_digits()[3]).resize((448, 448), 0).resize((32, 32), Image.Resampling.BOX))          # as the explorer hands it on
 
     def agrees():
         seen = d.out.get_by_role("img", name="the model's guess")

@@ -13,7 +13,7 @@ from beit_nb.finetuning import (BeitForImageClassification, FinetuneTransform, f
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.probing import STRENGTHS, best_on_val, linear_scores, probe, raw_pixels
 from beit_nb.recipes import Backbone, FinetuneRecipe, ProbeRecipe, as_config, recipe_named
-from beit_nb.training import save_checkpoint
+from beit_nb.runs import save_checkpoint
 from beit_nb.vit import VisionTransformer
 
 SIZE = dict(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=4)
