@@ -33,7 +33,7 @@ from .dalle import DalleEncoder, DalleVAE, bench_tokenizer
 from .dvae import map_pixels
 from .masking import blockwise_mask, blockwise_masks
 from .mim import BeitForMaskedImageModeling, masked_cells, mim_loss
-from .training import default_device, memory, param_groups
+from .training import default_device, param_groups
 from .vit import VisionTransformer, roads, tune
 
 # %% ../nbs/25_bench.ipynb #race
@@ -210,13 +210,14 @@ def step_memory(who: str, how: str, batch: int = 8, quick: bool = False) -> floa
     "MB that one step takes at most, in a process of its own: on the GPU, or of main memory beyond the imports."
     code = f"""
 import sys, torch, beit_nb.bench as b
+from beit_nb.runs import memory
 if {who!r} == "hf": import transformers.models.beit.modeling_beit
 torch.set_num_threads(1)
-before, size = b.memory("VmRSS"), b.TINY if {quick} else b.FULL
+before, size = memory("VmRSS"), b.TINY if {quick} else b.FULL
 s = b.Step({who!r}, {how!r}, size, {batch}, b.default_device())
 b.warm_up(s)
 b.step(s)
-print(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else b.memory() - before)"""
+print(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else memory() - before)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f"the memory of {who}, {how} could not be measured: {done.stderr.strip().splitlines()[-1]}")
     return float(done.stdout)

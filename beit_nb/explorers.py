@@ -350,8 +350,7 @@ class TokenExplorer(Explorer):
         self.size, self.number = (256, 256 * h // w), control(W.IntSlider, "picture", WIDE, value=3, max=len(self.images) - 1)
         self.token, self.again = control(W.BoundedIntText, "write token", width=220, max=tokenizer.vocab_size - 1), W.Button(description="As read", icon="undo", layout=W.Layout(width="110px"))
         self.pad = PatchPad(rows=h, cols=w, mode="pick", width=256, unit="cell", label="cells of the picture", cursor=(h // 2 - 1) * w + w // 2 - 1)
-        self.list, self.odds, self.painted = PatchPad(rows=8, cols=1, mode="pick", width=32, unit="candidate", label="best tokens"), W.HTML(), view()
-        self.list.layout = W.Layout(width="36px", height="256px", overflow="hidden")          # no room for its line of words
+        self.list, self.odds, self.painted = PatchPad(rows=8, cols=1, mode="pick", width=32, unit="candidate", label="best tokens", layout=W.Layout(width="36px", height="256px", overflow="hidden")), W.HTML(), view()
         for widget, trait, do in ((self.pad, "cursor", self.point), (self.list, "cursor", lambda c: self.best[c.new] == self.token.value or self.write(self.best[c.new])), (self.token, "value", lambda c: self.write(c.new))):
             widget.observe(self.safely(do), trait)
         self.again.on_click(self.safely(self.update))
@@ -366,11 +365,10 @@ class TokenExplorer(Explorer):
     def point(self, change=None) -> None:
         "Ask the tokenizer about the chosen cell."
         self.cell, image = divmod(self.pad.cursor, self.pad.cols), self.images[self.number.value]
-        odds, best = self.all_odds[:, *self.cell].topk(8)
-        self.best = best.tolist()
+        odds, self.best = (x.tolist() for x in self.all_odds[:, *self.cell].topk(8))
         self.pad.show(tinted(image, sees(self.tokenizer, image, self.cell), self.size))
-        self.list.show(mosaic(as_tiles(swatches(self.tokenizer, best)), 1, 30))
-        self.odds.value = bars(self.best, odds.tolist())
+        self.list.show(mosaic(as_tiles(swatches(self.tokenizer, torch.tensor(self.best))), 1, 30))
+        self.odds.value = bars(self.best, odds)
         self.write(int(self.ids[self.cell]))
 
     def write(self, token: int) -> None:
