@@ -22,7 +22,7 @@ from .masking import blockwise_mask, random_mask
 from .mim import BeitForMaskedImageModeling, masked_cells, mim_accuracy, mim_loss
 from .recipes import Backbone, PretrainRecipe, check_recipe, from_config
 from .runs import finish, join_processes, load_checkpoint, open_run, rank, world_size
-from .tokenizer import Tokenizer, fingerprint, load_tokenizer, load_tokens
+from .tokenizer import Tokenizer, load_tokenizer, load_tokens, picture_names
 from .training import Trainer, default_device, fit
 from .vit import roads, tune
 
@@ -88,7 +88,7 @@ def token_table(
 def check_tokens(r: PretrainRecipe, described: dict, pictures: PictureSet) -> None:
     "The ids that `beit tokenize` wrote must belong to these pictures, this view and this alphabet."
     side = r.img_size // r.patch_size
-    wanted = dict(pictures=len(pictures), names=fingerprint(*([Path(f).name for f in getattr(pictures, "files", [])] or [pictures.name])), vocab_size=r.vocab_size,
+    wanted = dict(pictures=len(pictures), names=picture_names(pictures), vocab_size=r.vocab_size,
                   grid=[side, side], img_size=r.img_size, token_size=r.token_size)
     other = [f"{k} {described[k]!r} there, {v!r} here" for k, v in wanted.items() if described[k] != v]
     if other: raise ValueError(f"the tokens in {r.tokens} are of something else ({'; '.join(other[:3])}); write them again with `beit tokenize`")

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ACCEPTED', 'Tokenizer', 'codebook_usage', 'build_dvae', 'first_pictures', 'evaluate_tokenizer', 'schedules',
-           'running_mean', 'train_tokenizer', 'load_tokenizer', 'fingerprint', 'describe_tokens', 'read_part',
-           'write_part', 'tokenize', 'load_tokens']
+           'running_mean', 'train_tokenizer', 'load_tokenizer', 'fingerprint', 'picture_names', 'describe_tokens',
+           'read_part', 'write_part', 'tokenize', 'load_tokens']
 
 # %% ../nbs/11_tokenizer.ipynb #imports
 import hashlib
@@ -171,14 +171,18 @@ def fingerprint(*things) -> str:
     return h.hexdigest()[:16]
 
 
+def picture_names(pictures) -> str:
+    "A fingerprint of which pictures these are, in which order; the folder they lie in does not count."
+    return fingerprint(*([Path(f).name for f in getattr(pictures, "files", [])] or [pictures.name]))
+
+
 def describe_tokens(tokenizer: Tokenizer, pictures, img_size: int, token_size: int, per_part: int) -> dict:
     "What tokens.json says: the pictures, the tokenizer, and the way from one to the other."
-    names = [Path(f).name for f in getattr(pictures, "files", [])] or [pictures.name]
     weights = [v.reshape(-1) for _, v in sorted(tokenizer.state_dict().items())]
     side = token_size // tokenizer.downsample
     if token_size % tokenizer.downsample: raise ValueError(f"token_size {token_size} does not divide into tokens of {tokenizer.downsample} pixels; choose a multiple")
     how = f"centre square; {'bicubic' if token_size == img_size else 'Lanczos'} to {token_size} pixels, antialiased; [0, 1]"
-    return dict(pictures=len(pictures), names=fingerprint(*names), tokenizer=fingerprint(*weights), vocab_size=tokenizer.vocab_size,
+    return dict(pictures=len(pictures), names=picture_names(pictures), tokenizer=fingerprint(*weights), vocab_size=tokenizer.vocab_size,
                 downsample=tokenizer.downsample, grid=[side, side], img_size=img_size, token_size=token_size, transform=how, per_part=per_part)
 
 # %% ../nbs/11_tokenizer.ipynb #tokenize-part
