@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['WORK', 'PLUS', 'FULL', 'TINY', 'SMALL', 'BENCHES', 'clock_of', 'race', 'compare', 'peak', 'OfficialStyle',
-           'official_tokens', 'hugging_face', 'Step', 'targets_of', 'loss_of', 'step', 'warm_up', 'step_memory',
-           'bench_step', 'bench_small', 'official_mask', 'bench_masks', 'OfficialViews', 'jpegs', 'bench_loader',
-           'bench_tokens', 'machine', 'table', 'bench']
+           'official_tokens', 'hugging_face', 'Step', 'targets_of', 'loss_of', 'step', 'one_picture', 'warm_up',
+           'step_memory', 'work_of', 'floor_of', 'bench_step', 'bench_small', 'official_mask', 'bench_masks',
+           'OfficialViews', 'jpegs', 'bench_loader', 'bench_tokens', 'machine', 'table', 'bench']
 
 # %% ../nbs/25_bench.ipynb #imports
 import copy
@@ -21,18 +21,20 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from .dalle import DalleEncoder, DalleVAE, bench_tokenizer
 from .dvae import map_pixels
 from .masking import blockwise_mask, blockwise_masks
 from .mim import BeitForMaskedImageModeling, masked_cells, mim_loss
+from .runs import whole_file
 from .training import default_device, param_groups
 from .vit import VisionTransformer, roads, tune
 
@@ -127,7 +129,7 @@ def official_tokens(net: DalleEncoder, images: Tensor) -> Tensor:
 def hugging_face(img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, vocab_size: int, drop_path_rate: float) -> nn.Module:
     "Hugging Face's model for masked image modelling, BEiT+, untrained."
     try: from transformers import BeitConfig, BeitForMaskedImageModeling as HfBeit
-    except ImportError as e: raise ValueError("this benchmark compares with Hugging Face's model; pip install transformers") from e
+    except ImportError as e: raise ValueError("Hugging Face's model is not installed here; pip install transformers") from e
     return HfBeit(BeitConfig(image_size=img_size, patch_size=patch_size, hidden_size=embed_dim, num_hidden_layers=depth, num_attention_heads=num_heads,
                              intermediate_size=4 * embed_dim, vocab_size=vocab_size, drop_path_rate=drop_path_rate, use_mask_token=True, use_mean_pooling=True,
                              hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-6,
@@ -139,7 +141,7 @@ TINY = dict(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=2, vocab
 
 
 class Step:
-    "One step of pre-training: `who` is ours, official or hf; `how` is fp32, bf16 or bf16 all (tokenizer too)."
+    "One step of pre-training: `who` is ours, official or hf; `how` is fp32, bf16, bf16 all (tokenizer too) or bf16 compiled."
     def __init__(self, who: str, how: str, size: dict = FULL, batch: int = 8, device: str | torch.device = "cpu", clock=None):
         torch.manual_seed(0)
         self.who, self.device, self.clock = who, torch.device(device), clock
@@ -147,7 +149,7 @@ class Step:
         model = hugging_face(**size) if who == "hf" else BeitForMaskedImageModeling(**size, **PLUS)
         self.model = (OfficialStyle(model) if who == "official" else model).to(device).train()
         if who == "ours": self.optimizer = torch.optim.AdamW(param_groups(self.model, 0.05), lr=1e-5, fused=True)
-        else: self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.05, foreach=False)
+        else: self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.05)
         self.encoder = DalleEncoder(n_hid=256 if size is FULL else 16, vocab_size=size["vocab_size"]).requires_grad_(False).to(device)
         self.mask = blockwise_masks(batch, grid, round(0.383 * math.prod(grid)), max(1, round(0.08 * math.prod(grid))), rng=np.random.default_rng(0)).flatten(1)
         self.images, self.tokens = (torch.rand(batch, 3, s, s, device=device) for s in (size["img_size"], 8 * grid[0]))
@@ -156,6 +158,8 @@ class Step:
     def set(self, how: str) -> "Step":
         self.how, self.laps, self.cast = how, {}, nullcontext() if how == "fp32" else torch.autocast(self.device.type, torch.bfloat16)
         half = torch.bfloat16 if how == "bf16 all" else roads(self.device).tokenizer
+        self.half = half is not None                                  # does the tokenizer work in half precision?
+        if "compiled" in how: self.model = torch.compile(self.model)
         if self.who == "ours": self.dvae = DalleVAE(copy.deepcopy(self.encoder) if half else self.encoder).prepare_for_inference(half)
         return self
 
@@ -197,12 +201,18 @@ def step(s: Step) -> Tensor:
     return loss.detach()
 
 # %% ../nbs/25_bench.ipynb #step-memory
-def warm_up(s: Step) -> None:
-    "A step with one picture."
+@contextmanager
+def one_picture(s: Step):
+    "While it lasts, the step has a single picture."
     whole = s.images, s.tokens, s.mask
     s.images, s.tokens, s.mask = (x[:1] for x in whole)
-    step(s)
-    s.images, s.tokens, s.mask = whole
+    try: yield s
+    finally: s.images, s.tokens, s.mask = whole
+
+
+def warm_up(s: Step) -> None:
+    "A step with one picture, whose times are forgotten."
+    with one_picture(s): step(s)
     s.laps.clear()
 
 
@@ -215,6 +225,7 @@ if {who!r} == "hf": import transformers.models.beit.modeling_beit
 torch.set_num_threads(1)
 before, size = memory("VmRSS"), b.TINY if {quick} else b.FULL
 s = b.Step({who!r}, {how!r}, size, {batch}, b.default_device())
+if s.who == "ours": s.encoder = None  # the tokenizer at work is another
 b.warm_up(s)
 b.step(s)
 print(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else memory() - before)"""
@@ -222,15 +233,33 @@ print(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() els
     if done.returncode: raise RuntimeError(f"the memory of {who}, {how} could not be measured: {done.stderr.strip().splitlines()[-1]}")
     return float(done.stdout)
 
+# %% ../nbs/25_bench.ipynb #work-of
+def work_of(s: Step) -> tuple[float, float]:
+    "Operations that tokenizer and model (forward and backward) do for one picture if drop path drops nothing."
+    with one_picture(s):
+        where, mask = masked_cells(s.mask).to(s.device), s.mask.to(s.device)
+        s.model.eval()
+        with FlopCounterMode(display=False) as tokens: targets = targets_of(s, where, mask)
+        with FlopCounterMode(display=False) as model: loss_of(s, where, mask, targets).backward()
+        s.model.train().zero_grad(set_to_none=True)
+    return tokens.get_total_flops(), model.get_total_flops()
+
+
+def floor_of(s: Step, work: tuple[float, float], peaks: dict[str, float]) -> float:
+    "Seconds that a step would take at the peak."
+    return len(s.images) * sum(n / peaks[p] for n, p in zip(work, ("bf16" if s.half else "fp32", "fp32" if s.how == "fp32" else "bf16")))
+
 # %% ../nbs/25_bench.ipynb #bench-step
 def bench_step(threads: int, quick: bool = False, repeats: int = 3) -> dict:
     "Our pre-training step (tokenizer included) against the official style and Hugging Face's; one GPU, if there is one, else the CPU."
     device, size, batch = default_device(), TINY if quick else FULL, 2 if quick else 8
     gpu, clock = device.type == "cuda", clock_of(default_device(), threads)
     batch, steps, repeats = (64, 10, repeats) if gpu and not quick else (batch, 1, 1 if quick else repeats)
-    who = [("official", "fp32"), ("hf", "fp32"), ("ours", "fp32"), ("official", "bf16"), ("ours", "bf16"), ("ours", "bf16 all")]
-    firsts = {w: Step(w, "fp32", size, batch, device, None if gpu else clock) for w in ("official", "hf", "ours")}
-    runs = {f"{w}, {how}": copy.copy(firsts[w]).set(how) for w, how in who}    # one model, several ways to run it
+    who, firsts = [("official", "fp32"), ("hf", "fp32"), ("ours", "fp32"), ("official", "bf16"), ("ours", "bf16"), ("ours", "bf16 compiled" if gpu else "bf16 all")], {}
+    for w in ("official", "hf", "ours"):
+        try: firsts[w] = Step(w, "fp32", size, batch, device, None if gpu else clock)
+        except ValueError as e: print(f"without {w}: {e}")
+    runs = {f"{w}, {how}": copy.copy(firsts[w]).set(how) for w, how in who if w in firsts}    # one model, several ways to run it
     for s in runs.values(): warm_up(s)
     rows = compare(race({k: lambda s=s: [step(s) for _ in range(steps)] for k, s in runs.items()}, repeats, clock, warm=int(gpu)), steps * batch, "official, fp32")
     for k, s in runs.items():
@@ -238,10 +267,11 @@ def bench_step(threads: int, quick: bool = False, repeats: int = 3) -> dict:
         if not quick or k == "ours, fp32": rows[k]["memory_mb"] = step_memory(s.who, s.how, batch, quick)
     tune(device, 768)
     peaks = {n: peak(d, device, 256 if quick else 8192 if gpu else 2048) for n, d in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
-    work = sum(WORK.values()) if size is FULL else 0.0
-    for k, row in rows.items(): row["share_of_peak"] = row["per_second"] * work / peaks["fp32" if k.endswith("fp32") else "bf16"]
-    hf = rows["hf, fp32"]["seconds"] / rows["ours, fp32"]["seconds"]
-    return dict(rows=rows, items="images", peaks=peaks, work_per_image=work, batch=batch, ours_against_hf_fp32=hf)
+    for k, s in runs.items():
+        work = work_of(runs["ours, bf16"] if "compiled" in k else s)
+        rows[k] |= dict(work=work, floor=floor_of(s, work, peaks), share_of_peak=steps * floor_of(s, work, peaks) / rows[k]["seconds"])
+    against = {f"ours_against_{w}_{how}": rows[f"{w}, {how}"]["seconds"] / rows[f"ours, {how}"]["seconds"] for w, how in who if f"{w}, {how}" in rows and w != "ours"}
+    return dict(rows=rows, items="images", peaks=peaks, work_per_image=sum(WORK.values()), batch=batch) | against
 
 # %% ../nbs/25_bench.ipynb #bench-small
 SMALL = dict(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3)
@@ -346,13 +376,14 @@ def bench_loader(threads: int, quick: bool = False, repeats: int = 15) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         files, official, r = jpegs(Path(folder)), OfficialViews(), PretrainRecipe(data=folder)
         samples = {k: Samples(Folder(folder), PretrainTransform(replace(r, jitter_on=on)), 0, pixels=True) for k, on in (("ours", "loader"), ("ours, jitter on the device", "device"))}
-        ways = {"official": lambda: [official(f) for f in files]} | {k: lambda s=s: [s[i] for i in range(len(files))] for k, s in samples.items()}
+        keys = {k: iter(range(10**9)) for k in samples}                # a new epoch every turn, or the same few crops would decide
+        ways = {"official": lambda: [official(f) for f in files]} | {k: lambda s=s, n=keys[k]: [s[next(n)] for _ in files] for k, s in samples.items()}
         return dict(rows=compare(race(ways, 1 if quick else repeats, clock_of(torch.device("cpu"), threads)), len(files), "official"), items="pictures")
 
 # %% ../nbs/25_bench.ipynb #bench
 def bench_tokens(threads: int, quick: bool = False) -> dict:
     "DALL-E's encoder, the published code against ours; see `bench_tokenizer`."
-    return bench_tokenizer(2, 1, 16) if quick else bench_tokenizer()
+    return (bench_tokenizer(2, 1, 16) if quick else bench_tokenizer()) | dict(threads=1)
 
 
 BENCHES = dict(step=bench_step, small=bench_small, loader=bench_loader, masks=bench_masks, tokenizer=bench_tokens)
@@ -380,15 +411,21 @@ def table(name: str, result: dict) -> str:
 def bench(names: list[str] | None = None, threads: int | None = None, out: str | Path = "runs/bench", quick: bool = False) -> dict:
     "Run the benchmarks `names` (all if none are named), print their tables, add them to OUT/bench.json."
     if unknown := [n for n in names or () if n not in BENCHES]: raise ValueError(f"there is no benchmark {unknown[0]!r}; choose from {', '.join(BENCHES)}")
+    if threads is not None and threads < 1: raise ValueError(f"threads {threads} must be 1 or more")
     file, before, precision = Path(out) / "bench.json", torch.get_num_threads(), torch.get_float32_matmul_precision()
     file.parent.mkdir(parents=True, exist_ok=True)
-    everything = json.loads(file.read_text()) if file.exists() else {}
+    try: everything = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as e: raise ValueError(f"{file} is damaged ({e}); delete it, or choose another --out") from e
     torch.set_num_threads(threads or before)
     try:
         for name in names or BENCHES:
-            result = BENCHES[name](torch.get_num_threads(), quick)
+            try: result = BENCHES[name](torch.get_num_threads(), quick)
+            except ValueError as e:
+                if names: raise                                       # asked for; else what is not installed is passed over
+                print(f"{name}: {e}\n", flush=True)
+                continue
             print(table(name, result), end="\n\n", flush=True)
-            everything[name] = result | dict(threads=torch.get_num_threads(), quick=quick, machine=machine())
-            file.write_text(json.dumps(everything, indent=1) + "\n")
+            everything[name] = dict(threads=torch.get_num_threads()) | result | dict(quick=quick, machine=machine())
+            with whole_file(file) as f: f.write(json.dumps(everything, indent=1).encode() + b"\n")
     finally: torch.set_num_threads(before), torch.set_float32_matmul_precision(precision)
     return everything

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'whole_file', 'writing', 'save_checkpoint', 'read_checkpoint', 'rank', 'world_size', 'sum_over_ranks',
-           'mean_over_ranks', 'rank_0_first', 'whole', 'shard_like', 'refused_by_rank_0', 'join_processes',
-           'keep_newest', 'run_checkpoints', 'load_checkpoint', 'own_folder', 'open_run', 'read_log', 'Log', 'memory',
-           'finish', 'finished']
+           'mean_over_ranks', 'gather_over_ranks', 'rank_0_first', 'whole', 'shard_like', 'refused_by_rank_0',
+           'join_processes', 'keep_newest', 'run_checkpoints', 'load_checkpoint', 'run_config', 'own_folder',
+           'open_run', 'read_log', 'Log', 'memory', 'finish', 'finished']
 
 # %% ../nbs/07_runs.ipynb #imports
 import fcntl
@@ -22,6 +22,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import BadZipFile, ZipFile
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -95,6 +96,13 @@ def sum_over_ranks(x: Tensor) -> Tensor:
 def mean_over_ranks(x: Tensor) -> Tensor:
     "The mean of `x` over all processes; `x` itself when alone."
     return sum_over_ranks(x) / world_size() if world_size() > 1 else x
+
+
+def gather_over_ranks(x) -> list:
+    "What every process has, in the order of ranks; [x] when alone."
+    if world_size() == 1: return [x]
+    dist.all_gather_object(all := [None] * world_size(), x)
+    return all
 
 
 def rank_0_first(work):
@@ -194,6 +202,12 @@ def load_checkpoint(path: str | Path, command: str | tuple | None = None) -> dic
     return state
 
 # %% ../nbs/07_runs.ipynb #own-folder
+def run_config(out: Path) -> dict | None:
+    "The recipe of the run in a folder: config.json's, or its newest checkpoint's where that is gone; None where there is no run."
+    try: return json.loads(file.read_text()) if (file := out / "config.json").exists() else load_checkpoint(out)["config"] if run_checkpoints(out) else None
+    except json.JSONDecodeError as e: raise ValueError(f"{file} is damaged; choose another --out, or delete {'that file' if run_checkpoints(out) else 'that folder'}") from e
+
+
 @contextmanager
 def own_folder(command: str, recipe):
     "The run's folder, ours alone while we are in it; refuses a folder that holds another run."
@@ -205,16 +219,15 @@ def own_folder(command: str, recipe):
     with open(out / ".lock", "w") as lock:
         os.register_at_fork(after_in_child=lock.close)
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise ValueError(f"another run is at work in {out}; wait for it, or choose another --out") from None
-        if not (fresh := not file.exists()):
-            try: old = json.loads(file.read_text())
-            except ValueError as e: raise ValueError(f"{file} is damaged; choose another --out, or delete that folder") from e
+        except BlockingIOError: raise ValueError(f"another run is at work in {out}; wait for it, or choose another --out") from None
+        except OSError: print(f"beit: the file system of {out} knows no locks; nothing stops a second run there", file=sys.stderr)
+        if old := run_config(out):
             check_same_run(old, config, out)
             if not getattr(recipe, "resume", True): raise ValueError(f"{out} holds a run already, and --no-resume was given; choose another --out, or delete that folder")
         with writing(file), whole_file(file) as f: f.write(json.dumps(config, indent=1).encode())
         try: yield out
         except BaseException:  # failed before its first checkpoint: leave the folder free for a corrected try
-            if fresh and not run_checkpoints(out): file.unlink(missing_ok=True)
+            if not old and not run_checkpoints(out): file.unlink(missing_ok=True)
             raise
 
 
@@ -247,10 +260,14 @@ class Log:
 
     def write(self, step: int, values: dict) -> None:
         if rank() > 0: return
-        with writing(self.file), open(self.file, "a") as f: f.write(json.dumps({"step": step, **values}) + "\n")
-        for k, v in values.items():
-            if self.tb and isinstance(v, (int, float)): self.tb.add_scalar(k, v, step)
-        text = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k in ("loss", "mlm_acc", "mse", "accuracy", "images_per_s"))
+        pictures = {k: v for k, v in values.items() if isinstance(v, np.ndarray)}  # (H, W, 3) uint8
+        values = {k: v for k, v in values.items() if k not in pictures}
+        if values:
+            with writing(self.file), open(self.file, "a") as f: f.write(json.dumps({"step": step, **values}) + "\n")
+        for k, v in values.items() if self.tb else ():
+            if isinstance(v, (int, float)): self.tb.add_scalar(k, v, step)
+        for k, v in pictures.items() if self.tb else (): self.tb.add_image(k, v, step, dataformats="HWC")
+        text = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k in ("loss", "mlm_acc", "mse", "accuracy", "images_per_s", "memory_mb"))
         if "seconds_left" in values: text += f", {timedelta(seconds=round(values['seconds_left']))} left"
         if self.bar is not None:
             self.bar.update(step - self.bar.n)

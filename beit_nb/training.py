@@ -12,6 +12,7 @@ import json
 import math
 import re
 import signal
+import sys
 import time
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
@@ -36,9 +37,9 @@ def cosine_schedule(
 ) -> np.ndarray:  # one value a step
     "Linear from 0 to `base`, then half a cosine to `final`, per step (Table 12; official code)."
     total = round(epochs * steps_per_epoch)
-    warm = min(total, warmup_steps if warmup_steps is not None else round(warmup_epochs * steps_per_epoch))
+    warm = warmup_steps if warmup_steps is not None else round(warmup_epochs * steps_per_epoch)
     t = np.arange(total - warm) / max(1, total - warm)
-    return np.concatenate([np.linspace(0, base, warm), final + (base - final) * (1 + np.cos(np.pi * t)) / 2])
+    return np.concatenate([np.linspace(0, base, warm)[:total], final + (base - final) * (1 + np.cos(np.pi * t)) / 2])
 
 # %% ../nbs/08_training.ipynb #layer-id
 def layer_id(name: str, depth: int) -> int:
@@ -71,7 +72,7 @@ def default_device() -> torch.device:
 def pick_precision(precision: str, device: torch.device) -> torch.dtype | None:
     "The autocast type, or None for fp32. 'auto' takes bf16 only where the hardware multiplies in it."
     types = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
     if precision == "auto": precision = "bf16" if fast else "fp32"
     if precision not in types: raise ValueError(f"unknown precision {precision!r}; choose auto, {', '.join(types)}")
     if precision == "fp16" and device.type == "cpu": raise ValueError("precision fp16 is far slower than fp32 on a CPU; choose bf16, fp32 or auto")
@@ -79,7 +80,7 @@ def pick_precision(precision: str, device: torch.device) -> torch.dtype | None:
 
 # %% ../nbs/08_training.ipynb #stop-signal
 class Stop:
-    "Turns SIGINT and SIGTERM into a flag that is read between two steps; a second Ctrl-C stops at once."
+    "Turns SIGINT and SIGTERM into a flag that is read between two steps; another Ctrl-C, a second later, stops at once."
 
     def __enter__(self):
         self.asked, self.before = False, {}
@@ -88,8 +89,9 @@ class Stop:
         return self
 
     def ask(self, number, frame):
-        if self.asked: raise KeyboardInterrupt
-        self.asked = True
+        now = time.monotonic()
+        if self.asked and number == signal.SIGINT and now - self.since > 1: raise KeyboardInterrupt
+        if not self.asked: self.asked, self.since = True, now
 
     def __exit__(self, *_):
         for s, old in self.before.items(): signal.signal(s, old)
@@ -145,7 +147,7 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
 def parallel(t, loss_of) -> nn.Module:
     "The forward pass of a `Trainer`, whose gradients are averaged over all processes."
     forward = Forward(t.model, loss_of)
-    return DDP(forward, gradient_as_bucket_view=True) if world_size() > 1 and not t.sharded else forward
+    return DDP(forward, gradient_as_bucket_view=True, broadcast_buffers=False) if world_size() > 1 and not t.sharded else forward
 
 
 def travel_once(forward: nn.Module, last: bool):
@@ -166,15 +168,18 @@ class Trainer:
         self.model = shard(model.to(self.device), self.device) if self.sharded else model.to(self.device)
         self.optimizer = torch.optim.AdamW(param_groups(model, recipe.weight_decay, layer_decay), lr=recipe.lr, betas=(0.9, recipe.beta2), eps=1e-8, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.lr = cosine_schedule(recipe.lr, recipe.min_lr, 1, total, warmup_steps=recipe.warmup_steps if recipe.warmup_steps is not None else round(recipe.warmup_epochs * per_epoch))
-        self.step, self.saved, self.last = 0, 0, self.out / "checkpoints" / "last.pt"
+        warm = recipe.warmup_steps if recipe.warmup_steps is not None else round(recipe.warmup_epochs * per_epoch)
+        self.lr = cosine_schedule(recipe.lr, recipe.min_lr, 1, total, warmup_steps=warm)
+        if warm > total and rank() == 0: print(f"beit: a warm-up of {warm:,} steps in a training of {total:,}: the learning rate will only rise; set --warmup-steps", file=sys.stderr)
+        self.step, self.saved, self.data, self.last = 0, 0, {}, self.out / "checkpoints" / "last.pt"
         if run_checkpoints(out): self.restore(load_checkpoint(out, command))
+        self.end = max(self.step, min(total, 2 if recipe.dry_run else recipe.max_steps or total))  # where this call stops
         if sum_over_ranks(torch.tensor(self.step)) != self.step * world_size(): raise ValueError(f"the processes find different checkpoints in {out}; --out must lie on a disk that all of them share")
 
     def state(self) -> dict:
         "What a checkpoint holds. All processes take part; rank 0's is whole."
         return dict(**self.extra, model=whole(self.model.state_dict()), optimizer=whole(self.optimizer.state_dict()), scaler=self.scaler.state_dict(), step=self.step,
-                    epoch=self.step // self.per_epoch, data=dict(next_batch=self.step), random=torch.get_rng_state(), config=as_config(self.command, self.recipe))
+                    epoch=self.step // self.per_epoch, data=self.data | dict(next_batch=self.step), random=torch.get_rng_state(), config=as_config(self.command, self.recipe))
 
     def restore(self, state: dict) -> None:
         check_same_run(state["config"], as_config(self.command, self.recipe), self.out)  # config.json may be gone
@@ -184,7 +189,7 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"] | dict(state=moments))
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
-        self.step = self.saved = state["step"]
+        self.step, self.saved, self.data = state["step"], state["step"], state["data"]
 
     def save(self) -> None:
         "Write last.pt, and keep older ones as the recipe says."
@@ -241,12 +246,13 @@ class Window:
         for i, (loss, norm) in enumerate(zip(table["loss"], table["grad_norm"])):
             if not math.isfinite(loss) or not (fp16 or math.isfinite(norm)): rank_0_first(lambda: give_up(t, t.step - n + i, loss, norm, sources))
         if fp16: table |= dict(grad_norm=[x for x in table["grad_norm"] if math.isfinite(x)], loss_scale=[t.scaler.get_scale()])
+        if fp16 and t.scaler.get_scale() < 1: rank_0_first(lambda: give_up(t, t.step - 1, loss, norm, sources))  # it has halved and halved, and still no gradient is finite
         seconds = max(1e-9, time.perf_counter() - self.began)
         held = torch.cuda.max_memory_allocated() / 2**20 if t.device.type == "cuda" else memory("VmRSS")
         share, held = mean_over_ranks(torch.tensor([self.waited / seconds, held])).tolist()
-        return {k: sum(v) / max(1, len(v)) for k, v in table.items()} | dict(
+        return {k: sum(v) / len(v) for k, v in table.items() if v} | dict(
             epoch=t.step / t.per_epoch, lr=float(t.lr[t.step - 1]), weight_decay=t.recipe.weight_decay, images_per_s=n * t.recipe.batch_size / seconds,
-            data_share=share, memory_mb=held, seconds_left=(t.total - t.step) * seconds / n)
+            data_share=share, memory_mb=held, seconds_left=(t.end - t.step) * seconds / n)
 
 # %% ../nbs/08_training.ipynb #give-up
 def give_up(t: Trainer, step: int, loss: float, norm: float, sources=None) -> None:
@@ -261,7 +267,7 @@ def give_up(t: Trainer, step: int, loss: float, norm: float, sources=None) -> No
 # %% ../nbs/08_training.ipynb #fit-loop
 def fit(
     t: Trainer,
-    batches,  # (first, last) -> iterable of this process's share of those steps; its `sources`, if any: step -> the pictures of that step
+    batches,  # (first, last) -> iterable of this process's share of those steps; more in lesson 10
     loss_of,  # (model, bite, step) -> loss, dict of scalar tensors; runs under autocast
     after_step=None,  # (step, model) -> dict to log, or None; runs in every process between two steps
     prepare=lambda bite: (bite, len(bite[0])),  # the last touch to a bite on the CPU, and over how many things its loss is a mean
@@ -269,23 +275,24 @@ def fit(
     "Train from where `t` stands to its last step. Every random number follows from seed, step, process and bite, so a resumed run is the run."
     def leave(): raise KeyboardInterrupt(f"stopped after step {t.step} of {t.total} and saved; the same command continues")
     r, sources = t.recipe, getattr(batches, "sources", None)
-    end = max(t.step, min(t.total, 2 if r.dry_run else r.max_steps or t.total))
+    if hasattr(batches, "resume"): t.data = batches.resume(t.data)  # which pictures, and which of them cannot be read
     if r.compile: t.model.compile()  # in place: names in checkpoints stay
     forward, window = parallel(t, loss_of), Window(t)
     t.model.train()
-    with closing(Log(t.out, t.step, t.total, t.command, r.tensorboard, t.quiet)) as log, Stop() as stop:
-        for batch in window.timed(batches(t.step, end)):
+    with closing(Log(t.out, t.step, t.end, t.command, r.tensorboard, t.quiet)) as log, Stop() as stop:
+        for batch in window.timed(batches(t.step, t.end)):
             bites, counts = zip(*(prepare(bite) for bite in zip(*(x.split(t.bite) for x in batch))))
-            total, asked = sum_over_ranks(torch.tensor([sum(counts), stop.asked], dtype=torch.float64)).tolist()
+            total, asked, found = sum_over_ranks(torch.tensor([sum(counts), stop.asked, getattr(batches, "found", 0)], dtype=torch.float64)).tolist()
             if asked: break
+            if found and (damage := batches.agree()): rank_0_first(lambda: log.write(t.step, damage))
             window.rows.append(train_step(t, forward, bites, bite_weights(counts, total, world_size(), getattr(r, "loss_mean", "global"))))
-            due, save = (t.step % every == 0 or t.step == end for every in (r.log_every, r.checkpoint_every))
-            if due or save: values = window.read(sources)
+            due, save, mile = (t.step == t.end or bool(every) and t.step % every == 0 for every in (r.log_every, r.checkpoint_every, r.milestone_every))
+            if due or save or mile: values = window.read(sources)
             if due:
                 rank_0_first(lambda: log.write(t.step, values))
                 window.restart()
             if after_step and (more := after_step(t.step, t.model)): rank_0_first(lambda: log.write(t.step, more))
-            if save: t.save()
+            if save or mile: t.save()
         if sum_over_ranks(torch.tensor(float(stop.asked))):  # agreed: all save the same step, if it is sound
             if t.step > t.saved and window.rows: window.read(sources)
             if t.step > t.saved: t.save()

@@ -158,6 +158,7 @@ class DropPath(nn.Module):
         if keep is None: return x + branch(x)
         if not roads(x.device).skip_dropped or torch.compiler.is_compiling():
             return x + branch(x) * (keep / (1 - self.p)).view(-1, *[1] * (x.ndim - 1))
+        if keep.all(): return torch.add(x, branch(x), alpha=1 / (1 - self.p))
         rows = keep.nonzero()[:, 0]                                   # the others are not even computed
         return x.index_add(0, rows, branch(x[rows]).to(x.dtype), alpha=1 / (1 - self.p))
 

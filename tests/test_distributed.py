@@ -66,7 +66,7 @@ def top(tmp_path_factory):
     jobs = [of("ddp"), of("ddp-bites", device_batch_size=2), of("ddp-workers", workers=2), of("fsdp", parallel="fsdp", grad_checkpointing=True), of("fsdp-bites", parallel="fsdp", device_batch_size=4),
             of("two-to-one", parallel="fsdp", max_steps=10), of("half-to-two", parallel="fsdp"), of("process", loss_mean="process"),
             *(("finetune", classify | dict(out=f"{top}/classify-{p}", parallel=p)) for p in ("ddp", "fsdp")),
-            *(("tokenizer", tokenizer | dict(out=f"{top}/tokenizer-{w}", workers=w, steps=5)) for w in (0, 2))]
+            *(("tokenizer", tokenizer | dict(out=f"{top}/tokenizer-{w}", workers=w, steps=5, log_every=2)) for w in (0, 2))]
     torch.save(in_processes(company, str(top), jobs), top / "draws.pt")
     run(top, "two-to-one")  # the checkpoint of two FSDP processes goes on in this one
     return top

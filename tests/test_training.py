@@ -160,3 +160,98 @@ except ValueError as e: print(e)
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True).stdout
     assert said.startswith(f"cannot write {path}") and "intact" in said and said.count("\n") == 1
     assert len(load_checkpoint(path)["x"]) == 10 and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+
+
+def line(out, **changes):
+    "The engine on a line y = 2x, in one process."
+    def batches(first, last):
+        for step in range(first, last): yield [x := torch.randn(8, 1, generator=torch.Generator().manual_seed(step)), 2 * x]
+
+    r = Run(**dict(out=str(out), steps=40, batch_size=8, lr=1e-2, precision="fp32", log_every=5, checkpoint_every=20) | changes)
+    with open_run("line", r) as folder:
+        torch.manual_seed(0)
+        t = Trainer("line", r, folder, nn.Linear(1, 1), r.steps, 20, quiet=True)
+        look = lambda step, model: dict(view=np.full((4, 6, 3), step, np.uint8)) if step % 20 == 0 else None
+        return fit(t, batches, lambda model, bite, step: (F.mse_loss(model(bite[0]), bite[1]), {}), look)
+
+
+def test_a_log_says_all_and_tensorboard_too(tmp_path):
+    "Every field of a row, the time left of *this* call, scalars and pictures in TensorBoard, and no picture in the JSON."
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    line(tmp_path, tensorboard=True, max_steps=25)
+    rows = read_log(tmp_path)
+    assert [r["step"] for r in rows] == [5, 10, 15, 20, 25]
+    assert set(rows[0]) == {"step", "loss", "grad_norm", "epoch", "lr", "weight_decay", "images_per_s", "data_share", "memory_mb", "seconds_left"}
+    left = [r["seconds_left"] for r in rows]
+    assert left[-1] == 0 and left[0] > 0, "25 steps were asked for, not 40"
+    assert all(0 <= r["data_share"] <= 1 and r["weight_decay"] == Run.weight_decay and r["memory_mb"] > 10 for r in rows)
+    line(tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tb")).Reload()
+    assert [e.step for e in events.Scalars("loss")] == list(range(5, 41, 5))
+    assert [round(e.value, 5) for e in events.Scalars("loss")] == [round(r["loss"], 5) for r in read_log(tmp_path)]
+    assert [e.step for e in events.Images("view")] == [20, 40] and (events.Images("view")[0].height, events.Images("view")[0].width) == (4, 6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.05])
+def test_weight_decay_may_be_zero(tmp_path, value):
+    "The official code ends in KeyError: 'lr_scale' (beit-facts 7.1)."
+    line(tmp_path, weight_decay=value, steps=10)
+    assert read_log(tmp_path)[-1]["weight_decay"] == value
+
+
+def test_a_warm_up_without_epochs_of_its_own(tmp_path):
+    "warmup_epochs=0 with warmup_steps > 0: the official code asserts on it (beit-facts 7.1)."
+    line(tmp_path, warmup_epochs=0, warmup_steps=4, log_every=1, steps=8)
+    assert [r["lr"] for r in read_log(tmp_path)][:4] == pytest.approx([0, 1e-2 / 3, 2e-2 / 3, 1e-2])
+
+
+def test_a_warm_up_longer_than_the_run_is_said_and_cut(tmp_path, capsys):
+    line(tmp_path, warmup_steps=101, log_every=1, steps=8)
+    assert "101" in (said := capsys.readouterr().err) and "only rise" in said
+    assert [r["lr"] for r in read_log(tmp_path)] == pytest.approx([1e-4 * n for n in range(8)])
+
+
+def test_two_quick_sigterms_save(tmp_path):
+    "A cluster signals torchrun and its workers, and torchrun passes it on: the second signal must not throw the work away."
+    process = FORK.Process(target=tokenizer_run, args=(tmp_path,), kwargs=dict(checkpoint_every=1000))
+    process.start()
+    while max((r["step"] for r in read_log(tmp_path)), default=0) < 5:
+        assert process.is_alive(), "the run ended by itself"
+        time.sleep(0.002)
+    for _ in range(3):
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.004)
+    process.join(30)
+    assert process.exitcode and load_checkpoint(tmp_path, "tokenizer")["step"] >= 5
+
+
+def test_the_folder_is_not_poisoned_by_a_refused_command(tmp_path):
+    "config.json was deleted: the checkpoint knows the recipe, refuses another one, and the right one goes on."
+    line(tmp_path, max_steps=20)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="seed"): line(tmp_path, seed=7)
+    with pytest.raises(ValueError, match="no-resume"): line(tmp_path, resume=False)
+    line(tmp_path)
+    assert load_checkpoint(tmp_path)["step"] == 40
+
+
+def test_milestones_are_kept_between_checkpoints(tmp_path):
+    line(tmp_path, checkpoint_every=4, milestone_every=6, keep_checkpoints=1, steps=24)
+    assert [p.stem for p in sorted((tmp_path / "checkpoints").glob("step-*.pt"))] == [f"step-{n:07d}" for n in (6, 12, 18, 24)]
+
+
+def test_a_dead_scaler_stops_the_run(tmp_path, monkeypatch):
+    "fp16 steps that overflow are the scaler's business, but not if every step does."
+    import beit_nb.training as engine
+    monkeypatch.setattr(engine, "pick_precision", lambda precision, device: None)
+    made = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: made(device, init_scale=4.0, backoff_factor=0.25, enabled=True))
+    update = engine.update_weights
+
+    def overflow(model, optimizer, scaler, clip):
+        next(model.parameters()).grad.fill_(float("nan"))
+        return update(model, optimizer, scaler, clip)
+
+    monkeypatch.setattr(engine, "update_weights", overflow)
+    with pytest.raises(FloatingPointError): line(tmp_path)
+    assert list(tmp_path.glob("nonfinite-step-*.json"))
