@@ -10,13 +10,14 @@ __all__ = ['TRAININGS', 'TOOLS', 'read_recipe', 'Demo', 'Predict', 'AttentionMap
 import os
 import sys
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from .recipes import RECIPES, recipe_named
+from .recipes import RECIPES
 
 # %% ../nbs/29_cli.ipynb #trainings
 TRAININGS = {  # command: module, function, help
@@ -27,11 +28,16 @@ TRAININGS = {  # command: module, function, help
 }
 
 # %% ../nbs/29_cli.ipynb #read-recipe
-def read_recipe(command: str, argv: list[str]):
-    "The recipe that the words after `beit COMMAND` name, with their overrides."
+def read_recipe(command: str, argv: list[str], also: tuple = ()):
+    "The recipe that the words after `beit COMMAND` name, with their overrides; `also`: options that were read before."
     names = RECIPES[command]
     if argv and not argv[0].startswith("-") and argv[0] not in names:
         raise ValueError(f"unknown {command} recipe {argv[0]!r}; there are: {', '.join(names)}")
+    options = [f"--{k.replace('_', '-')}" for k in (*also, *vars(next(iter(names.values()))[1]))]
+    for word in (w.split("=")[0].replace("_", "-") for w in argv if w.startswith("--")):
+        if word not in ("--help", *options) and f"--{word.removeprefix('--no-')}" not in options:
+            near = "".join(f" (do you mean {o}?)" for o in get_close_matches(word, options, 1))
+            raise ValueError(f"a {command} recipe has no option {word}{near}; there are: {' '.join(options)}")
     return tyro.extras.overridable_config_cli({n: (text, replace(r, out=f"runs/{command}-{n}")) for n, (text, r) in names.items()}, prog=f"beit {command}", args=argv)
 
 # %% ../nbs/29_cli.ipynb #demo
@@ -134,19 +140,20 @@ class Shard:
 # %% ../nbs/29_cli.ipynb #number-tools
 @dataclass
 class PlanIt:
-    "What a recipe will cost: steps, samples, tokens, FLOPs, parameters, memory, hours. Trains nothing."
+    "What a recipe will cost: steps, samples, tokens, FLOPs, parameters, memory, hours. Trains nothing. After the recipe, each of its fields can be set as in the training (`beit pretrain base-in1k --help` lists them)."
 
     recipe: tyro.conf.Positional[str]  # a preset, such as base-in1k
     command: Literal["tokenizer", "pretrain", "finetune"] = "pretrain"  # of which command
     gpus: int = 8  # how many
     hardware: Literal["v100", "a100", "h100"] = "a100"  # of which kind
-    mfu: float = 0.4  # model FLOPs over the hardware's peak: an assumption, better measured
+    mfu: float = 0.4  # model FLOPs over the hardware's peak: an assumption, better measured with `beit bench step`
     cores: int = 8  # processor cores for each GPU
     pictures: int | None = None  # of an epoch, where they cannot be counted
 
-    def run(self) -> None:
+    def run(self, fields: list[str] = ()) -> None:
         from beit_nb.scale import plan_recipe
-        print(plan_recipe(f"{self.command} {self.recipe}", recipe_named(self.command, self.recipe), self.gpus, self.hardware, self.mfu, self.cores, self.pictures))
+        recipe = read_recipe(self.command, [self.recipe, *fields], also=tuple(vars(self))[1:])
+        print(plan_recipe(f"{self.command} {self.recipe}", recipe, self.gpus, self.hardware, self.mfu, self.cores, self.pictures))
 
 
 @dataclass
@@ -182,6 +189,9 @@ def run_command(argv: list[str]) -> None:
         recipe, (module, function, _) = read_recipe(command, rest), TRAININGS[command]
         getattr(import_module(f"beit_nb.{module}"), function)(recipe)
         if command != "probe" and os.environ.get("RANK", "0") == "0": print(f"report: {import_module('beit_nb.report').run_report(recipe.out)}")
+    elif command == "plan":  # its own options; what is left over are fields of the recipe
+        tool, fields = tyro.cli(PlanIt, prog="beit plan", args=rest, return_unknown_args=True)
+        tool.run(fields)
     elif command in TOOLS:
         tyro.cli(TOOLS[command], prog=f"beit {command}", args=rest).run()
     else:

@@ -149,7 +149,7 @@ def join_processes():
     if cuda := torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, number, count = next(dist.rendezvous("env://"))
     alone = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]  # on one machine; several may count their restarts differently
-    life = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else ""  # after a restart nobody may call at the addresses of the dead
+    life = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else ""  # the store survives a restart, with the addresses of the dead: each life writes under keys of its own
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore(f"life-{life}", store), rank=number, world_size=count)
     try: yield
     except (ValueError, OSError):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PICTURES', 'KINDS', 'HARDWARE', 'Product', 'total', 'transformer', 'mim_products', 'classifier_products',
            'training_flops', 'conv', 'dalle_products', 'res_blocks', 'small_products', 'dvae_products', 'tokenizer_of',
-           'model_products', 'work', 'size_of', 'length', 'activations', 'memory', 'Gpu', 'hours', 'plan',
-           'plan_recipe']
+           'model_products', 'work', 'size_of', 'length', 'tokens_of', 'activations', 'memory', 'Gpu', 'hours',
+           'paper_mfu', 'plan', 'advice', 'memory_page', 'plan_recipe']
 
 # %% ../nbs/24_scale.ipynb #imports
 from dataclasses import dataclass, replace
@@ -141,7 +141,9 @@ def work(r: Run, num_classes: int = 1000) -> dict:
     "FLOP of one picture in training: what the frozen tokenizer costs, the model, and the blocks once more if they are recomputed."
     products = model_products(r, num_classes)
     known = not isinstance(r, PretrainRecipe) or r.tokens or not (r.crop_scale or r.color_jitter or r.flip)
-    again = total(products[1:-1], "flops") if r.grad_checkpointing and isinstance(r, Backbone) else 0
+    again = 0
+    if r.grad_checkpointing and isinstance(r, Backbone):
+        again = total(products[1 : -1 if r.init_values else -2], "flops")  # nothing but LayerScale reads the result of `mlp out`
     return dict(tokenizer=0 if known else total(dvae_products(tokenizer_of(r), ("encoder",)), "flops"), model=training_flops(products), recomputed=again)
 
 # %% ../nbs/24_scale.ipynb #length
@@ -158,15 +160,23 @@ def size_of(r: Run, pictures: int | None = None) -> tuple[int, int]:
     if known is None and (root := Path(r.data)).is_dir():
         root = root / "train" if (root / "train").is_dir() else root
         known, classes = sum(f.suffix.lower() in KINDS for f in root.rglob("*")), sum(d.is_dir() for d in root.iterdir()) or 1000
+    if pictures is not None and pictures < 1: raise ValueError(f"pictures {pictures} must be at least 1")
     if not (known := pictures or known): raise ValueError(f"how many pictures has {r.data!r}? It is no known set and no folder with pictures; say pictures=")
     if getattr(r, "labels_per_class", None): known = classes * r.labels_per_class
     return known, classes
 
 
 def length(r: Run, pictures: int) -> int:
-    "Steps of a whole training; an incomplete last batch of an epoch is dropped."
+    "Steps of a training; an incomplete last batch of an epoch is dropped."
     if not r.steps and pictures < r.batch_size: raise ValueError(f"batch_size {r.batch_size} is larger than the data set of {pictures} pictures; lower --batch-size")
-    return r.steps or r.epochs * (pictures // r.batch_size)
+    steps = r.steps or r.epochs * (pictures // r.batch_size)
+    return min(steps, 2 if r.dry_run else r.max_steps or steps)
+
+
+def tokens_of(r: Run) -> tuple[int, int]:
+    "Tokens of a picture, and how many of them are guessed."
+    if isinstance(r, TokenizerRecipe): return (r.img_size // r.downsample) ** 2, 0
+    return (r.img_size // r.patch_size) ** 2, r.num_mask_patches if isinstance(r, PretrainRecipe) else 0
 
 # %% ../nbs/24_scale.ipynb #activations
 def activations(
@@ -230,6 +240,12 @@ def hours(flop: float, gpus: int, peak: float, mfu: float) -> float:
     "Time for so many FLOP; `peak` in TFLOP/s."
     return flop / (gpus * peak * 1e12 * mfu) / 3600
 
+
+def paper_mfu() -> float:
+    "The share at which the paper's base model takes its five days on 16 V100: derived from them, not measured."
+    r = RECIPES["pretrain"]["base-in1k"][1]
+    return hours(length(r, size_of(r)[0]) * r.batch_size * sum(work(r).values()), 16, HARDWARE["v100"].half, 1) / (5 * 24)
+
 # %% ../nbs/24_scale.ipynb #plan
 def plan(
     r: Run,  # a tokenizer, pretrain or finetune recipe
@@ -244,39 +260,65 @@ def plan(
     if hardware not in HARDWARE: raise ValueError(f"unknown hardware {hardware!r}; there are: {', '.join(HARDWARE)}")
     if not 0 < mfu <= 1 or gpus < 1 or cores < 1: raise ValueError(f"mfu {mfu} must be a share above 0, gpus {gpus} and cores {cores} at least 1")
     if r.batch_size % gpus: raise ValueError(f"batch_size {r.batch_size} is not divisible by {gpus} GPUs; choose a multiple of {gpus}")
+    share = r.batch_size // gpus
+    batch = min(share, r.device_batch_size or share)
+    if share % batch: raise ValueError(f"device_batch_size {batch} does not divide a GPU's share of {share} pictures; choose a divisor of {share}")
     gpu, half, (known, classes) = HARDWARE[hardware], r.precision != "fp32", size_of(r, pictures)
-    share, steps, once = r.batch_size // gpus, length(r, known), work(r, classes)
-    batch, need = min(share, r.device_batch_size or share), sum(once.values())
-    forms = [("ddp", False), ("ddp", True), ("fsdp", False), ("fsdp", True)] if isinstance(r, Backbone) else [("ddp", False)]
+    steps, once, vit = length(r, known), work(r, classes), isinstance(r, Backbone)
+    own, room = (r.parallel if gpus > 1 else "ddp", vit and r.grad_checkpointing), 0.8e9 * gpu.memory
+    forms = [(k, c) for k in (("ddp", "fsdp") if gpus > 1 else ("ddp",)) for c in (False, True)] if vit else [own]  # alone there is nobody to share with
     memories = {f: memory(replace(r, parallel=f[0], grad_checkpointing=f[1]), batch, gpus, half, num_classes=classes) for f in forms}
-    mine = memory(r, 1, gpus, half, num_classes=classes)
-    room = 0.8 * gpu.memory * 1e9 - sum(mine.values()) + mine["activations"]
-    speed = gpus * 1e12 * mfu * (gpu.half if half else gpu.full) / need
+    largest = {f: max(0, int((room - sum(m.values()) + m["activations"]) / (m["activations"] / batch))) for f, m in memories.items()}
+    flop, speed = steps * r.batch_size * sum(once.values()), gpus * 1e12 * mfu * (gpu.half if half else gpu.full) / sum(once.values())
     return dict(
-        pictures=known, classes=classes, steps=steps, samples=steps * r.batch_size, share=share, batch=batch, half=half,
-        parameters=total(model_products(r, classes), "parameters"), flop_per_image=once, flop=steps * r.batch_size * need,
-        memory=memories, largest_batch=max(0, int(room // mine["activations"])), images_per_s=speed, per_core=speed / gpus / cores,
-        seconds_per_step=r.batch_size / speed, hours=steps * r.batch_size / speed / 3600, gpus=gpus, gpu=gpu, mfu=mfu, cores=cores)
+        pictures=known, classes=classes, steps=steps, samples=steps * r.batch_size, tokens=tokens_of(r), share=share, batch=batch, half=half,
+        parameters=total(model_products(r, classes), "parameters"), flop_per_image=once, flop=flop, own=own, memory=memories, largest=largest,
+        slower=sum(work(replace(r, grad_checkpointing=True), classes).values()) / (sum(once.values()) - once["recomputed"]), images_per_s=speed,
+        per_core=speed / gpus / cores, seconds_per_step=r.batch_size / speed, hours=steps * r.batch_size / speed / 3600, gpus=gpus, gpu=gpu, mfu=mfu, cores=cores)
+
+# %% ../nbs/24_scale.ipynb #advice
+def advice(p: dict) -> str:
+    "Options with which the step of a plan fits, each of them alone; where none does, the best of them together."
+    own, at_most = p["own"], p["largest"]
+    more = {f: ["--parallel fsdp"] * (f[0] > own[0]) + ["--grad-checkpointing"] * (f[1] > own[1]) for f in at_most if f[0] >= own[0] and f[1] >= own[1]}
+    divisor = lambda n: next((k for k in range(min(n, p["batch"]), 0, -1) if p["share"] % k == 0), 0)
+    ways = [f"--device-batch-size {k}"] if (k := divisor(at_most[own])) else []
+    ways += [words[0] for f, words in more.items() if len(words) == 1 and at_most[f] >= p["batch"]]
+    best = max(more, key=at_most.get)
+    if not ways and (k := divisor(at_most[best])): ways = [" ".join([*more[best], *[f"--device-batch-size {k}"] * (k < p["batch"])])]
+    return "set " + ", or ".join(ways) if ways else "no setting helps; take more or larger GPUs"
+
+# %% ../nbs/24_scale.ipynb #memory-page
+def memory_page(p: dict) -> list[str]:
+    "A line for each way to keep the model, and what to do where the recipe's own has no room."
+    lines = [f"GB a GPU, {p['batch']:,} pictures at once ({p['share'] // p['batch']} times a step); {0.8 * p['gpu'].memory:.0f} of {p['gpu'].memory} GB are planned with"]
+    for (kind, again), parts in p["memory"].items():
+        mark, slower = ">" if (kind, again) == p["own"] else " ", f"checkpointing, {p['slower']:.2f} x the time" if again else ""
+        text = f"{mark} {kind:4} {slower:31} {sum(parts.values()) / 1e9:7.2f}, up to {p['largest'][kind, again]:,} pictures"
+        lines.append(f"{text:67} = " + " + ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items()))
+    return lines if p["largest"][p["own"]] >= p["batch"] else [*lines, f"{p['batch']:,} pictures at once do not fit: {advice(p)}"]
 
 # %% ../nbs/24_scale.ipynb #plan-recipe
 def plan_recipe(command: str, r: Run, gpus: int = 8, hardware: str = "a100", mfu: float = 0.4, cores: int = 8, pictures: int | None = None) -> str:
     "What `beit plan RECIPE` prints."
     p = plan(r, gpus, hardware, mfu, cores, pictures)
-    once, G, h = p["flop_per_image"], 1e9, p["hours"]
-    time = f"{h:.3g} hours = {h / 24:.2g} days" if h > 24 else f"{h:.3g} hours" if h > 1 else f"{60 * h:.2g} minutes"
-    fits = f"at most {p['largest_batch']:,} pictures at once fit in {0.8 * p['gpu'].memory:.0f} of {p['gpu'].memory} GB"
-    if p["largest_batch"] < p["batch"]: fits += f"; {p['batch']:,} do not: set --device-batch-size, --grad-checkpointing, or --parallel fsdp"
-    lines = [
-        f"plan: {command} on {gpus} x {p['gpu'].name}, {'half precision' if p['half'] else 'fp32'}, at an MFU of {mfu:.0%}",
-        f"  training    {p['steps']:,} steps of {r.batch_size:,} pictures = {p['samples']:,} samples of {p['pictures']:,} pictures",
-        f"  parameters  {p['parameters']:,}",
-        f"  work        {sum(once.values()) / G:.4g} GFLOP an image ({', '.join(f'{k} {v / G:.4g}' for k, v in once.items() if v)}), {p['flop']:.3g} FLOP in all",
-        f"  memory      GB a GPU, {p['batch']:,} pictures at once ({p['share'] / p['batch']:.3g} times a step):"]
-    for (kind, again), parts in p["memory"].items():
-        lines.append(f"    {kind:4} {'checkpointing' if again else '':13} {sum(parts.values()) / G:7.2f} = {' + '.join(f'{k} {v / G:.2f}' for k, v in parts.items())}")
-    lines += [
-        f"              {fits}",
-        f"  time        {time}, {p['hours'] * gpus:,.3g} GPU-hours; {p['seconds_per_step']:.3g} s a step",
-        f"  loader      {p['images_per_s']:,.0f} images/s = {p['images_per_s'] / gpus:,.0f} a GPU = {p['per_core']:,.0f} a core with {cores} cores a GPU"]
-    if hardware == "v100" and r.precision in ("auto", "bf16"): lines.append("  note        a V100 has no bf16: add --precision fp16")
-    return "\n".join(lines)
+    n, (each, hidden), once, h, paper = p["samples"], p["tokens"], p["flop_per_image"], p["hours"], paper_mfu()
+    executed = sum(once.values())
+    counted = executed - once["recomputed"]
+    again = executed > counted
+    time = lambda h: f"{h:.3g} hours = {h / 24:.2g} days" if h > 24 else f"{h:.3g} hours" if h > 1 else f"{60 * h:.2g} minutes" if h > 1 / 60 else f"{3600 * h:.2g} seconds"
+    guesses = f"; {'' if r.exact_mask else 'at most '}{hidden} of them hidden: {hidden * n:,} guesses" if hidden else ""
+    parts = ", ".join(f"{k} {once[k] / 1e9:.4g}" for k in ("tokenizer", "model") if once[k])
+    rows = [
+        ("training", f"{p['steps']:,} steps of {r.batch_size:,} pictures = {n:,} samples of {p['pictures']:,} pictures"),
+        ("tokens", f"{each:,} a picture: {each * n:,} in all{guesses}"),
+        ("parameters", f"{p['parameters']:,}"),
+        ("work", f"{counted / 1e9:.4g} GFLOP an image ({parts})" + f", {executed / 1e9:.4g} executed: checkpointing runs blocks again" * again + f"; {p['flop']:.3g} FLOP in all"),
+        *zip(("memory", *[""] * 9), memory_page(p)),
+        ("time", f"{time(h)}, {h * gpus:,.3g} GPU-hours; {p['seconds_per_step']:.3g} s a step"),
+        ("", f"at {paper:.0%}, which the paper's 16 V100 reached (5 days): {time(h * mfu / paper)}" * p["half"]),
+        ("mfu", f"{mfu:.0%} is an assumption; measure yours with beit bench step, pass --mfu" + f" ({mfu:.0%} of the work executed, {mfu * counted / executed:.0%} of the work counted)" * again),
+        ("loader", f"{p['images_per_s']:,.0f} images/s = {p['images_per_s'] / gpus:,.0f} a GPU = {p['per_core']:,.0f} a core with {cores} cores a GPU"),
+        ("note", "a V100 has no bf16: add --precision fp16" * (hardware == "v100" and r.precision in ("auto", "bf16")))]
+    title = f"plan: {command} on {gpus} x {p['gpu'].name}, {'half precision' if p['half'] else 'fp32'}, at an MFU of {mfu:.0%}"
+    return "\n".join([title, *(f"  {name:11} {text}" for name, text in rows if text)])
