@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['TRAININGS', 'TOOLS', 'read_recipe', 'Demo', 'Predict', 'AttentionMaps', 'Tokenize', 'Shard', 'PlanIt', 'Bench',
-           'usage', 'run_command', 'main']
+           'Report', 'usage', 'train', 'run_command', 'main']
 
 # %% ../nbs/29_cli.ipynb #imports
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from importlib import import_module
@@ -116,12 +117,13 @@ class Tokenize:
     batch_size: int = 64  # pictures at once
     workers: int = 0  # loader processes
     per_part: int = 4096  # pictures a file
+    max_damaged: float = 0.01  # largest share of unreadable pictures; with more of them it stops
 
     def run(self) -> None:
         from beit_nb.tokenizer import tokenize
         d = tokenize(**vars(self))
         size = sum(f.stat().st_size for f in Path(self.out).glob("part-*.npz"))
-        print(f"{self.out}: {d['pictures']:,} pictures, {d['grid'][0]} x {d['grid'][1]} tokens each, {size:,} bytes; {d['transform']}")
+        print(f"{self.out}: {d['pictures']:,} pictures ({len(d['damaged'])} unreadable), {d['grid'][0]} x {d['grid'][1]} tokens each, {size:,} bytes; {d['transform']}")
 
 
 @dataclass
@@ -168,8 +170,20 @@ class Bench:
         from beit_nb.bench import bench
         bench(list(self.names), self.threads, Path(self.out))
 
+
+
+@dataclass
+class Report:
+    "The page of any run, finished or not: how far it is, what it sees, curves, figures."
+
+    out: tyro.conf.Positional[str]  # the --out folder of a training
+
+    def run(self) -> None:
+        from beit_nb.report import run_report
+        print(run_report(self.out))
+
 # %% ../nbs/29_cli.ipynb #tools
-TOOLS = {"demo": Demo, "tokenize": Tokenize, "attention": AttentionMaps, "predict": Predict, "shard": Shard, "bench": Bench, "plan": PlanIt}
+TOOLS = {"demo": Demo, "tokenize": Tokenize, "attention": AttentionMaps, "predict": Predict, "shard": Shard, "bench": Bench, "plan": PlanIt, "report": Report}
 
 
 def usage() -> str:
@@ -180,15 +194,23 @@ def usage() -> str:
                       "  --debug             show a traceback instead of one line when something is wrong"])
 
 # %% ../nbs/29_cli.ipynb #run-command
+def train(command: str, recipe) -> None:
+    "Run a training and write its page, also when it was stopped or broke; a refused one leaves no page."
+    def page(): return os.environ.get("RANK", "0") == "0" and print(f"report: {import_module('beit_nb.report').run_report(recipe.out)}", flush=True)
+    module, function, _ = TRAININGS[command]
+    try: getattr(import_module(f"beit_nb.{module}"), function)(recipe)
+    except (KeyboardInterrupt, FloatingPointError):
+        with suppress(ValueError, OSError): page()  # it must not hide why the run ended
+        raise
+    page()
+
+
 def run_command(argv: list[str]) -> None:
     "Parse, import what the command needs, run it."
     if not argv or argv[0] in ("-h", "--help", "help"): return print(usage())
     if argv[0] == "--version": return print(import_module("beit_nb").__version__)
     command, rest = argv[0], argv[1:]
-    if command in TRAININGS:
-        recipe, (module, function, _) = read_recipe(command, rest), TRAININGS[command]
-        getattr(import_module(f"beit_nb.{module}"), function)(recipe)
-        if command != "probe" and os.environ.get("RANK", "0") == "0": print(f"report: {import_module('beit_nb.report').run_report(recipe.out)}")
+    if command in TRAININGS: train(command, read_recipe(command, rest))
     elif command == "plan":  # its own options; what is left over are fields of the recipe
         tool, fields = tyro.cli(PlanIt, prog="beit plan", args=rest, return_unknown_args=True)
         tool.run(fields)
@@ -206,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
         run_command([a for a in argv if a != "--debug"])
         return 0
     except KeyboardInterrupt as e:
-        print(f"\nbeit: {e or 'stopped; the same command continues from the last checkpoint'}", file=sys.stderr)
+        print(f"\nbeit: {str(e) or 'stopped; the same command continues from the last checkpoint'}", file=sys.stderr)
         return 130
     except (ValueError, OSError, FloatingPointError) as e:
         if debug: raise

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['ARMS', 'Plan', 'stage', 'tokenizer_stage', 'pretrain_stage', 'fine_tune_all', 'arms', 'score_on_test',
-           'finetune_stage', 'spread', 'probe_stage', 'watch_figure', 'tokens_figure', 'compare_figure', 'probe_figure',
-           'attention_figure', 'demo_report', 'demo']
+           'finetune_stage', 'spread', 'probe_stage', 'compare_figure', 'attention_figure', 'demo_report', 'demo']
 
 # %% ../nbs/28_demo.ipynb #imports
 import json
@@ -26,14 +25,14 @@ from tqdm import tqdm
 from .attention import attention_maps, patch_attention, show_attention
 from .data import Digits
 from .finetuning import evaluate_classifier, finetune, load_classifier
-from .images import PALETTE, normalize, show_images
+from .images import PALETTE, normalize
 from .loading import TwoViews
-from .pretraining import evaluate_mim, load_mim, pretrain, token_table
+from .pretraining import evaluate_mim, load_mim, pretrain, token_table, watch_figure
 from .probing import probe
 from .recipes import FinetuneRecipe, recipe_named
-from .report import cards_html, figure_html, page, plot_log, table_html
+from .report import cards_html, figure_html, page, plot_log, probe_figure, table_html, tokens_figure
 from .tokenizer import evaluate_tokenizer, load_tokenizer, train_tokenizer
-from .runs import finish, memory, read_log
+from .runs import finish, memory, read_log, whole_file
 
 # %% ../nbs/28_demo.ipynb #plan
 @dataclass
@@ -57,9 +56,7 @@ def stage(out: Path, name: str, work) -> dict:
     print(f"\n== {name} ==", flush=True)
     result = work()
     result["seconds"] = time.time() - began
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(result))
-    part.replace(file)
+    with whole_file(file) as f: f.write(json.dumps(result).encode())
     return result
 
 # %% ../nbs/28_demo.ipynb #tokens-stage
@@ -71,7 +68,8 @@ def tokenizer_stage(p: Plan) -> dict:
 
 def pretrain_stage(p: Plan) -> dict:
     "Pre-train; top-1 on the masked tokens of the test digits, beside the best constant guess."
-    r = recipe_named("pretrain", "nano", out=f"{p.out}/pretrain", tokenizer=f"{p.out}/tokenizer", seed=p.seed, steps=p.pretrain_steps)
+    r = recipe_named("pretrain", "nano", out=f"{p.out}/pretrain", tokenizer=f"{p.out}/tokenizer", seed=p.seed, steps=p.pretrain_steps,
+                     watch_every=max(1, min(250, p.pretrain_steps // 4)))  # a short run has its film too
     model, tokenizer = pretrain(r), load_tokenizer(r.tokenizer)
     prior = token_table(tokenizer, Digits("train", places=1), TwoViews(r.img_size))  # for the constant guess
     return evaluate_mim(model, r, tokenizer, Digits("test"), prior) | dict(images=r.steps * r.batch_size)
@@ -137,31 +135,6 @@ def probe_stage(p: Plan) -> dict:
     r = probe(replace(recipe_named("probe", "nano"), init=f"{p.out}/pretrain", out=f"{p.out}/probe", split="test", seed=p.seed, draws=p.draws))
     return {"labels": r["labels"]} | {k: r[k]["mean"] for k in ("pretrained", "random", "pixels")} | {"spread": {k: r[k] for k in ("pretrained", "random", "pixels")}}
 
-# %% ../nbs/28_demo.ipynb #watch-figure
-def watch_figure(out: Path, n: int = 4) -> Figure:
-    "What the model fills in at masked places as training goes on: a row a moment, decoded by the tokenizer."
-    files = sorted((out / "pretrain" / "watch").glob("*.pt"))
-    picks = [torch.load(files[i], weights_only=True) for i in np.unique(np.linspace(0, len(files) - 1, n).astype(int))]
-    tokenizer = load_tokenizer(out / "tokenizer")
-    views, masks = picks[0]["views"].float() / 255, picks[0]["masks"]
-    ids, hide = tokenizer.get_codebook_indices(views), masks.repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
-    rows = [views, torch.where(hide, torch.tensor([0.54, 0.56, 0.6])[:, None, None], views), *(tokenizer.decode(torch.where(masks, w["guess"], ids)) for w in picks), tokenizer.decode(ids)]
-    names = ["picture", "what it sees", *(f"step {w['step']}" for w in picks), "true tokens"]
-    fig = show_images([x for row in rows for x in row], ncols=len(views), size=1.15)
-    for name, ax in zip(names, fig.axes[:: len(views)]): ax.text(-0.12, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=9)
-    return fig
-
-# %% ../nbs/28_demo.ipynb #tokens-figure
-def tokens_figure(out: Path, n: int = 6) -> Figure:
-    "Pictures, their token grids (one colour an id) and what the decoder paints from them."
-    tokenizer, x = load_tokenizer(out / "tokenizer"), Digits("test").images[:n].float() / 255
-    ids = tokenizer.get_codebook_indices(x)
-    colour = torch.rand(tokenizer.vocab_size, 3, generator=torch.Generator().manual_seed(1))
-    grids = colour[ids].permute(0, 3, 1, 2)
-    fig = show_images([*x, *grids, *tokenizer.decode(ids)], ncols=n, size=1.15)
-    for name, ax in zip(("picture", "tokens", "decoded"), fig.axes[::n]): ax.text(-0.12, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=9)
-    return fig
-
 # %% ../nbs/28_demo.ipynb #compare-figure
 def compare_figure(f: dict) -> Figure:
     "Left: validation accuracy over the steps, every draw a line. Right: test accuracy with its spread."
@@ -177,18 +150,6 @@ def compare_figure(f: dict) -> Figure:
     for ax in (a, b): ax.spines[["top", "right"]].set_visible(False)
     return fig
 
-
-def probe_figure(s: dict) -> Figure:
-    "Probe accuracy on the test digits block by block, beside raw pixels."
-    fig, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")
-    for key, colour, label in (("pretrained", PALETTE["blue"], "pre-trained"), ("random", PALETTE["orange"], "random network")):
-        ax.plot(range(1, 1 + len(s[key]["layers"])), s[key]["layers"], "o-", color=colour, label=label)
-    ax.axhline(s["pixels"]["mean"], color=PALETTE["grey"], ls="--", label="raw pixels")
-    ax.set(xlabel="block", ylabel="test accuracy", ylim=(0, 1), xticks=range(1, 1 + len(s["pretrained"]["layers"])))
-    ax.legend(frameon=False, fontsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
-    return fig
-
 # %% ../nbs/28_demo.ipynb #attention-figure
 def attention_figure(out: Path, number: int = 3) -> Figure:
     "Where the patch with the most ink of a test digit looks, head by head, in the middle of the network."
@@ -202,7 +163,7 @@ def attention_figure(out: Path, number: int = 3) -> Figure:
 # %% ../nbs/28_demo.ipynb #demo-report
 def demo_report(p: Plan, m: dict) -> Path:
     "OUT/report.html: every figure with a sentence for a learner."
-    out, f, q = Path(p.out), m["finetune"], m["probe"]
+    out, f, q, tokenizer = Path(p.out), m["finetune"], m["probe"], load_tokenizer(f"{p.out}/tokenizer")
     cards = cards_html([(f"{f['pretrained']['mean']:.1%}", f"test accuracy, pre-trained, {f['labels_per_class']} labels a class"),
                         (f"{f['scratch_equal_steps']['mean']:.1%}", "the same network from scratch, equal steps"),
                         (f"{f['scratch_best']['mean']:.1%}", f"from scratch with {p.longer} times the steps"),
@@ -211,11 +172,11 @@ def demo_report(p: Plan, m: dict) -> Path:
     rows = [dict(arm=label, steps=f[k]["steps"], **{"learning rate": f"{f[k]['lr']:g}", "test accuracy": f[k]["mean"], "spread": f[k]["std"]}) for k, (label, _) in ARMS.items()]
     parts = [cards,
         "<h2>1. Pictures become words</h2><p>A discrete VAE learns an alphabet of stamps. Each 4x4 cell of a picture is named by one of 256 token ids; a decoder repaints the picture from the ids alone.</p>",
-        figure_html(tokens_figure(out), "Test digits it never saw: the picture, its 8x8 token ids (one colour an id), and the picture repainted from them."),
+        figure_html(tokens_figure(tokenizer, Digits("test").images[:6].float() / 255), "Test digits it never saw: the picture, its 8x8 token ids (one colour an id), and the picture repainted from them."),
         figure_html(curves("tokenizer", ("mse", "perplexity"), {"mse": "squared error", "perplexity": "tokens in use (perplexity)"}),
                     f"The error falls while more of the alphabet comes into use. On test digits the error is {m['dvae']['mse'] / m['dvae']['pixel_variance']:.1%} of the pixels' variance; {m['dvae']['codes_used']} ids occur, with a perplexity of {m['dvae']['perplexity']:.1f}."),
         "<h2>2. Hide and guess</h2><p>Blocks that cover 40 % of the patches are hidden, and a Transformer must name the hidden tokens from what is left. No label is used.</p>",
-        figure_html(watch_figure(out), "Grey patches are hidden from the model. Below: its guess at the hidden tokens, decoded, as training goes on; last row: the true tokens, decoded."),
+        figure_html(watch_figure(out / "pretrain", tokenizer), "Grey patches are hidden from the model. Below: its guess at the hidden tokens, decoded, as training goes on; last row: the true tokens, decoded."),
         figure_html(curves("pretrain", ("loss", "mlm_acc"), {"loss": "cross-entropy", "mlm_acc": "hidden tokens guessed"}), f"The loss starts near ln 256 = {np.log(256):.2f} and falls as strokes become predictable, over {m['mim']['images']:,} pictures."),
         figure_html(attention_figure(out), "Where one patch (red) looks in the middle block, head by head; the bright patches hold 60 % of the attention."),
         f"<h2>3. Few labels are enough</h2><p>Now {f['labels_per_class']} labelled digits a class. The same network starts once from the pre-trained weights and once from random ones; learning rates were chosen on validation digits, the figures are on {1000:,} test digits.</p>",
@@ -224,8 +185,9 @@ def demo_report(p: Plan, m: dict) -> Path:
         figure_html(probe_figure(q["spread"]), "Probe accuracy by block. The random network and the raw pixels show how much of it the pre-training brought."),
         table_html([dict(features=k, **{"test accuracy": s["mean"], "spread": s["std"], "block": s["layer"]}) for k, s in q["spread"].items()])]
     target = out / "report.html"
-    target.write_text(page("BEiT, learnt on this machine", f"Tokens, masks, guesses and labels: {m['seconds'] / 60:.1f} minutes from nothing to a network that reads handwriting from {10 * f['labels_per_class']} labels.", parts,
-                           "Made by <code>beit demo</code> of beit_nb. Pictures: 5,000 MNIST digits, placed at random on 32x32."))
+    html = page("BEiT, learnt on this machine", f"Tokens, masks, guesses and labels: {m['seconds'] / 60:.1f} minutes from nothing to a network that reads handwriting from {10 * f['labels_per_class']} labels.", parts,
+                "Made by <code>beit demo</code> of beit_nb. Pictures: 5,000 MNIST digits, placed at random on 32x32.")
+    with whole_file(target) as f: f.write(html.encode())
     return target
 
 # %% ../nbs/28_demo.ipynb #demo

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .data import PictureSet, few_labels, open_data
 from .images import MEAN_STD, denormalize, normalize, to_pil
-from .loading import Samples, TwoViews, batches
+from .loading import Batches, Samples, TwoViews, pass_over
 from .recipes import Backbone, FinetuneRecipe, from_config
 from .runs import finish, finished, join_processes, load_checkpoint, open_run, rank, read_log, sum_over_ranks, world_size
 from .training import Trainer, bite_size, default_device, fit, pick_precision
@@ -212,19 +212,20 @@ def finetune_loss(r: FinetuneRecipe, num_classes: int):
 # %% ../nbs/18_finetuning.ipynb #evaluate-classifier
 @torch.no_grad()
 def evaluate_classifier(model, r: FinetuneRecipe, pictures: PictureSet, chunk: int = 250) -> dict:
-    "Top-1 accuracy and mean cross-entropy on all pictures of a set; several processes share them."
+    "Top-1 accuracy and mean cross-entropy on all readable pictures of a set; several processes share them."
     device, training, n = next(model.parameters()).device, model.training, len(pictures)
-    make, rng, sums = FinetuneTransform(r, pictures.labels, training=False), np.random.default_rng(0), torch.zeros(2, dtype=torch.float64)
+    samples, sums = Samples(pictures, FinetuneTransform(r, pictures.labels, training=False)), torch.zeros(3, dtype=torch.float64)
     dtype = pick_precision(r.precision, device)
     model.eval()
     for part in torch.arange(rank(), n + -n % world_size(), world_size()).split(chunk):  # all take equally many: a model in shards is read together
-        ids, real = part % n, part < n
-        x, y = torch.stack([make(pictures[int(i)], int(i), rng)[0] for i in ids]).to(device), torch.as_tensor(pictures.labels[ids.numpy()], dtype=torch.long)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None): logits = model(to_input(x, r.mean_std)).float().cpu()
-        sums += torch.stack([(logits.argmax(1) == y)[real].sum(), F.cross_entropy(logits, y, reduction="none")[real].sum()])
+        x, y, _, lost = zip(*(samples[int(i)] for i in part % n))
+        y, real = torch.tensor(y), (part < n) & (torch.tensor(lost) < 0)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None): logits = model(to_input(torch.stack(x).to(device), r.mean_std)).float().cpu()
+        sums += torch.stack([real.sum(), (logits.argmax(1) == y)[real].sum(), F.cross_entropy(logits, y, reduction="none")[real].sum()])
+        pass_over(pictures, [i for i in lost if i >= 0])
     model.train(training)
-    accuracy, loss = (sum_over_ranks(sums) / n).tolist()
-    return dict(accuracy=accuracy, val_loss=loss)
+    read, right, loss = sum_over_ranks(sums).tolist()
+    return dict(accuracy=right / read, val_loss=loss / read) | (dict(val_damaged=n - int(read)) if read < n else {})
 
 # %% ../nbs/18_finetuning.ipynb #finetune
 @join_processes()
@@ -245,6 +246,6 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
         def after_step(step, model):
             return evaluate_classifier(model, r, held) if step % every == 0 or step == total else None
 
-        fit(t, batches(samples, r, rank(), world_size()), finetune_loss(r, len(classes)), after_step)
+        fit(t, Batches(samples, r, rank(), world_size()), finetune_loss(r, len(classes)), after_step)
         curve = [(row["step"], row["accuracy"]) for row in read_log(out) if "accuracy" in row]
-        return finish(out, dict(accuracy=curve[-1][1] if curve else None, curve=curve, split=r.split, steps=t.step, images=t.step * r.batch_size))
+        return finish(out, dict(accuracy=curve[-1][1] if curve else None, curve=curve, split=r.split, steps=t.step, images=t.step * r.batch_size, damaged=len(t.data["damaged"])))

@@ -4,9 +4,13 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'IMAGENET_MEAN_STD', 'BEIT_MEAN_STD', 'MEAN_STD', 'EXTENSIONS', 'show_image', 'show_images', 'load_image',
-           'list_images', 'to_tensor', 'to_pil', 'photos', 'house_pictures', 'normalize', 'denormalize']
+           'walk_files', 'is_picture', 'image_names', 'list_images', 'to_tensor', 'to_pil', 'photos', 'house_pictures',
+           'columns', 'normalize', 'denormalize']
 
 # %% ../nbs/00_images.ipynb #imports
+import os
+from collections.abc import Iterator
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -67,8 +71,9 @@ def load_image(path: str | Path) -> Image.Image:
         with Image.open(path) as im:
             im = ImageOps.exif_transpose(im)
             if im.mode[0] in "IF":                             # 16-bit or float greys, which convert() would clip
-                x = np.asarray(im, np.float64) / (1 if im.mode == "F" else 65535)
-                im = Image.fromarray((x.clip(0, 1) * 255).round().astype(np.uint8))
+                x = np.asarray(im, np.float64)
+                white = next((w for w in (1, 255) if im.mode == "F" and not x.max() > w), 65535)  # floats come in three habits
+                im = Image.fromarray((x.clip(0, white) / white * 255).round().astype(np.uint8))
             if "A" in im.getbands() or "transparency" in im.info:
                 im = im.convert("RGBA")
                 im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
@@ -79,16 +84,34 @@ def load_image(path: str | Path) -> Image.Image:
         raise ValueError(f"cannot read the picture {path}: {e}; replace or delete that file") from e
 
 # %% ../nbs/00_images.ipynb #list-images
-def list_images(folder: str | Path) -> list[Path]:
-    "All pictures below `folder`, at any depth, sorted by path; hidden files and folders are passed over."
-    folder = Path(folder)
-    if not folder.is_dir():
+def walk_files(folder: str | Path, inside: str = "", above: tuple = ()) -> Iterator[str]:
+    "Names of all files below `folder`, relative to it, in the order of their paths; links are followed, but never in circles."
+    here = os.path.realpath(f"{folder}/{inside}")
+    if here in above: return
+    try: entries = sorted(os.scandir(f"{folder}/{inside}"), key=lambda e: e.name)
+    except PermissionError: return  # such as lost+found
+    for e in entries:
+        if e.is_dir(): yield from walk_files(folder, f"{inside}{e.name}/", (*above, here))
+        elif e.is_file(): yield inside + e.name
+
+
+def is_picture(name: str) -> bool:
+    "Does a relative name end like a picture's, and is neither the file nor a folder on the way to it hidden?"
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and "/." not in f"/{name}"
+
+
+def image_names(folder: str | Path) -> Iterator[str]:
+    "Names of all pictures below `folder`, at any depth, in the order of their paths."
+    if not os.path.isdir(folder):
         raise ValueError(f"the folder {folder} does not exist; give a folder of pictures or the name of a known data set")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file()
-                   and not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    if not found:
-        raise ValueError(f"no pictures in {folder} (looked for {', '.join(sorted(EXTENSIONS))} at any depth)")
-    return found
+    name = None
+    for name in filter(is_picture, walk_files(folder)): yield name
+    if name is None: raise ValueError(f"no pictures in {folder} (looked for {', '.join(sorted(EXTENSIONS))} at any depth)")
+
+
+def list_images(folder: str | Path) -> list[Path]:
+    "Their paths."
+    return [Path(folder, name) for name in image_names(folder)]
 
 # %% ../nbs/00_images.ipynb #tensors
 def to_tensor(image: Image.Image) -> Tensor:
@@ -116,13 +139,21 @@ def house_pictures(size: int = 224) -> Tensor:
     return torch.stack([to_tensor(crop(album[n])) for n in ("astronaut", "chelsea", "coffee", "rocket")])
 
 # %% ../nbs/00_images.ipynb #normalize
+@cache
+@torch.inference_mode(False)
+def columns(mean_std, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    "Mean and std, (3, 1, 1) each. Made once: whoever sends new numbers to a GPU waits until it has done all its work."
+    mean, std = (torch.tensor(v, dtype=dtype, device=device).view(3, 1, 1) for v in mean_std)
+    return mean, std
+
+
 def normalize(x: Tensor, mean_std=BEIT_MEAN_STD) -> Tensor:
     "(..., 3, H, W) in [0, 1] to zero-centred values: (x - mean) / std per channel."
-    mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(3, 1, 1) for v in mean_std)
+    mean, std = columns(mean_std, x.dtype, x.device)
     return (x - mean) / std
 
 
 def denormalize(x: Tensor, mean_std=BEIT_MEAN_STD) -> Tensor:
     "The inverse of `normalize`."
-    mean, std = (torch.tensor(v, dtype=x.dtype, device=x.device).view(3, 1, 1) for v in mean_std)
+    mean, std = columns(mean_std, x.dtype, x.device)
     return x * std + mean

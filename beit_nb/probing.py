@@ -18,11 +18,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .data import PictureSet, few_labels, open_data
 from .finetuning import build_classifier, load_backbone, to_input
-from .loading import TwoViews
-from .recipes import FinetuneRecipe, ProbeRecipe, from_config
+from .loading import Samples, TwoViews, pass_over
+from .recipes import FinetuneRecipe, ProbeRecipe, check_recipe, from_config
 from .runs import finish, load_checkpoint, open_run
 from .training import default_device, pick_precision
 from .vit import VisionTransformer
@@ -93,16 +94,18 @@ def raw_pixels(images: Tensor) -> np.ndarray:
     return x.flatten(1).numpy()[None]
 
 
-def all_features(arms: dict[str, Callable], pictures: PictureSet, size: int, ids=None, chunk: int = 256) -> dict[str, np.ndarray]:
-    "What every arm makes of the pictures: name -> (layers, N, D)."
-    ids = np.arange(len(pictures)) if ids is None else ids
-    views = (views_of(pictures, size, ids[i : i + chunk]) for i in range(0, len(ids), chunk))
-    rows = [{k: f(v) for k, f in arms.items()} for v in views]
-    return {k: np.concatenate([r[k] for r in rows], 1) for k in arms}
+def all_features(arms: dict[str, Callable], pictures: PictureSet, size: int, ids=None, chunk: int = 256) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    "What every arm makes of the pictures: name -> (layers, N, D); and the numbers (N,) of those that were seen."
+    views, rows, seen = TwoViews(size), [], []
+    for x, numbers, lost in DataLoader(Samples(pictures, lambda picture, number, rng: (views(picture)[0], number), ids=ids), chunk):
+        pass_over(pictures, lost[lost >= 0])
+        rows.append({k: f(x) for k, f in arms.items()}), seen.append(numbers)
+    return {k: np.concatenate([r[k] for r in rows], 1) for k in arms}, torch.cat(seen).numpy()
 
 # %% ../nbs/19_probing.ipynb #probe
 def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
     "Probe a checkpoint, a network of its shape with random weights, and raw pixels, on the same labels."
+    check_recipe(r)
     if not r.init: raise ValueError("a probe needs --init: the --out folder of `beit pretrain` or `beit finetune`, or a checkpoint in it")
     trained, untrained, shape = probe_networks(load_checkpoint(r.init, ("pretrain", "finetune")), r.seed)
     arms = {name: lambda v, net=net: block_features(net, v, shape.mean_std) for name, net in dict(pretrained=trained, random=untrained).items()}
@@ -112,10 +115,10 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
         draws = [few_labels(train.labels, r.labels_per_class, r.seed + d) for d in range(r.draws)]
         used = np.unique(np.concatenate(draws))  # each picture is read once, whatever number of draws wants it
         rows = [np.searchsorted(used, d) for d in draws]
-        x, v, h = (all_features(arms, *args, chunk=r.batch_size) for args in ((train, shape.img_size, used), (val, shape.img_size), (held, shape.img_size)))
+        (x, xs), (v, vs), (h, hs) = (all_features(arms, *args, chunk=r.batch_size) for args in ((train, shape.img_size, used), (val, shape.img_size), (held, shape.img_size)))
         result = {}
         for name in arms:
-            scores = [[linear_scores((f[i], train.labels[used[i]]), [(fv, val.labels), (fh, held.labels)])
+            scores = [[linear_scores((f[i], train.labels[xs[i]]), [(fv, val.labels[vs]), (fh, held.labels[hs])])
                        for f, fv, fh in zip(x[name], v[name], h[name])] for i in rows]
             b = result[name] = best_on_val(np.array(scores))
             if not quiet: print(f"{name}: {b['mean']:.3f} ± {b['std']:.3f} (best of {len(b['layers'])}: {b['layer']})", flush=True)

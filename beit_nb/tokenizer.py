@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['ACCEPTED', 'Tokenizer', 'codebook_usage', 'build_dvae', 'first_pictures', 'evaluate_tokenizer', 'schedules',
-           'running_mean', 'train_tokenizer', 'load_tokenizer', 'fingerprint', 'picture_names', 'describe_tokens',
-           'read_part', 'write_part', 'tokenize', 'load_tokens']
+           'running_mean', 'train_tokenizer', 'load_tokenizer', 'describe_tokens', 'read_part', 'write_part',
+           'sound_part', 'tokenize', 'load_tokens']
 
 # %% ../nbs/11_tokenizer.ipynb #imports
-import hashlib
 import json
 import math
 import os
@@ -24,10 +23,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .data import open_data
+from .data import fingerprint, open_data
 from .dvae import DiscreteVAE, dvae_loss, init_codes
 from .gumbel import temperature_schedule
-from .loading import Samples, TwoViews, batches
+from .loading import Batches, Samples, TwoViews, check_damage, fault, pass_over
 from .recipes import TokenizerRecipe, from_config
 from .runs import finish, load_checkpoint, open_run, rank, whole_file, world_size
 from .training import Trainer, cosine_schedule, default_device, fit
@@ -137,12 +136,12 @@ def train_tokenizer(r: TokenizerRecipe, quiet: bool = False) -> Tokenizer:
 
         def after_step(step, model):  # what argmax ids are worth meanwhile
             if mean: mean.update_parameters(model)
-            if step % r.log_every or rank(): return
+            if step % r.log_every: return  # else all processes, for all must come to the log
             return {f"hard_{k}": v for k, v in evaluate_tokenizer(mean.module if mean else model, images[:64]).items() if k != "pixel_variance"}
 
-        fit(t, batches(samples, r, rank(), world_size()), loss_of, after_step)
+        fit(t, Batches(samples, r, rank(), world_size()), loss_of, after_step)
         tokenizer = Tokenizer(mean.module if mean else t.model, r.img_size)
-        finish(out, evaluate_tokenizer(tokenizer, images))
+        finish(out, evaluate_tokenizer(tokenizer, images) | dict(damaged=len(t.data["damaged"])))
         return tokenizer
 
 # %% ../nbs/11_tokenizer.ipynb #load-tokenizer
@@ -164,25 +163,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     return Tokenizer(dvae, r.img_size)
 
 # %% ../nbs/11_tokenizer.ipynb #describe-tokens
-def fingerprint(*things) -> str:
-    "Sixteen letters that change when names or tensors do."
-    h = hashlib.sha256()
-    for x in things: h.update(x.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if isinstance(x, Tensor) else str(x).encode())
-    return h.hexdigest()[:16]
-
-
-def picture_names(pictures) -> str:
-    "A fingerprint of which pictures these are, in which order; the folder they lie in does not count."
-    return fingerprint(*([Path(f).name for f in getattr(pictures, "files", [])] or [pictures.name]))
-
-
 def describe_tokens(tokenizer: Tokenizer, pictures, img_size: int, token_size: int, per_part: int) -> dict:
     "What tokens.json says: the pictures, the tokenizer, and the way from one to the other."
     weights = [v.reshape(-1) for _, v in sorted(tokenizer.state_dict().items())]
     side = token_size // tokenizer.downsample
     if token_size % tokenizer.downsample: raise ValueError(f"token_size {token_size} does not divide into tokens of {tokenizer.downsample} pixels; choose a multiple")
     how = f"centre square; {'bicubic' if token_size == img_size else 'Lanczos'} to {token_size} pixels, antialiased; [0, 1]"
-    return dict(pictures=len(pictures), names=picture_names(pictures), tokenizer=fingerprint(*weights), vocab_size=tokenizer.vocab_size,
+    return dict(pictures=len(pictures), names=pictures.fingerprint(), tokenizer=fingerprint(*weights), vocab_size=tokenizer.vocab_size,
                 downsample=tokenizer.downsample, grid=[side, side], img_size=img_size, token_size=token_size, transform=how, per_part=per_part)
 
 # %% ../nbs/11_tokenizer.ipynb #tokenize-part
@@ -195,14 +182,21 @@ def read_part(file: Path, shape: tuple[int, ...]):
     except (OSError, ValueError, KeyError, EOFError, BadZipFile): return None
 
 
-def write_part(file: Path, tokenizer: Tokenizer, samples: Samples, numbers: range, batch_size: int, workers: int) -> None:
-    "Tokenize the pictures of those numbers into one packed file."
+def write_part(file: Path, tokenizer: Tokenizer, samples: Samples, numbers: range, batch_size: int, workers: int) -> list[int]:
+    "Tokenize the pictures of those numbers into one packed file; the numbers of the damaged ones."
     device, ids, damaged = next(tokenizer.parameters()).device, [], []
     small = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     for x, lost in DataLoader(samples, batch_size, sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda"):
         ids.append(tokenizer.get_codebook_indices(x.to(device, non_blocking=True).float() / 255).cpu().numpy().astype(small))
         damaged += lost[lost >= 0].tolist()
     with whole_file(file) as f: np.savez_compressed(f, ids=np.concatenate(ids), damaged=np.array(damaged, np.int64))
+    return damaged
+
+
+def sound_part(file: Path, shape: tuple[int, ...], pictures) -> list[int] | None:
+    "The damaged pictures of a part that need not be made again: it is whole, and those still cannot be read."
+    found = read_part(file, shape)
+    if found and all(fault(pictures, int(i)) for i in found[1]): return found[1].tolist()
 
 # %% ../nbs/11_tokenizer.ipynb #tokenize
 def tokenize(
@@ -214,6 +208,7 @@ def tokenize(
     batch_size: int = 64,
     workers: int = 0,
     per_part: int = 4096,   # pictures a file
+    max_damaged: float = 0.01,  # largest share of unreadable pictures
 ) -> dict:
     "Write the token ids of every picture of a data set under `out`; goes on where it stopped. Returns what tokens.json says."
     out, t, pictures = Path(out), load_tokenizer(tokenizer).to(default_device()), open_data(data)
@@ -225,21 +220,26 @@ def tokenize(
         raise ValueError(f"{out} holds other tokens ({'; '.join(other[:3])}); choose another --out, or delete that folder")
     with whole_file(file) as f: f.write(json.dumps(described, indent=1).encode())
     samples = Samples(pictures, lambda picture, number, rng: views(picture)[1:], pixels=True)
-    starts = range(0, len(pictures), per_part)[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-    for start in tqdm(starts, desc="tokenize", unit="part", disable=not sys.stderr.isatty()):
-        numbers, part = range(start, min(start + per_part, len(pictures))), out / f"part-{start // per_part:05d}.npz"
-        if read_part(part, (len(numbers), *described["grid"])) is None: write_part(part, t, samples, numbers, batch_size, workers)
-    return described
+    parts = range(0, len(pictures), per_part)[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
+    mine, lost = [range(start, min(start + per_part, len(pictures))) for start in parts], []
+    for numbers in tqdm(mine, desc="tokenize", unit="part", disable=not sys.stderr.isatty()):
+        part = out / f"part-{numbers.start // per_part:05d}.npz"
+        known = sound_part(part, (len(numbers), *described["grid"]), pictures)
+        lost += write_part(part, t, samples, numbers, batch_size, workers) if known is None else known
+        pass_over(pictures, lost)
+        check_damage(pictures, lost, len(pictures), max_damaged)
+    return described | dict(damaged=lost)
 
 # %% ../nbs/11_tokenizer.ipynb #load-tokens
 def load_tokens(path: str | Path) -> tuple[Tensor, dict]:
-    "Ids (N, h, w) of a whole data set, int16 where they fit, and their description."
+    "Ids (N, h, w) of a whole data set, int16 where they fit, and their description with the numbers of damaged pictures."
     path = Path(path)
     if not (path / "tokens.json").is_file(): raise ValueError(f"there are no tokens at {path}; write them with `beit tokenize DATA --tokenizer T --out {path}`")
-    d = json.loads((path / "tokens.json").read_text())
+    d = json.loads((path / "tokens.json").read_text()) | dict(damaged=[])
     ids = torch.empty(d["pictures"], *d["grid"], dtype=torch.int16 if d["vocab_size"] <= 2**15 else torch.int32)
     for start in range(0, d["pictures"], d["per_part"]):
         n, part = min(d["per_part"], d["pictures"] - start), path / f"part-{start // d['per_part']:05d}.npz"
         if (found := read_part(part, (n, *d["grid"]))) is None: raise ValueError(f"{part} is missing or damaged; the same `beit tokenize` command writes it again")
         ids[start : start + n] = torch.from_numpy(found[0].astype(np.int32))
+        d["damaged"] += found[1].tolist()
     return ids, d

@@ -14,8 +14,8 @@ import torchvision
 from PIL import Image
 
 import beit_nb.data as data
-from beit_nb.data import KNOWN, Digits, Folder, Photos, Shards, decode, open_data, shard_folder, torchvision_set
-from beit_nb.images import load_image, photos
+from beit_nb.data import KNOWN, Digits, Files, Folder, Photos, PictureSet, Shards, decode, fingerprint, open_data, shard_folder, torchvision_set
+from beit_nb.images import list_images, load_image, photos
 
 
 def grey(file: Path, value: int, size=(24, 20)):
@@ -101,10 +101,50 @@ def test_many_classes_are_fast(tmp_path, monkeypatch):
     root = tmp_path / "x"
     root.mkdir()
     names = [f"n{i:05d}" for i in range(2000)]
-    monkeypatch.setattr(d, "list_images", lambda r: [root / n / f"{k}.jpg" for n in names for k in range(20)])
+    monkeypatch.setattr(d, "image_names", lambda r: (f"{n}/{k}.jpg" for n in names for k in range(20)))
     t = time.process_time()
     assert len(Folder(root, labels=True, classes=names)) == 40_000
     assert time.process_time() - t < 5
+
+
+def test_a_list_of_millions_is_small(tmp_path):
+    "Packed names: below 60 bytes a picture (a Path has 506), no object a worker could copy; and found without asking the disk for each."
+    import time, tracemalloc
+
+    for c in range(20):
+        (folder := tmp_path / f"n{c:08d}").mkdir()
+        for k in range(300): (folder / f"n{c:08d}_{k}.JPEG").touch()
+    began = time.process_time()
+    tracemalloc.start()
+    pictures = Folder(tmp_path)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(pictures) == 6000 and held / 6000 < 60 and time.process_time() - began < 1.5
+    assert [str(f.relative_to(tmp_path)) for f in pictures.files] == sorted(str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.JPEG"))
+    assert pictures.files[5999] == pictures.files[-1] and len(Files(tmp_path, [])) == 0
+    with pytest.raises(IndexError): pictures.files[6000]
+
+
+def test_order_is_that_of_paths(tmp_path):
+    "A folder a-b and a folder a: in the order of their parts, as ever."
+    names = ["a-b/1.png", "a/2.png", "a/c/3.png", "a/c.png", "B/4.png", "5.png"]
+    for n in names: grey(tmp_path / n, 0)
+    assert list_images(tmp_path) == sorted(tmp_path / n for n in names)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    for c in "ab":
+        for k in range(3): grey(tmp_path / "store" / c / f"{k}.png", 10 * k)
+    for split in ("train", "val"):
+        (tmp_path / "set" / split).mkdir(parents=True)
+        for c in "ab": (tmp_path / "set" / split / c).symlink_to(tmp_path / "store" / c)
+    assert len(open_data(str(tmp_path / "set"))) == 6
+    assert open_data(str(tmp_path / "set"), "val", labels=True).labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert shard_folder(tmp_path / "set", tmp_path / "out") == dict(pictures=12, shards=2, damaged=0, others=0)
+    (tmp_path / "store" / "a" / "up").symlink_to(tmp_path / "store")                 # a circle
+    (tmp_path / "store" / "b" / "dead.png").symlink_to("/nowhere.png")
+    assert len(list_images(tmp_path / "store")) == 6
+    assert len(list_images(tmp_path / "set" / "train" / "b")) == 3
 
 
 def test_imagenet_layouts(tmp_path, monkeypatch):
@@ -155,6 +195,86 @@ def test_fast_decoder_is_pil(tmp_path):
         else:
             with pytest.raises(ValueError, match="^cannot read the picture cat.jpg"): decode(blob, lambda: "cat.jpg")
     assert 7 <= refused < len(broken)
+
+
+@pytest.mark.parametrize("size", [14_000, 30_000])
+def test_a_header_that_claims_too_much(size, tmp_path):
+    "631 bytes that would be 2.7 GB: refused before anything is decoded, by both readers alike."
+    bomb = bytearray(jpeg(photos()["chelsea"].resize((16, 16))))
+    i = bomb.index(b"\xff\xc0") + 5
+    bomb[i : i + 4] = size.to_bytes(2, "big") * 2
+    (tmp_path / "bomb.jpg").write_bytes(bomb)
+    for read in (lambda: decode(bytes(bomb), lambda: "bomb.jpg"), lambda: Folder(tmp_path).pixels(0), lambda: Folder(tmp_path)[0]):
+        with pytest.raises(ValueError, match="^cannot read the picture .*bomb.jpg: .*decompression bomb"): read()
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_greys_in_floats(tmp_path, white):
+    want = np.array(photos()["chelsea"].convert("L"))
+    Image.fromarray(np.float32(want) / 255 * white).save(tmp_path / "x.tif")
+    assert np.abs(np.array(load_image(tmp_path / "x.tif"), int)[..., 0] - want).max() <= 1
+    Image.fromarray(np.uint16(want)).save(tmp_path / "dark.png")                        # 16 bits stay 16 bits, however dark
+    assert np.array(load_image(tmp_path / "dark.png")).max() <= 1
+
+
+def test_a_file_that_has_gone_is_damaged(tmp_path):
+    for i in range(3): grey(tmp_path / f"{i}.png", i)
+    pictures = Folder(tmp_path)
+    (tmp_path / "1.png").unlink(), (tmp_path / "2.png").unlink(), (tmp_path / "2.png").mkdir()
+    for i in (1, 2):
+        for read in (pictures.__getitem__, pictures.pixels):
+            with pytest.raises(ValueError, match=f"^cannot read the picture .*{i}.png: "): read(i)
+
+
+def test_names_in_other_alphabets(tmp_path):
+    "Latin-1 bytes in a name are no UTF-8; packed, listed and told all the same."
+    odd = os.fsdecode(b"caf\xe9.png")
+    for name in (odd, "two\nlines.png", "\u65e5\u672c.png"): grey(tmp_path / "in" / "a" / name, 7)
+    assert shard_folder(tmp_path / "in", tmp_path / "out") == dict(pictures=3, shards=1, damaged=0, others=0)
+    pictures = Folder(tmp_path / "in", labels=True)
+    assert len({pictures.where(i) for i in range(3)}) == 3 and len(pictures.fingerprint()) == 16
+    assert [os.fsencode(f.name) for f in pictures.files] == sorted([b"caf\xe9.png", b"two\nlines.png", "\u65e5\u672c.png".encode()], key=os.fsdecode)
+    with tarfile.open(tmp_path / "out" / "x.tar", "w", format=tarfile.GNU_FORMAT) as t: t.add(tmp_path / "in" / "a" / odd, odd)
+    (tmp_path / "out" / "shards.json").unlink()
+    assert odd in Shards(tmp_path / "out").where(3)
+
+
+def test_fingerprints(tmp_path):
+    "Other pictures, another order, another class: another fingerprint. Another place or way to say it: the same."
+    for c in "ab":
+        for k in range(3): Image.fromarray(np.random.default_rng([k, ord(c)]).integers(0, 255, (20 + k, 24, 3), dtype=np.uint8)).save((tmp_path / c / f"{k}.png").parent.mkdir(parents=True, exist_ok=True) or tmp_path / c / f"{k}.png")
+    def folder(name, *files):
+        for f, source in files: (tmp_path / name / f).parent.mkdir(parents=True, exist_ok=True), (tmp_path / name / f).write_bytes((tmp_path / source).read_bytes())
+        return tmp_path / name
+    one = folder("one", ("ant/0.png", "a/0.png"), ("bee/1.png", "b/1.png"))
+    swapped = folder("swapped", ("bee/0.png", "a/0.png"), ("ant/1.png", "b/1.png"))          # equal names and count, under the other class
+    moved = folder("deep/down/moved", ("ant/0.png", "a/0.png"), ("bee/1.png", "b/1.png"))
+    assert Folder(one).fingerprint() == Folder(moved).fingerprint() == Folder(os.path.relpath(one)).fingerprint() == Folder(one, labels=True).fingerprint()
+    assert Folder(one).fingerprint() != Folder(swapped).fingerprint()
+    many = folder("many", *((f"{k}.png", f"a/{k}.png") for k in range(3)))
+    other = folder("other", *((f"{k}.png", f"b/{k}.png") for k in range(3)))
+    for source, out in ((many, "s1"), (other, "s2")): shard_folder(source, tmp_path / out)
+    first = Shards(tmp_path / "s1").fingerprint()
+    (tmp_path / "s1").rename(tmp_path / "s3")                                                 # moved
+    (tmp_path / "s3" / "000000.tar").rename(tmp_path / "s3" / "train-0.tar")                  # and renamed
+    (tmp_path / "s2").rename(tmp_path / "s1")                                                 # and others of equal count in its place
+    assert Shards(tmp_path / "s3").fingerprint() == first != Shards(tmp_path / "s1").fingerprint()
+    same = tmp_path / "same"
+    for k, name in enumerate(("x", "y")):                                                     # equal sizes, only the names differ
+        (same / name).mkdir(parents=True)
+        with tarfile.open(same / name / "0.tar", "w") as t: t.add(tmp_path / "a" / "0.png", f"{name}.png")
+    assert Shards(same / "x").fingerprint() != Shards(same / "y").fingerprint()
+    assert PictureSet(3, None, name="x").fingerprint() != PictureSet(4, None, name="x").fingerprint() != Digits("val").fingerprint() != Digits("test").fingerprint()
+    assert fingerprint("ab", "c") != fingerprint("a", "bc")
+
+
+def test_pictures_beside_shards(tmp_path):
+    "A backup among the pictures must not take their place, nor a picture among the shards vanish."
+    for i in range(3): grey(tmp_path / "in" / "a" / f"{i}.png", i)
+    with tarfile.open(tmp_path / "in" / "backup.tar", "w") as t: t.add(tmp_path / "in" / "a" / "0.png", "0.png")
+    with pytest.raises(ValueError, match=r"in holds shards \(backup.tar\) and pictures outside of them \(a/0.png\)"): open_data(str(tmp_path / "in"))
+    (tmp_path / "in" / "backup.tar").rename(tmp_path / "backup.tar")
+    assert len(open_data(str(tmp_path / "in"))) == 3
 
 
 def test_without_torchvisions_decoder(tmp_path, monkeypatch):
@@ -258,6 +378,7 @@ def test_faults_of_shards(tree, tmp_path):
     whole, index = tar.read_bytes(), out / "000000.tar.index.npy"
     tar.write_bytes(whole[: len(whole) // 2])                                # cut short while in use, and afterwards
     with pytest.raises(ValueError, match="^cannot read the picture at byte .*000000.tar"): [shards.bytes(i) for i in range(9)]
+    assert all(str(tar) in shards.where(i) for i in range(9)) and "at byte" in shards.where(8)   # no second error on the way to the message
     with pytest.raises(ValueError, match="000000.tar: .*beit shard"): Shards(out)
     tar.write_bytes(whole)                                                   # another time stamp: the list is found again
     assert Shards(out).bytes(0) == first
@@ -271,6 +392,26 @@ def test_faults_of_shards(tree, tmp_path):
     with pytest.raises(ValueError, match="uncompressed"): open_data(str(empty))
     (out / "classes.json").write_text(json.dumps(["a", "b"]))
     with pytest.raises(ValueError, match="class 2 .*of 2 classes"): Shards(out, labels=True)
+
+
+def test_classes_that_are_words(tree, tmp_path):
+    "Other people write the name of a class where we want a number: fine for pre-training, one clear line for who wants labels."
+    import webdataset
+
+    blob = (tree / "train" / "a" / "pic.0.png").read_bytes()
+    for folder, said in (("words", b"n01440764"), ("empty", b""), ("none", None)):
+        (tmp_path / folder).mkdir()
+        with webdataset.TarWriter(str(tmp_path / folder / "0.tar")) as t:
+            for i in range(3): t.write({"__key__": str(i), "png": blob} | ({} if said is None else {"cls": said}))
+        assert len(open_data(str(tmp_path / folder))) == 3
+        with pytest.raises(ValueError, match="class -1 .-1: no number given"): Shards(tmp_path / folder, labels=True)
+
+
+def test_an_index_of_an_older_version(tree, tmp_path):
+    shard_folder(tree / "train", tmp_path / "out", per_shard=100)
+    want, index = Shards(tmp_path / "out").fingerprint(), tmp_path / "out" / "000000.tar.index.npy"
+    np.save(index, np.load(index)[:, :3])
+    assert Shards(tmp_path / "out").fingerprint() == want and np.load(index).shape == (10, 4)
 
 
 def test_shards_in_a_folder_that_nobody_may_write(tree, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import torch
 from beit_nb.data import PictureSet, open_data
 from beit_nb.distributed import bytes_on_the_wire, in_processes, launch, scaled_lr
 from beit_nb.finetuning import finetune
-from beit_nb.loading import Order, Samples, batches
+from beit_nb.loading import Batches, Samples, step_keys
 from beit_nb.pretraining import PretrainTransform, pretrain
 from beit_nb.recipes import recipe_named
 from beit_nb.runs import load_checkpoint, read_log
@@ -125,7 +125,7 @@ def test_chance_differs_per_rank_and_follows_the_seed(top):
 def test_masks_differ_per_rank_and_not_with_workers():
     r = recipe_named("pretrain", "nano", **TINY)
     samples = Samples(open_data("digits"), PretrainTransform(r), r.seed)
-    load = lambda rank, world, workers: [[x.clone() for x in b] for b in batches(samples, SimpleNamespace(**vars(r) | dict(workers=workers)), rank, world)(3, 5)]
+    load = lambda rank, world, workers: [[x.clone() for x in b] for b in Batches(samples, SimpleNamespace(**vars(r) | dict(workers=workers)), rank, world)(3, 5)]
     alone = load(0, 1, 0)
     parts = [load(k, 2, 0) for k in range(2)]
     for k in range(2):
@@ -140,9 +140,9 @@ def test_masks_differ_per_rank_and_not_with_workers():
 def test_every_sample_once_an_epoch(n, batch, world):
     per_epoch = n // batch
     for epoch in range(3):
-        keys = [k for rank in range(world) for b in Order(n, batch, 7, epoch * per_epoch, (epoch + 1) * per_epoch, rank, world) for k in b]
+        keys = [k for rank in range(world) for b in step_keys(n, batch, 7, epoch * per_epoch, (epoch + 1) * per_epoch, rank, world) for k in b]
         assert max(Counter(k % n for k in keys).values()) == 1 and len(keys) == per_epoch * batch and {k // n for k in keys} == {epoch}
-    first, second = ([k % n for b in Order(n, batch, 7, e * per_epoch, (e + 1) * per_epoch) for k in b] for e in range(2))
+    first, second = ([k % n for b in step_keys(n, batch, 7, e * per_epoch, (e + 1) * per_epoch) for k in b] for e in range(2))
     assert first != second, "another shuffle every epoch"
     if n % batch == 0: assert sorted(first) == sorted(second) == list(range(n))
 
@@ -151,8 +151,8 @@ def test_every_sample_once_an_epoch(n, batch, world):
 def test_every_sample_once_with_workers(workers):
     samples = Samples(PictureSet(26, torch.tensor), lambda picture, number, rng: (number,), 0)
     r = SimpleNamespace(batch_size=8, seed=0, workers=workers, max_damaged=0.0)
-    seen = [int(i) for rank in range(2) for b in batches(samples, r, rank, 2)(0, 6) for i in b[0]]
-    assert sorted(Counter(seen).values()) == sorted(Counter([int(i) for b in batches(samples, r)(0, 6) for i in b[0]]).values())
+    seen = [int(i) for rank in range(2) for b in Batches(samples, r, rank, 2)(0, 6) for i in b[0]]
+    assert sorted(Counter(seen).values()) == sorted(Counter([int(i) for b in Batches(samples, r)(0, 6) for i in b[0]]).values())
     assert len(set(seen[:12] + seen[24:36])) == 24, "the first epoch"
 
 

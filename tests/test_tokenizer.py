@@ -58,7 +58,7 @@ def test_tokens_on_disk_are_the_tokens(tokenizer, tmp_path):
     told = tokenize("digits", tokenizer, tmp_path / "tokens", per_part=5000)
     ids, d = load_tokens(tmp_path / "tokens")
     table = token_table(load_tokenizer(tokenizer), open_data("digits"), TwoViews(32))
-    assert torch.equal(ids.long(), table) and d == told == json.loads((tmp_path / "tokens" / "tokens.json").read_text())
+    assert torch.equal(ids.long(), table) and d == told == json.loads((tmp_path / "tokens" / "tokens.json").read_text()) | dict(damaged=[])
     packed = sum(f.stat().st_size for f in (tmp_path / "tokens").glob("*.npz"))
     assert packed < ids.numel() * 2 / 1.3
 
@@ -99,6 +99,60 @@ def test_tokenize_folder(tokenizer, tmp_path, monkeypatch):
     lost = np.concatenate([np.load(f)["damaged"] for f in sorted((tmp_path / "t").glob("*.npz"))])
     files = open_data(str(tmp_path / "pics")).files
     assert [files[i].name for i in lost] == ["4.png"]
+
+
+def pictures_in(folder, n=12, classes="ab", seed=0):
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        (folder / classes[i % len(classes)]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (34, 34 + i, 3), dtype=np.uint8)).save(folder / classes[i % len(classes)] / f"{i // len(classes)}.png")
+    return folder
+
+
+def test_repaired_pictures_are_tokenized_again(tokenizer, tmp_path, capfd):
+    "A part with a damaged picture is made again once it can be read, and only then; its ids are then its own."
+    data = pictures_in(tmp_path / "in")
+    broken, whole = data / "b" / "1.png", tokenize(pictures_in(tmp_path / "whole"), tokenizer, tmp_path / "w", per_part=4) and load_tokens(tmp_path / "w")[0]
+    good, words = broken.read_bytes(), dict(tokenizer=tokenizer, out=tmp_path / "t", per_part=4)
+    broken.write_bytes(b"")
+    assert tokenize(data, **words)["damaged"] == [7] == load_tokens(tmp_path / "t")[1]["damaged"]
+    stamps = [f.stat().st_mtime_ns for f in sorted((tmp_path / "t").glob("*.npz"))]
+    assert tokenize(data, **words)["damaged"] == [7]
+    assert [f.stat().st_mtime_ns for f in sorted((tmp_path / "t").glob("*.npz"))] == stamps
+    assert ["b/1.png" in l for l in capfd.readouterr().err.splitlines() if "passed over: cannot read" in l] == [True, True]     # once a call
+    broken.write_bytes(good)
+    assert tokenize(data, **words)["damaged"] == [] == load_tokens(tmp_path / "t")[1]["damaged"]
+    assert [f.stat().st_mtime_ns == t for f, t in zip(sorted((tmp_path / "t").glob("*.npz")), stamps)] == [True, False, True]
+    assert torch.equal(load_tokens(tmp_path / "t")[0], whole)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_tokenize_stops_at_too_much_damage(tokenizer, tmp_path, monkeypatch, world):
+    data = pictures_in(tmp_path / "in")
+    for i in range(3): (data / "a" / f"{i}.png").write_bytes(b""), (data / "b" / f"{i}.png").write_bytes(b"")
+    monkeypatch.setenv("WORLD_SIZE", str(world)), monkeypatch.setenv("RANK", "0")
+    for share in (0.01, 0.4, 0):
+        with pytest.raises(ValueError, match=f"^more than max_damaged={share:g} of the 12 pictures of .* are unreadable"):
+            tokenize(data, tokenizer, tmp_path / f"t{share}", per_part=3, max_damaged=share)
+    tokenize(data, tokenizer, tmp_path / "t", per_part=3, max_damaged=0.5)
+
+
+def test_the_cache_knows_its_pictures(tokenizer, tmp_path):
+    "Equal file names in equal order, but a class renamed so that the pictures change places: refused. The same pictures at another place, or named otherwise: not."
+    one, renamed = pictures_in(tmp_path / "one"), pictures_in(tmp_path / "renamed")
+    (renamed / "a").rename(renamed / "z")
+    words = dict(tokenizer=tokenizer, out=tmp_path / "t", per_part=4)
+    tokenize(one, **words)
+    assert [f.name for f in open_data(str(one)).files] == [f.name for f in open_data(str(renamed)).files]
+    with pytest.raises(ValueError, match="holds other tokens .names"): tokenize(renamed, **words)
+    tokenize(one.rename(tmp_path / "moved"), **words)
+    tokenize(os.path.relpath(tmp_path / "moved"), **words)
+
+
+def test_tokenize_odd_names(tokenizer, tmp_path):
+    data = pictures_in(tmp_path / "in")
+    (data / "a" / "0.png").rename(data / "a" / os.fsdecode(b"caf\xe9.png"))
+    assert len(tokenize(data, tokenizer, tmp_path / "t")["names"]) == 16
 
 
 def test_tokenize_refuses(tokenizer, tmp_path):
