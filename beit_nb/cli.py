@@ -123,7 +123,8 @@ class Tokenize:
         from beit_nb.tokenizer import tokenize
         d = tokenize(**vars(self))
         size = sum(f.stat().st_size for f in Path(self.out).glob("part-*.npz"))
-        print(f"{self.out}: {d['pictures']:,} pictures ({len(d['damaged'])} unreadable), {d['grid'][0]} x {d['grid'][1]} tokens each, {size:,} bytes; {d['transform']}")
+        lost = f"; {len(d['damaged'])} unreadable" if d["damaged"] else ""
+        print(f"{self.out}: {d['pictures']:,} pictures, {d['grid'][0]} x {d['grid'][1]} tokens each, {size:,} bytes; {d['transform']}{lost}")
 
 
 @dataclass

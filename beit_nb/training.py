@@ -168,9 +168,8 @@ class Trainer:
         self.model = shard(model.to(self.device), self.device) if self.sharded else model.to(self.device)
         self.optimizer = torch.optim.AdamW(param_groups(model, recipe.weight_decay, layer_decay), lr=recipe.lr, betas=(0.9, recipe.beta2), eps=1e-8, fused=True)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        warm = recipe.warmup_steps if recipe.warmup_steps is not None else round(recipe.warmup_epochs * per_epoch)
-        self.lr = cosine_schedule(recipe.lr, recipe.min_lr, 1, total, warmup_steps=warm)
-        if warm > total and rank() == 0: print(f"beit: a warm-up of {warm:,} steps in a training of {total:,}: the learning rate will only rise; set --warmup-steps", file=sys.stderr)
+        self.lr = cosine_schedule(recipe.lr, recipe.min_lr, total / per_epoch, per_epoch, recipe.warmup_epochs, recipe.warmup_steps)
+        if 0 < total - 1 == self.lr.argmax() and rank() == 0: print(f"beit: the warm-up is as long as the {total:,} steps of the training, so the learning rate only rises; set --warmup-steps", file=sys.stderr)
         self.step, self.saved, self.data, self.last = 0, 0, {}, self.out / "checkpoints" / "last.pt"
         if run_checkpoints(out): self.restore(load_checkpoint(out, command))
         self.end = max(self.step, min(total, 2 if recipe.dry_run else recipe.max_steps or total))  # where this call stops

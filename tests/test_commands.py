@@ -1,5 +1,5 @@
 """The command `beit`, as a person types it."""
-import contextlib, io, json, os, pickle, resource, signal, subprocess, sys, time
+import contextlib, io, json, os, pickle, resource, shutil, signal, subprocess, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,6 +121,19 @@ def test_damaged_pictures_are_counted(photos, tmp_path):
     assert "broken.jpg" in r.stderr                                    # named, and the run went on
     r = beit(*words, tmp_path / "b", "--max-damaged", 0, ok=2)
     assert r.stderr.strip().splitlines()[-1].startswith("beit: error: more than max_damaged=0")
+
+
+def test_a_substitutes_tokens_are_never_learnt(runs, photos, tmp_path):
+    "A picture that could not be read when the tokens were made is passed over later, repaired or not; `beit tokenize` again mends it."
+    shutil.copytree(photos, tmp_path / "p")
+    made = ["tokenize", tmp_path / "p", "--tokenizer", runs / "tok", "--out", tmp_path / "tokens", "--max-damaged", .5]
+    words = ["pretrain", "nano", "--precision", "fp32", "--steps", 3, "--batch-size", 8, "--data", tmp_path / "p", "--tokenizer", runs / "tok", "--tokens", tmp_path / "tokens", "--out"]
+    assert "1 unreadable" in beit(*made).stdout
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "p" / "train" / "cat" / "broken.jpg")
+    r = beit(*words, tmp_path / "a")
+    assert "broken.jpg when its tokens were made" in r.stderr and json.loads((tmp_path / "a" / "metrics.json").read_text())["damaged"] == 1
+    assert "unreadable" not in beit(*made).stdout
+    assert "broken" not in beit(*words, tmp_path / "b").stderr and json.loads((tmp_path / "b" / "metrics.json").read_text())["damaged"] == 0
 
 
 def test_tokenize_and_train_on_the_tokens(runs, tmp_path):
