@@ -270,7 +270,7 @@ def bench_step(threads: int, quick: bool = False, repeats: int = 3) -> dict:
     for k, s in runs.items():
         work = work_of(runs["ours, bf16"] if "compiled" in k else s)
         rows[k] |= dict(work=work, floor=floor_of(s, work, peaks), share_of_peak=steps * floor_of(s, work, peaks) / rows[k]["seconds"])
-    against = {f"ours_against_{w}_{how}": rows[f"{w}, {how}"]["seconds"] / rows[f"ours, {how}"]["seconds"] for w, how in who if f"{w}, {how}" in rows and w != "ours"}
+    against = {"ours_against_hf_fp32": rows["hf, fp32"]["seconds"] / rows["ours, fp32"]["seconds"]} if "hf" in firsts else {}
     return dict(rows=rows, items="images", peaks=peaks, work_per_image=sum(WORK.values()), batch=batch) | against
 
 # %% ../nbs/25_bench.ipynb #bench-small

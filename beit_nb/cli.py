@@ -197,7 +197,9 @@ def usage() -> str:
 # %% ../nbs/29_cli.ipynb #run-command
 def train(command: str, recipe) -> None:
     "Run a training and write its page, also when it was stopped or broke; a refused one leaves no page."
-    def page(): return os.environ.get("RANK", "0") == "0" and print(f"report: {import_module('beit_nb.report').run_report(recipe.out)}", flush=True)
+    def page():
+        if os.environ.get("RANK", "0") == "0": print(f"report: {import_module('beit_nb.report').run_report(recipe.out)}", flush=True)
+
     module, function, _ = TRAININGS[command]
     try: getattr(import_module(f"beit_nb.{module}"), function)(recipe)
     except (KeyboardInterrupt, FloatingPointError):

@@ -285,13 +285,13 @@ def fit(
             if asked: break
             if found and (damage := batches.agree()): rank_0_first(lambda: log.write(t.step, damage))
             window.rows.append(train_step(t, forward, bites, bite_weights(counts, total, world_size(), getattr(r, "loss_mean", "global"))))
-            due, save, mile = (t.step == t.end or bool(every) and t.step % every == 0 for every in (r.log_every, r.checkpoint_every, r.milestone_every))
-            if due or save or mile: values = window.read(sources)
+            due, save = (t.step == t.end or any(n and t.step % n == 0 for n in every) for every in ([r.log_every], [r.checkpoint_every, r.milestone_every]))
+            if due or save: values = window.read(sources)
             if due:
                 rank_0_first(lambda: log.write(t.step, values))
                 window.restart()
             if after_step and (more := after_step(t.step, t.model)): rank_0_first(lambda: log.write(t.step, more))
-            if save or mile: t.save()
+            if save: t.save()
         if sum_over_ranks(torch.tensor(float(stop.asked))):  # agreed: all save the same step, if it is sound
             if t.step > t.saved and window.rows: window.read(sources)
             if t.step > t.saved: t.save()
