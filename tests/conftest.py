@@ -1,5 +1,97 @@
-"One torch thread a process: the tests start several processes, and threads that wait for each other on a busy machine are 30 times slower."
-import os
+"""What all tests share: one thread a process, a seed for each test, the markers of pyproject.toml.
 
+Nobody marks a lesson or a browser test by hand. `test_lesson_runs` is `lessons`; a test that uses
+the browser (one of the fixtures of browser.py, itself or through another fixture) is `browser`.
+`slow` and `gpu` are written over the test: `@pytest.mark.slow` where it takes more than about eight
+seconds, `@pytest.mark.gpu` where it needs CUDA.
+"""
+
+import os
+import random
+import sys
+from zlib import crc32
+
+import pytest
+
+# Before torch is imported: the tests start several processes, and threads that wait for each other
+# on a busy machine are 30 times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
+
+BROWSER_FIXTURES = {"lab", "chrome", "desk"}
+
+
+def browser_is_required() -> bool:
+    "BEIT_BROWSER=required: a missing browser is a failure and not a skip."
+    wish = os.environ.get("BEIT_BROWSER", "")
+    if wish not in ("", "required"):
+        raise pytest.UsageError(f"BEIT_BROWSER={wish}: the only value is `required`")
+    return wish == "required"
+
+
+def pytest_configure(config):
+    browser_is_required()  # a mistyped value is refused before anything runs
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest chooses by `-m`
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if BROWSER_FIXTURES.intersection(item.fixturenames):
+            item.add_marker("browser")
+        if item.originalname == "test_lesson_runs":
+            item.add_marker("lessons")
+
+
+@pytest.hookimpl(tryfirst=True)  # before a fixture starts JupyterLab for nothing
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("browser"):
+        require_browser()
+    if item.get_closest_marker("gpu"):
+        require_cuda()
+
+
+def require_browser():
+    from browser import NO_BROWSER, find_browser
+
+    if find_browser():
+        return
+    if browser_is_required():
+        pytest.fail(NO_BROWSER, pytrace=False)
+    pytest.skip(NO_BROWSER)
+
+
+def require_cuda():
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # the last word: after pytest's own summary
+def pytest_terminal_summary(terminalreporter):
+    yield
+    skipped = terminalreporter.stats.get("skipped", [])
+    skipped = [report for report in skipped if "browser" in report.keywords]
+    if not skipped:
+        return
+    from browser import NO_BROWSER
+
+    without = sum(NO_BROWSER in str(report.longrepr) for report in skipped)
+    if without:
+        line = f"{without} BROWSER TESTS WERE SKIPPED: {NO_BROWSER}"
+        terminalreporter.write_line(line, yellow=True, bold=True)
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Every test starts from a seed of its own, made from its name: neither the order nor the choice
+    of tests decides what it draws. A failure shows the seed; BEIT_SEED=number sets it for all tests.
+    Fixtures that live longer than one test seed themselves."""
+    name = request.node.nodeid
+    seed = int(os.environ.get("BEIT_SEED") or crc32(name.encode()))
+    random.seed(seed)
+    if "numpy" in sys.modules:  # what the test file has not imported needs no seed
+        sys.modules["numpy"].random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+    request.node.add_report_section("setup", "seed", f"BEIT_SEED={seed} pytest '{name}'")

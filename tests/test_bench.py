@@ -4,11 +4,13 @@ import json
 import pytest
 import torch
 
+from beit_nb.engine.winograd import optimize_for_inference
 from beit_nb import bench as b
 from beit_nb.dalle import DalleEncoder, DalleVAE
 from beit_nb.masking import blockwise_masks
 from beit_nb.mim import BeitForMaskedImageModeling, masked_cells, mim_loss
-from beit_nb.vit import ROADS, Block, DropPath, roads, tune
+from beit_nb.device import ROADS, roads, tune
+from beit_nb.vit import Block, DropPath
 
 def gradients(model):
     return torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -47,9 +49,9 @@ def test_tokens_at_full_size_equal_the_official_style():
     with torch.no_grad(): assert torch.equal(theirs(map_pixels(images)).argmax(1), want)
     where = masked_cells(blockwise_masks(2))
     with torch.no_grad():
-        ours = DalleVAE(encoder).prepare_for_inference()
+        ours = optimize_for_inference(DalleVAE(encoder))
         assert torch.equal(ours.get_codebook_indices(images), want) and torch.equal(ours.indices_at(images, where), want.flatten()[where])
-        half = ours.prepare_for_inference(torch.bfloat16)
+        half = optimize_for_inference(ours, torch.bfloat16)
         assert (half.get_codebook_indices(images) == want).float().mean() > 0.99         # near-ties may flip
 
 

@@ -8,14 +8,15 @@ from numpy.random import default_rng
 from PIL import Image
 from playwright.sync_api import expect
 
-from beit_nb.masking import ALGORITHMS, MaskRule, blockwise_steps
-from beit_nb.widgets import HIDDEN, read_picture
+from beit_nb.explorers.masks import ALGORITHMS, MaskRule
+from beit_nb.masking import blockwise_steps
+from beit_nb.explorers.pad import HIDDEN, read_picture
 from browser import ROOT, THEMES, Ears, pixels, reactions, serve, until
 
 pytest_plugins = ["browser"]
 GREY = np.array([int(HIDDEN[i:i + 2], 16) for i in (1, 3, 5)])
 CELLS = ["""import torch
-from beit_nb.masking import MaskExplorer
+from beit_nb.explorers.masks import MaskExplorer
 
 def halves(picture, mask):
     "What a model would answer: here green where it sees, red where it does not."

@@ -10,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from beit_nb.dalle import (DalleBlock, DalleDecoder, DalleEncoder, DalleVAE, bench_tokenizer, load_dalle, read_old, read_weights,
-                           save_dalle)
+from beit_nb.engine.winograd import optimize_for_inference
+from beit_nb.dalle import DalleBlock, DalleDecoder, DalleEncoder, DalleVAE
+from beit_nb.engine.safeload import read_old, read_weights
+from beit_nb.scale.bench import bench_tokenizer
+from beit_nb.tokenizer import load_dalle, save_dalle
 from beit_nb.dvae import DiscreteVAE, dvae_loss, map_pixels
 
 SIZE = dict(n_hid=16, vocab_size=64)
@@ -64,7 +67,7 @@ def test_equal_to_the_published_package(n_hid, n_init, n_blk, vocab, fast):
     ours = DalleVAE(DalleEncoder(n_hid=n_hid, n_blk_per_group=n_blk, vocab_size=vocab),
                     DalleDecoder(n_init=n_init, n_hid=n_hid, n_blk_per_group=n_blk, vocab_size=vocab))
     for a, b in zip((ours.encoder, ours.decoder), theirs): a.load_state_dict(b.state_dict())
-    if fast: ours.prepare_for_inference()
+    if fast: optimize_for_inference(ours)
     images = pictures(3, 48)
     with torch.no_grad():
         scores, mine = theirs[0](map_pixels(images)), ours.logits(images)
@@ -179,7 +182,7 @@ def test_no_code_of_the_package_is_needed_or_used(tmp_path, zipped):
     code = f"""if True:
         import sys
         sys.modules["dall_e"] = None                       # an import of it would fail
-        from beit_nb.dalle import load_dalle
+        from beit_nb.tokenizer import load_dalle
         import torch
         model = load_dalle({str(tmp_path)!r})
         print(model.decode(model.get_codebook_indices(torch.rand(1, 3, 16, 16))).shape, [m for m in sys.modules if m.startswith("dall_e.")])
@@ -209,7 +212,7 @@ def test_state_dicts_in_any_wrapper(tmp_path, wrap, zipped, half):
 @pytest.mark.parametrize("size", [dict(), dict(n_hid=32, n_blk_per_group=1), dict(vocab_size=10, group_count=2, n_blk_per_group=3)])
 def test_our_safetensors_go_round(tmp_path, size):
     model = a_dvae(**size)
-    if not size: model.prepare_for_inference()      # channels last must not hurt
+    if not size: optimize_for_inference(model)      # channels last must not hurt
     save_dalle(model, tmp_path / "dalle.safetensors")
     loaded, images = load_dalle(tmp_path / "dalle.safetensors"), pictures()
     assert torch.equal(loaded.get_codebook_indices(images), model.get_codebook_indices(images))

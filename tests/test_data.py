@@ -14,8 +14,12 @@ import torchvision
 from PIL import Image
 
 import beit_nb.data as data
-from beit_nb.data import KNOWN, Digits, Files, Folder, Photos, PictureSet, Shards, decode, fingerprint, open_data, shard_folder, torchvision_set
-from beit_nb.images import list_images, load_image, photos
+from beit_nb.data import KNOWN, open_data, torchvision_set
+from beit_nb.engine.files import Files, fingerprint
+from beit_nb.engine.shards import Shards, shard_folder
+from beit_nb.engine.sources import Digits, Folder, Photos, PictureSet, decode
+from beit_nb.engine.files import list_images
+from beit_nb.images import load_image, photos
 
 
 def grey(file: Path, value: int, size=(24, 20)):
@@ -97,7 +101,7 @@ def test_labels_of_val_are_those_of_train(tmp_path):
 
 def test_many_classes_are_fast(tmp_path, monkeypatch):
     "ImageNet-22K has 14 million pictures in 21,841 classes: no search through a list for each."
-    import time, beit_nb.data as d
+    import time, beit_nb.engine.shards as d
     root = tmp_path / "x"
     root.mkdir()
     names = [f"n{i:05d}" for i in range(2000)]

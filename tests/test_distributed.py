@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from beit_nb.data import PictureSet, open_data
-from beit_nb.distributed import bytes_on_the_wire, in_processes, launch, scaled_lr
+from beit_nb.data import open_data
+from beit_nb.engine.sources import PictureSet
+from beit_nb.scale.launching import bytes_on_the_wire, in_processes, launch, scaled_lr
 from beit_nb.finetuning import finetune
-from beit_nb.loading import Batches, Samples, step_keys
+from beit_nb.engine.loading import Batches, Samples, step_keys
 from beit_nb.pretraining import PretrainTransform, pretrain
 from beit_nb.recipes import recipe_named
-from beit_nb.runs import load_checkpoint, read_log
+from beit_nb.engine.runs import load_checkpoint, read_log
 from beit_nb.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
@@ -33,9 +34,9 @@ def company(top, jobs):
     from beit_nb.finetuning import finetune
     from beit_nb.pretraining import pretrain
     from beit_nb.recipes import Run, recipe_named
-    from beit_nb.runs import open_run
+    from beit_nb.engine.runs import open_run
     from beit_nb.tokenizer import train_tokenizer
-    from beit_nb.training import Trainer, fit
+    from beit_nb.engine.training import Trainer, fit
     train = dict(tokenizer=train_tokenizer, pretrain=pretrain, finetune=finetune)
     for command, changes in jobs: train[command](recipe_named(command, "nano", **changes), quiet=True)
     draws = []

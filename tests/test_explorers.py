@@ -17,7 +17,7 @@ from beit_nb.images import house_pictures, normalize
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.patches import patchify
 from beit_nb.recipes import RECIPES, recipe_named
-from beit_nb.tokenizer import Tokenizer
+from beit_nb.tokens import Tokenizer
 
 rgb = lambda picture: np.asarray(picture.convert("RGB"))
 

@@ -12,9 +12,10 @@ import torch
 
 from beit_nb import pretraining
 from beit_nb.cli import main
-from beit_nb.data import Digits, PictureSet
+from beit_nb.engine.sources import Digits, PictureSet
 from beit_nb.recipes import check_recipe, recipe_named
-from beit_nb.runs import load_checkpoint, open_run, rank, read_log, run_checkpoints, world_size
+from beit_nb.engine.processes import rank, world_size
+from beit_nb.engine.runs import load_checkpoint, open_run, read_log, run_checkpoints
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from beit_nb.finetuning import (BeitForImageClassification, FinetuneTransform, finetune, load_backbone, load_classifier, resize_pos_embed,
-                                resize_rel_pos_bias, start_classifier, timm_transform)
+from beit_nb.checkpoints import load_backbone, resize_pos_embed, resize_rel_pos_bias
+from beit_nb.finetuning import BeitForImageClassification, FinetuneTransform, finetune, load_classifier, start_classifier, timm_transform
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.probing import STRENGTHS, best_on_val, linear_scores, probe, raw_pixels
 from beit_nb.recipes import Backbone, FinetuneRecipe, ProbeRecipe, as_config, recipe_named
-from beit_nb.runs import save_checkpoint
+from beit_nb.engine.runs import save_checkpoint
 from beit_nb.vit import VisionTransformer
 
 SIZE = dict(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=4)

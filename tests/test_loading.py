@@ -15,10 +15,11 @@ import torchvision
 from PIL import Image, ImageEnhance
 from torchvision.transforms.v2 import functional as TF
 
-from beit_nb.data import Folder, Photos, Shards, shard_folder
+from beit_nb.engine.shards import Shards, shard_folder
+from beit_nb.engine.sources import Folder, Photos
 from beit_nb.images import photos
-from beit_nb.loading import (KINDS, Batches, Samples, TwoViews, colour_table, cut, draw_colours, jitter_batch, jitter_crop, leave_signals, random_box,
-                             resize, shuffled, step_keys)
+from beit_nb.engine.augment import KINDS, TwoViews, colour_table, cut, draw_colours, jitter_batch, jitter_crop, random_box, resize
+from beit_nb.engine.loading import Batches, Samples, leave_signals, shuffled, step_keys
 from beit_nb.recipes import PretrainRecipe
 
 ENHANCE = dict(zip(KINDS, (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)))
@@ -50,7 +51,7 @@ def official(image, box, steps, mirrored):
 
 def test_views_are_the_official_ones(monkeypatch):
     "The same dice, both roads, all six orders of colours, flips: nearly all values equal, next to none more than a level apart."
-    import beit_nb.loading as loading
+    import beit_nb.engine.augment as loading
 
     views, seen = TwoViews(224, 112, (0.08, 1.0), 0.4, 0.5), []
     for name, real in (("random_box", random_box), ("draw_colours", draw_colours)):
@@ -264,10 +265,10 @@ def test_changed_data_is_refused(tmp_path):
 WORKER = """
 import sys, torch.distributed as dist
 from dataclasses import replace
-from beit_nb.data import Folder
-from beit_nb.loading import Batches, Samples
+from beit_nb.engine.sources import Folder
+from beit_nb.engine.loading import Batches, Samples
 from beit_nb.recipes import PretrainRecipe
-from beit_nb.runs import rank, world_size, sum_over_ranks
+from beit_nb.engine.processes import rank, world_size, sum_over_ranks
 import torch
 dist.init_process_group("gloo")
 load = Batches(Samples(Folder(sys.argv[1]), lambda p, n, g: (n,), pixels=True), replace(PretrainRecipe(), batch_size=8, max_damaged=float(sys.argv[2]), workers=1), rank(), world_size())
@@ -294,7 +295,7 @@ def test_processes_pool_what_they_found(bad_eighth, tmp_path, share, ends):
 def test_training_keeps_the_book(bad_eighth, tmp_path, capfd):
     "Through `fit`: rows in log.jsonl, the list in the checkpoint, the count in metrics.json; stopped, continued, and refused when a picture is new."
     from beit_nb.recipes import recipe_named
-    from beit_nb.runs import load_checkpoint, read_log
+    from beit_nb.engine.runs import load_checkpoint, read_log
     from beit_nb.tokenizer import train_tokenizer
 
     r = recipe_named("tokenizer", "nano", data=str(bad_eighth), out=str(tmp_path / "run"), steps=5, width=16, batch_size=8, max_damaged=0.125, checkpoint_every=1, max_steps=2)

@@ -12,7 +12,8 @@ from beit_nb.cli import main
 from beit_nb.finetuning import build_classifier
 from beit_nb.pretraining import build_mim
 from beit_nb.recipes import ALLOWED, RECIPES, FinetuneRecipe, PretrainRecipe, ProbeRecipe, Run, TokenizerRecipe, check_recipe
-from beit_nb.training import Trainer, cosine_schedule
+from beit_nb.engine.optim import cosine_schedule
+from beit_nb.engine.training import Trainer
 
 # What no source rules: how and where the work is done, the same in all presets [ours]
 ENGINE = dict(out="", resume=True, seed=0, steps=None, device_batch_size=None, precision="auto", compile=False, parallel="ddp", grad_checkpointing=False, max_steps=None,

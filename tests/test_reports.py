@@ -8,15 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_nb.data import Digits
+from beit_nb.engine.sources import Digits
 from beit_nb.dalle import DalleEncoder, DalleVAE
 from beit_nb.finetuning import finetune
-from beit_nb.pretraining import Watch, can_paint, painter, pretrain, watch_figure
+from beit_nb.pretraining import pretrain
+from beit_nb.reconstructions import Watch, can_paint, painter, watch_figure
 from beit_nb.probing import probe
 from beit_nb.recipes import recipe_named
 from beit_nb.report import run_report
-from beit_nb.runs import read_log
-from beit_nb.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from beit_nb.engine.runs import read_log
+from beit_nb.tokenizer import load_tokenizer, train_tokenizer
+from beit_nb.tokens import Tokenizer
 
 SMALL = dict(steps=8, log_every=2, checkpoint_every=2, precision="fp32")
 FETCHES = ("http:", "https:", "<script", "<link", 'src="/')
@@ -90,7 +92,7 @@ def test_a_tokenizer_that_cannot_paint(runs, tmp_path):
 
 def test_tokens_from_disk_are_painted_too(runs):
     "With --tokens no tokenizer runs; if --tokenizer is given still, it paints: the same looks."
-    from beit_nb.tokenizer import tokenize
+    from beit_nb.engine.token_files import tokenize
     tokenize("digits", runs / "tok", runs / "tokens")
     pretrain(recipe(runs, "table", tokens=f"{runs}/tokens"), quiet=True)
     assert (runs / "table" / "watch" / "0000004.png").read_bytes() == (runs / "pre" / "watch" / "0000004.png").read_bytes()

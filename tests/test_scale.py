@@ -93,7 +93,7 @@ def test_refusals(says, r, options):
 
 
 def test_light():
-    code = "import sys, beit_nb.scale as s; s.plan_recipe('x', s.RECIPES['pretrain']['base-in1k'][1]); assert not {'torch', 'numpy'} & set(sys.modules)"
+    code = "import sys, beit_nb.scale.plan as s; s.plan_recipe('x', s.RECIPES['pretrain']['base-in1k'][1]); assert not {'torch', 'numpy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

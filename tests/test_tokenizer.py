@@ -8,10 +8,11 @@ from PIL import Image
 
 from beit_nb.data import open_data
 from beit_nb.pretraining import token_table
-from beit_nb.loading import TwoViews
+from beit_nb.engine.augment import TwoViews
 from beit_nb.recipes import recipe_named
-from beit_nb.tokenizer import load_tokenizer, load_tokens, tokenize, train_tokenizer
-from beit_nb.runs import load_checkpoint, read_log
+from beit_nb.engine.token_files import load_tokens, tokenize
+from beit_nb.tokenizer import load_tokenizer, train_tokenizer
+from beit_nb.engine.runs import load_checkpoint, read_log
 
 ENV = dict(os.environ, OMP_NUM_THREADS="1")
 TINY = dict(batch_size=8, precision="fp32", log_every=1, checkpoint_every=2)

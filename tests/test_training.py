@@ -9,8 +9,8 @@ from torch import nn
 
 from beit_nb.recipes import Run, recipe_named
 from beit_nb.tokenizer import train_tokenizer
-from beit_nb.runs import load_checkpoint, open_run, read_log, run_checkpoints, save_checkpoint
-from beit_nb.training import Trainer, fit
+from beit_nb.engine.runs import load_checkpoint, open_run, read_log, run_checkpoints, save_checkpoint
+from beit_nb.engine.training import Trainer, fit
 
 torch.set_num_threads(1)
 ENV = dict(os.environ, OMP_NUM_THREADS="1")
@@ -151,7 +151,7 @@ def test_full_disk(tmp_path):
     save_checkpoint(path, dict(config=dict(command="toy"), x=torch.zeros(10)))
     code = f"""
 import resource, signal, torch
-from beit_nb.runs import save_checkpoint
+from beit_nb.engine.runs import save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
 try: save_checkpoint({str(path)!r}, dict(config=dict(command="toy"), x=torch.zeros(300_000)))
@@ -242,7 +242,7 @@ def test_milestones_are_kept_between_checkpoints(tmp_path):
 
 def test_a_dead_scaler_stops_the_run(tmp_path, monkeypatch):
     "fp16 steps that overflow are the scaler's business, but not if every step does."
-    import beit_nb.training as engine
+    import beit_nb.engine.training as engine
     monkeypatch.setattr(engine, "pick_precision", lambda precision, device: None)
     made = torch.amp.GradScaler
     monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: made(device, init_scale=4.0, backoff_factor=0.25, enabled=True))
