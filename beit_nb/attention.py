@@ -18,11 +18,16 @@ from .vit import VisionTransformer, attention_probs
 @torch.no_grad()
 def attention_maps(
     model: VisionTransformer,
-    images: Tensor,                           # (B, C, H, W), normalised
-    bool_masked_pos: Tensor | None = None,    # (B, N) or (B, h, w): hide patches, as in pre-training
+    images: Tensor,  # (B, C, H, W), normalised
+    # (B, N) or (B, h, w): hide patches, as in pre-training
+    bool_masked_pos: Tensor | None = None,
 ) -> list[Tensor]:
-    "For every block the shares of attention (B, heads, 1+N, 1+N), in eval mode; the model is left as it was."
-    maps, modes = [], [(m, m.training) for m in model.modules()]
+    """For every block the shares of attention (B, heads, 1+N, 1+N), in eval mode.
+
+    The model is left as it was.
+    """
+    maps = []
+    modes = [(m, m.training) for m in model.modules()]
 
     def listen(attn, args):
         x, shared = args
@@ -33,17 +38,25 @@ def attention_maps(
     try:
         model.eval().forward_features(images.to(model.cls_token.device), bool_masked_pos)
     finally:
-        for hook in hooks: hook.remove()
-        for m, mode in modes: m.training = mode
+        for hook in hooks:
+            hook.remove()
+        for m, mode in modes:
+            m.training = mode
     return maps
 
 # %% ../nbs/14_attention.ipynb #rows
 def patch_attention(probs: Tensor, patch: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
-    "Shares (B, heads, 1+N, 1+N) to those that the patch at (row, column) gives to all patches, (B, heads, h, w)."
-    (r, c), (h, w) = patch, grid_size
+    """Shares (B, heads, 1+N, 1+N) to those that the patch at (row, column) gives to all patches,
+    (B, heads, h, w).
+    """
+    (r, c) = patch
+    (h, w) = grid_size
     if not (0 <= r < h and 0 <= c < w and probs.shape[-1] == 1 + h * w):
-        raise ValueError(f"patch_attention: patch ({r}, {c}) or shape {tuple(probs.shape)} does not fit a grid of {h} x {w}; "
-                         "use model.patch_embed.patch_shape")
+        raise ValueError(
+            f"patch_attention: patch ({r}, {c}) or shape {tuple(probs.shape)} does not fit a grid "
+            f"of {h} x {w}; "
+            "use model.patch_embed.patch_shape"
+        )
     return probs[:, :, 1 + r * w + c, 1:].unflatten(-1, (h, w))
 
 
@@ -53,27 +66,37 @@ def cls_attention(probs: Tensor, grid_size: tuple[int, int]) -> Tensor:
 
 # %% ../nbs/14_attention.ipynb #keep-mass
 def keep_mass(attention: Tensor, mass: float = 0.6) -> Tensor:
-    "The fewest patches of each map (..., h, w) that hold the share `mass` of it, as (..., h, w) bool."
+    """The fewest patches of each map (..., h, w) that hold the share `mass` of it, as (..., h, w)
+    bool.
+    """
     values, order = attention.flatten(-2).sort(-1, descending=True)
-    before = values.cumsum(-1) - values                               # held by the larger ones
+    before = values.cumsum(-1) - values  # held by the larger ones
     keep = before < mass * values.sum(-1, keepdim=True)
     return torch.zeros_like(keep).scatter(-1, order, keep).view(attention.shape)
 
 # %% ../nbs/14_attention.ipynb #show-attention
 def show_attention(
-    image: Tensor,             # (3, H, W) in [0, 1]
-    attention: Tensor,         # (heads, h, w), of `patch_attention` or `cls_attention`
+    image: Tensor,  # (3, H, W) in [0, 1]
+    attention: Tensor,  # (heads, h, w), of `patch_attention` or `cls_attention`
     patch: tuple[int, int] | None = None,  # (row, column) of the patch that asks, drawn in red
-    mass: float | None = 0.6,  # dim the patches outside the fewest with this share; None: dim nothing
-    size: float = 1.5,         # inches a picture
+    # dim the patches outside the fewest with this share; None: dim nothing
+    mass: float | None = 0.6,
+    size: float = 1.5,  # inches a picture
 ) -> Figure:
     "Draw a picture and, head by head, where its patch looks."
     a = attention.detach().cpu().float()
     kept = keep_mass(a, mass) if mass else torch.ones_like(a, dtype=torch.bool)
-    titles = ["who asks" if patch else "CLS asks"] + [f"head {i}: {k.float().mean():.0%}" for i, k in enumerate(kept)]
+    titles = ["who asks" if patch else "CLS asks"] + [
+        f"head {i}: {k.float().mean():.0%}" for i, k in enumerate(kept)
+    ]
     a = a / a.amax((1, 2), keepdim=True)
-    fig = show_images([image, *torch.where(kept, a, a * 0.3)], titles, size=size, cmap="magma", vmin=0, vmax=1)
+    fig = show_images(
+        [image, *torch.where(kept, a, a * 0.3)], titles, size=size, cmap="magma", vmin=0, vmax=1
+    )
     if patch:
-        P, Q = image.shape[1] / a.shape[1], image.shape[2] / a.shape[2]
-        fig.axes[0].add_patch(Rectangle((patch[1] * Q - 0.5, patch[0] * P - 0.5), Q, P, fill=False, ec="red", lw=2))
+        P = image.shape[1] / a.shape[1]
+        Q = image.shape[2] / a.shape[2]
+        fig.axes[0].add_patch(
+            Rectangle((patch[1] * Q - 0.5, patch[0] * P - 0.5), Q, P, fill=False, ec="red", lw=2)
+        )
     return fig

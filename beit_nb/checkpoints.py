@@ -17,10 +17,19 @@ from .vit import VisionTransformer
 
 # %% ../nbs/43_checkpoints.ipynb #stretch
 def stretch(src: int, dst: int) -> np.ndarray:
-    "Where the 2*src-1 known offsets lie among the 2*dst-1 wanted ones: steps that grow geometrically from the centre (official code)."
-    n, reach = src - 1, dst - 1  # largest offset to one side
-    if n == reach: return np.arange(-n, n + 1.0)
-    if min(n, reach) < 2: raise ValueError(f"stretch: a side of {src} patches cannot become {dst}; both sides need at least 3 patches")
+    """Where the 2*src-1 known offsets lie among the 2*dst-1 wanted ones.
+
+    Steps that grow geometrically from the centre (official code).
+    """
+    n = src - 1
+    reach = dst - 1  # largest offset to one side
+    if n == reach:
+        return np.arange(-n, n + 1.0)
+    if min(n, reach) < 2:
+        raise ValueError(
+            f"stretch: a side of {src} patches cannot become {dst}; both sides need at least 3 "
+            "patches"
+        )
     q = brentq(lambda q: (q ** np.arange(n)).sum() - reach, 0.1, reach ** (1 / (n - 1)), xtol=1e-12)
     side = np.cumsum(q ** np.arange(n))
     return np.concatenate([-side[::-1], [0], side])
@@ -31,14 +40,23 @@ def resize_rel_pos_bias(
     src_grid: tuple[int, int],  # patch grid it was trained on
     dst_grid: tuple[int, int],  # patch grid that is wanted
 ) -> Tensor:
-    "A relative-position table for another grid: a bicubic spline per head on geometrically stretched offsets; the last 3 rows stay."
-    (h, w), (H, W) = src_grid, dst_grid
+    """A relative-position table for another grid.
+
+    A bicubic spline per head on geometrically stretched offsets; the last 3 rows stay.
+    """
+    (h, w) = src_grid
+    (H, W) = dst_grid
     if len(table) != (2 * h - 1) * (2 * w - 1) + 3:
-        raise ValueError(f"resize_rel_pos_bias: a table of {len(table)} rows does not belong to a grid of {h}x{w} patches, "
-                         f"which has {(2 * h - 1) * (2 * w - 1) + 3}; give the grid that it was trained on")
-    if (h, w) == (H, W): return table
+        raise ValueError(
+            f"resize_rel_pos_bias: a table of {len(table)} rows does not belong to a grid of "
+            f"{h}x{w} patches, "
+            f"which has {(2 * h - 1) * (2 * w - 1) + 3}; give the grid that it was trained on"
+        )
+    if (h, w) == (H, W):
+        return table
     old = table[:-3].detach().double().cpu().unflatten(0, (2 * h - 1, 2 * w - 1)).numpy()
-    known, wanted = (stretch(h, H), stretch(w, W)), (np.arange(1 - H, H), np.arange(1 - W, W))
+    known = (stretch(h, H), stretch(w, W))
+    wanted = (np.arange(1 - H, H), np.arange(1 - W, W))
     new = [RectBivariateSpline(*known, old[..., k])(*wanted).ravel() for k in range(old.shape[-1])]
     return torch.cat([torch.from_numpy(np.stack(new, 1)).to(table), table[-3:]])
 
@@ -50,19 +68,33 @@ def resize_pos_embed(
 ) -> Tensor:
     "Absolute positions for another grid, bicubic; the class token's stays (official code)."
     if pos_embed.shape[1] != 1 + src_grid[0] * src_grid[1]:
-        raise ValueError(f"resize_pos_embed: {pos_embed.shape[1]} positions are not one for CLS and {src_grid[0]}x{src_grid[1]} for the patches; "
-                         "give the grid that they were trained on")
-    if tuple(src_grid) == tuple(dst_grid): return pos_embed
-    cls, grid = pos_embed[:, :1], pos_embed[:, 1:].unflatten(1, tuple(src_grid)).permute(0, 3, 1, 2)  # (1, D, h, w)
+        raise ValueError(
+            f"resize_pos_embed: {pos_embed.shape[1]} positions are not one for CLS and "
+            f"{src_grid[0]}x{src_grid[1]} for the patches; "
+            "give the grid that they were trained on"
+        )
+    if tuple(src_grid) == tuple(dst_grid):
+        return pos_embed
+    cls = pos_embed[:, :1]
+    grid = pos_embed[:, 1:].unflatten(1, tuple(src_grid)).permute(0, 3, 1, 2)  # (1, D, h, w)
     grid = F.interpolate(grid, dst_grid, mode="bicubic", align_corners=False)  # (1, D, H, W)
     return torch.cat([cls, grid.flatten(2).transpose(1, 2)], 1)
 
 # %% ../nbs/43_checkpoints.ipynb #load-backbone
 def _check_body(own: dict, weights: dict) -> None:
-    block_names = lambda names: {n for n in names if n.startswith("blocks.") and "relative_position" not in n}
+    block_names = lambda names: {
+        n for n in names if n.startswith("blocks.") and "relative_position" not in n
+    }
     lone = sorted(block_names(own) ^ block_names(weights))
-    if lone: raise ValueError(f"{lone[0]} is only in the {'model' if lone[0] in own else 'checkpoint'}; depth and init_values (LayerScale) must be the checkpoint's")
-    for part, field in (("relative_position_bias_table", "use_rel_pos_bias"), ("pos_embed", "use_abs_pos_emb")):
+    if lone:
+        raise ValueError(
+            f"{lone[0]} is only in the {'model' if lone[0] in own else 'checkpoint'}; depth and "
+            "init_values (LayerScale) must be the checkpoint's"
+        )
+    for part, field in (
+        ("relative_position_bias_table", "use_rel_pos_bias"),
+        ("pos_embed", "use_abs_pos_emb"),
+    ):
         if any(part in n for n in weights) and not any(part in n for n in own):
             raise ValueError(f"the checkpoint's {part} has no place in this model; set {field}")
 
@@ -72,18 +104,29 @@ def load_backbone(
     weights: dict[str, Tensor],  # a state dict in the official names
     src_grid: tuple[int, int],  # patch grid of those weights
 ) -> list[str]:  # names of the model's parameters that start fresh
-    "Bring trained weights into `model`: a shared bias table is copied to every block, positions are resized, other heads stay behind."
-    own, grid, new = model.state_dict(), model.patch_embed.patch_shape, {}
+    """Bring trained weights into `model`.
+
+    A shared bias table is copied to every block, positions are resized, other heads stay behind.
+    """
+    own = model.state_dict()
+    grid = model.patch_embed.patch_shape
+    new = {}
     _check_body(own, weights)
     shared = "rel_pos_bias.relative_position_bias_table"
     for name, old in own.items():
         table = name.endswith("relative_position_bias_table")
         value = weights.get(name, weights.get(shared) if table and shared not in own else None)
-        if value is None or (name.startswith(("head.", "lm_head.")) and value.shape != old.shape): continue
-        if table: value = resize_rel_pos_bias(value, src_grid, grid)
-        if name == "pos_embed": value = resize_pos_embed(value, src_grid, grid)
+        if value is None or (name.startswith(("head.", "lm_head.")) and value.shape != old.shape):
+            continue
+        if table:
+            value = resize_rel_pos_bias(value, src_grid, grid)
+        if name == "pos_embed":
+            value = resize_pos_embed(value, src_grid, grid)
         if value.shape != old.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)} in the checkpoint, but {tuple(old.shape)} is needed; the recipe's shape must be the checkpoint's")
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)} in the checkpoint, but {tuple(old.shape)} "
+                "is needed; the recipe's shape must be the checkpoint's"
+            )
         new[name] = value
     model.load_state_dict(new, strict=False)
     return sorted(set(own) - set(new))

@@ -24,13 +24,20 @@ from .recipes import RECIPES
 TRAININGS = {  # command: module, function, help
     "tokenizer": ("tokenizer", "train_tokenizer", "train a dVAE"),
     "pretrain": ("pretraining", "pretrain", "masked image modelling"),
-    "finetune": ("finetuning", "finetune", "classification: from pre-trained weights or from scratch"),
+    "finetune": (
+        "finetuning",
+        "finetune",
+        "classification: from pre-trained weights or from scratch",
+    ),
     "probe": ("probing", "probe", "linear probe of every block"),
 }
 
 # %% ../nbs/73_cli.ipynb #read-recipe
 def read_recipe(command: str, argv: list[str], also: tuple = ()):
-    "The recipe that the words after `beit COMMAND` name, with their overrides; `also`: options that were read before."
+    """The recipe that the words after `beit COMMAND` name, with their overrides.
+
+    `also`: options that were read before.
+    """
     names = RECIPES[command]
     if argv and not argv[0].startswith("-") and argv[0] not in names:
         raise ValueError(f"unknown {command} recipe {argv[0]!r}; there are: {', '.join(names)}")
@@ -38,13 +45,22 @@ def read_recipe(command: str, argv: list[str], also: tuple = ()):
     for word in (w.split("=")[0].replace("_", "-") for w in argv if w.startswith("--")):
         if word not in ("--help", *options) and f"--{word.removeprefix('--no-')}" not in options:
             near = "".join(f" (do you mean {o}?)" for o in get_close_matches(word, options, 1))
-            raise ValueError(f"a {command} recipe has no option {word}{near}; there are: {' '.join(options)}")
-    return tyro.extras.overridable_config_cli({n: (text, replace(r, out=f"runs/{command}-{n}")) for n, (text, r) in names.items()}, prog=f"beit {command}", args=argv)
+            raise ValueError(
+                f"a {command} recipe has no option {word}{near}; there are: {' '.join(options)}"
+            )
+    return tyro.extras.overridable_config_cli(
+        {n: (text, replace(r, out=f"runs/{command}-{n}")) for n, (text, r) in names.items()},
+        prog=f"beit {command}",
+        args=argv,
+    )
 
 # %% ../nbs/73_cli.ipynb #demo
 @dataclass
 class Demo:
-    "The main job on the embedded digits: tokenizer, pre-training, fine-tuning against scratch, report."
+    """The main job on the embedded digits.
+
+    Tokenizer, pre-training, fine-tuning against scratch, report.
+    """
 
     out: str = "runs/demo"  # where everything goes; the same command continues an interrupted demo
     seed: int = 0  # of everything
@@ -52,7 +68,19 @@ class Demo:
 
     def run(self) -> None:
         from beit_nb.demo import Plan, demo
-        quick = dict(tokenizer_steps=60, pretrain_steps=60, finetune_steps=10, longer=2, lrs=(1.5e-3,), draws=2) if self.quick else {}
+
+        quick = (
+            dict(
+                tokenizer_steps=60,
+                pretrain_steps=60,
+                finetune_steps=10,
+                longer=2,
+                lrs=(1.5e-3,),
+                draws=2,
+            )
+            if self.quick
+            else {}
+        )
         demo(Plan(out=self.out, seed=self.seed, **quick))
 
 # %% ../nbs/73_cli.ipynb #predict
@@ -69,12 +97,22 @@ class Predict:
         from beit_nb.finetuning import FinetuneTransform, load_classifier
         from beit_nb.images import to_input
         from beit_nb.images import load_image
+
         model, r, classes = load_classifier(self.init)
         view = FinetuneTransform(r, [0], training=False)  # as it was scored
         for path in self.images:
-            with torch.no_grad(): p = model(to_input(view(load_image(path), 0, None)[0][None], r.mean_std)).softmax(-1)[0]
+            with torch.no_grad():
+                p = model(to_input(view(load_image(path), 0, None)[0][None], r.mean_std)).softmax(
+                    -1
+                )[0]
             best = p.topk(min(self.top, len(classes)))
-            print(f"{path}: " + ", ".join(f"{classes[i]} {v:.3f}" for v, i in zip(best.values.tolist(), best.indices.tolist())))
+            print(
+                f"{path}: "
+                + ", ".join(
+                    f"{classes[i]} {v:.3f}"
+                    for v, i in zip(best.values.tolist(), best.indices.tolist())
+                )
+            )
 
 # %% ../nbs/73_cli.ipynb #attention
 @dataclass
@@ -96,26 +134,41 @@ class AttentionMaps:
         from beit_nb.pretraining import load_mim
         from beit_nb.probing import views_of
         from beit_nb.engine.runs import load_checkpoint
-        load = load_mim if load_checkpoint(self.init, ("pretrain", "finetune"))["config"]["command"] == "pretrain" else load_classifier
+
+        load = (
+            load_mim
+            if load_checkpoint(self.init, ("pretrain", "finetune"))["config"]["command"]
+            == "pretrain"
+            else load_classifier
+        )
         model, r = load(self.init)[:2]
         Path(self.out).mkdir(parents=True, exist_ok=True)
         for path in self.images:
             view = views_of(PictureSet(1, lambda _: load_image(path)), r.img_size)
             probs = attention_maps(model, to_input(view, r.mean_std))[self.block]
-            fig = show_attention(view[0].float() / 255, patch_attention(probs, self.query, model.patch_embed.patch_shape)[0], self.query)
+            fig = show_attention(
+                view[0].float() / 255,
+                patch_attention(probs, self.query, model.patch_embed.patch_shape)[0],
+                self.query,
+            )
             fig.savefig(target := Path(self.out) / f"{Path(path).stem}.png")
             print(target)
 
 # %% ../nbs/73_cli.ipynb #data-tools
 @dataclass
 class Tokenize:
-    "Write the token ids of a data set, in packed parts; the same command goes on where it stopped. `torchrun` shares the parts among processes."
+    """Write the token ids of a data set, in packed parts.
+
+    The same command goes on where it stopped. `torchrun` shares the parts among processes.
+    """
 
     data: tyro.conf.Positional[str]  # a known data set, or a folder
     tokenizer: str  # a run of `beit tokenizer`, or DALL-E's files
     out: str = "runs/tokens"  # where the parts and tokens.json go
-    img_size: int | None = None  # pixels of BEiT's view; none: as the tokenizer was trained (DALL-E: 224)
-    token_size: int | None = None  # pixels of the tokenizer's view; none: as it was trained (DALL-E: 112)
+    # pixels of BEiT's view; none: as the tokenizer was trained (DALL-E: 224)
+    img_size: int | None = None
+    # pixels of the tokenizer's view; none: as it was trained (DALL-E: 112)
+    token_size: int | None = None
     batch_size: int = 64  # pictures at once
     workers: int = 0  # loader processes
     per_part: int = 4096  # pictures a file
@@ -123,10 +176,14 @@ class Tokenize:
 
     def run(self) -> None:
         from beit_nb.engine.token_files import tokenize
+
         d = tokenize(**vars(self))
         size = sum(f.stat().st_size for f in Path(self.out).glob("part-*.npz"))
         lost = f"; {len(d['damaged'])} unreadable" if d["damaged"] else ""
-        print(f"{self.out}: {d['pictures']:,} pictures, {d['grid'][0]} x {d['grid'][1]} tokens each, {size:,} bytes; {d['transform']}{lost}")
+        print(
+            f"{self.out}: {d['pictures']:,} pictures, {d['grid'][0]} x {d['grid'][1]} tokens "
+            f"each, {size:,} bytes; {d['transform']}{lost}"
+        )
 
 
 @dataclass
@@ -139,40 +196,66 @@ class Shard:
 
     def run(self) -> None:
         from beit_nb.engine.shards import shard_folder
+
         counts = shard_folder(self.data, self.out, self.per_shard)
-        print(f"{self.out}: " + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items()))
+        print(
+            f"{self.out}: "
+            + ", ".join(f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items())
+        )
 
 # %% ../nbs/73_cli.ipynb #number-tools
 @dataclass
 class PlanIt:
-    "What a recipe will cost: steps, samples, tokens, FLOPs, parameters, memory, hours. Trains nothing. After the recipe, each of its fields can be set as in the training (`beit pretrain base-in1k --help` lists them)."
+    """What a recipe will cost.
+
+    Steps, samples, tokens, FLOPs, parameters, memory, hours. Trains nothing. After the recipe, each
+    of its fields can be set as in the training (`beit pretrain base-in1k --help` lists them).
+    """
 
     recipe: tyro.conf.Positional[str]  # a preset, such as base-in1k
     command: Literal["tokenizer", "pretrain", "finetune"] = "pretrain"  # of which command
     gpus: int = 8  # how many
     hardware: Literal["v100", "a100", "h100"] = "a100"  # of which kind
-    mfu: float = 0.4  # model FLOPs over the hardware's peak: an assumption, better measured with `beit bench step`
+    # model FLOPs over the hardware's peak: an assumption, better measured with `beit bench step`
+    mfu: float = 0.4
     cores: int = 8  # processor cores for each GPU
     pictures: int | None = None  # of an epoch, where they cannot be counted
 
     def run(self, fields: list[str] = ()) -> None:
         from beit_nb.scale.plan import plan_recipe
+
         recipe = read_recipe(self.command, [self.recipe, *fields], also=tuple(vars(self))[1:])
-        print(plan_recipe(f"{self.command} {self.recipe}", recipe, self.gpus, self.hardware, self.mfu, self.cores, self.pictures))
+        print(
+            plan_recipe(
+                f"{self.command} {self.recipe}",
+                recipe,
+                self.gpus,
+                self.hardware,
+                self.mfu,
+                self.cores,
+                self.pictures,
+            )
+        )
 
 
 @dataclass
 class Bench:
-    "Throughput of our code against the peers installed here, in one process, taking turns: medians and spread."
+    """Throughput of our code against the peers installed here, in one process, taking turns.
 
-    names: tyro.conf.Positional[tuple[Literal["step", "small", "loader", "masks", "tokenizer"], ...]] = ()  # which; none: all
+    Medians and spread.
+    """
+
+    # which; none: all
+    names: tyro.conf.Positional[
+        tuple[Literal["step", "small", "loader", "masks", "tokenizer"], ...]
+    ] = ()
     threads: int | None = None  # torch threads; none: as they are
     out: str = "runs/bench"  # bench.json goes there
 
     def run(self) -> None:
         from beit_nb.scale.bench import bench
-        bench(list(self.names), self.threads, Path(self.out))
 
+        bench(list(self.names), self.threads, Path(self.out))
 
 
 @dataclass
@@ -183,59 +266,104 @@ class Report:
 
     def run(self) -> None:
         from beit_nb.report import run_report
+
         print(run_report(self.out))
 
 # %% ../nbs/73_cli.ipynb #tools
-TOOLS = {"demo": Demo, "tokenize": Tokenize, "attention": AttentionMaps, "predict": Predict, "shard": Shard, "bench": Bench, "plan": PlanIt, "report": Report}
+TOOLS = {
+    "demo": Demo,
+    "tokenize": Tokenize,
+    "attention": AttentionMaps,
+    "predict": Predict,
+    "shard": Shard,
+    "bench": Bench,
+    "plan": PlanIt,
+    "report": Report,
+}
 
 
 def usage() -> str:
     "What `beit --help` prints."
-    lines = [f"  {name + ' RECIPE':20}{text}  [{', '.join(RECIPES[name])}]" for name, (_, _, text) in TRAININGS.items()]
-    lines += [f"  {name:20}{tool.__doc__.split(';')[0].split(':')[0].rstrip('.')}" for name, tool in TOOLS.items()]
-    return "\n".join(["usage: beit COMMAND [RECIPE] [options]      (beit COMMAND --help lists the options)", "", "BEiT, explained and defined in notebooks.", "", *lines, "",
-                      "  --debug             show a traceback instead of one line when something is wrong"])
+    lines = [
+        f"  {name + ' RECIPE':20}{text}  [{', '.join(RECIPES[name])}]"
+        for name, (_, _, text) in TRAININGS.items()
+    ]
+    lines += [
+        f"  {name:20}{tool.__doc__.split(';')[0].split(':')[0].rstrip('.')}"
+        for name, tool in TOOLS.items()
+    ]
+    return "\n".join(
+        [
+            "usage: beit COMMAND [RECIPE] [options]      (beit COMMAND --help lists the options)",
+            "",
+            "BEiT, explained and defined in notebooks.",
+            "",
+            *lines,
+            "",
+            "  --debug             show a traceback instead of one line when something is wrong",
+        ]
+    )
 
 # %% ../nbs/73_cli.ipynb #run-command
 def train(command: str, recipe) -> None:
-    "Run a training and write its page, also when it was stopped or broke; a refused one leaves no page."
+    """Run a training and write its page, also when it was stopped or broke.
+
+    A refused one leaves no page.
+    """
+
     def page():
-        if os.environ.get("RANK", "0") == "0": print(f"report: {import_module('beit_nb.report').run_report(recipe.out)}", flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"report: {import_module('beit_nb.report').run_report(recipe.out)}", flush=True)
 
     module, function, _ = TRAININGS[command]
-    try: getattr(import_module(f"beit_nb.{module}"), function)(recipe)
+    try:
+        getattr(import_module(f"beit_nb.{module}"), function)(recipe)
     except (KeyboardInterrupt, FloatingPointError):
-        with suppress(ValueError, OSError): page()  # it must not hide why the run ended
+        with suppress(ValueError, OSError):
+            page()  # it must not hide why the run ended
         raise
     page()
 
 
 def run_command(argv: list[str]) -> None:
     "Parse, import what the command needs, run it."
-    if not argv or argv[0] in ("-h", "--help", "help"): return print(usage())
-    if argv[0] == "--version": return print(import_module("beit_nb").__version__)
-    command, rest = argv[0], argv[1:]
-    if command in TRAININGS: train(command, read_recipe(command, rest))
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        return print(usage())
+    if argv[0] == "--version":
+        return print(import_module("beit_nb").__version__)
+    command = argv[0]
+    rest = argv[1:]
+    if command in TRAININGS:
+        train(command, read_recipe(command, rest))
     elif command == "plan":  # its own options; what is left over are fields of the recipe
         tool, fields = tyro.cli(PlanIt, prog="beit plan", args=rest, return_unknown_args=True)
         tool.run(fields)
     elif command in TOOLS:
         tyro.cli(TOOLS[command], prog=f"beit {command}", args=rest).run()
     else:
-        raise ValueError(f"unknown command {command!r}; there are: {', '.join([*TRAININGS, *TOOLS])}")
+        raise ValueError(
+            f"unknown command {command!r}; there are: {', '.join([*TRAININGS, *TOOLS])}"
+        )
 
 # %% ../nbs/73_cli.ipynb #main
 def main(argv: list[str] | None = None) -> int:
-    "The console script: 0 on success, 2 and one line for bad input, 130 after a stop; a traceback only for a defect of ours, or with --debug."
+    """The console script: 0 on success, 2 and one line for bad input, 130 after a stop.
+
+    A traceback only for a defect of ours, or with --debug.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     try:
         run_command([a for a in argv if a != "--debug"])
         return 0
     except KeyboardInterrupt as e:
-        print(f"\nbeit: {str(e) or 'stopped; the same command continues from the last checkpoint'}", file=sys.stderr)
+        print(
+            f"\nbeit: {str(e) or 'stopped; the same command continues from the last checkpoint'}",
+            file=sys.stderr,
+        )
         return 130
     except (ValueError, OSError, FloatingPointError) as e:
-        if debug: raise
+        if debug:
+            raise
         print(f"beit: error: {' '.join(str(e).split())}", file=sys.stderr)
         return 1 if isinstance(e, FloatingPointError) else 2

@@ -18,7 +18,10 @@ from .dvae import logit_laplace_nll, map_pixels, unmap_pixels
 
 # %% ../nbs/05_dalle.ipynb #conv
 class DalleConv(nn.Module):
-    "A convolution that keeps height and width: (B, n_in, h, w) -> (B, n_out, h, w). Official names: `w` and `b`."
+    """A convolution that keeps height and width.
+
+    (B, n_in, h, w) -> (B, n_out, h, w). Official names: `w` and `b`.
+    """
 
     def __init__(self, n_in: int, n_out: int, kw: int):
         super().__init__()
@@ -26,16 +29,29 @@ class DalleConv(nn.Module):
         self.b = nn.Parameter(torch.zeros(n_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        kw = self.w.shape[-1]  # a 1x1 kernel has nothing to dilate, but asked so, one CPU thread takes torch's faster road
-        return F.conv2d(x, self.w, self.b, padding=kw // 2, dilation=2 if kw == 1 and x.is_cpu and torch.backends.mkldnn.is_available() else 1)
+        # a 1x1 kernel has nothing to dilate, but asked so, one CPU thread takes torch's faster road
+        kw = self.w.shape[-1]
+        return F.conv2d(
+            x,
+            self.w,
+            self.b,
+            padding=kw // 2,
+            dilation=2 if kw == 1 and x.is_cpu and torch.backends.mkldnn.is_available() else 1,
+        )
 
 # %% ../nbs/05_dalle.ipynb #block
 class DalleBlock(nn.Module):
-    "x + g f(x), f being four ReLU-convolutions at a quarter of the width: (B, n_in, h, w) -> (B, n_out, h, w)."
+    """x + g f(x), f being four ReLU-convolutions at a quarter of the width.
+
+    (B, n_in, h, w) -> (B, n_out, h, w).
+    """
 
     def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], n_layers: int):
         super().__init__()
-        if n_out % 4: raise ValueError(f"DalleBlock: {n_out} channels do not divide by 4; choose n_hid as a multiple of 4")
+        if n_out % 4:
+            raise ValueError(
+                f"DalleBlock: {n_out} channels do not divide by 4; choose n_hid as a multiple of 4"
+            )
         self.post_gain = 1 / n_layers**2
         self.id_path = DalleConv(n_in, n_out, 1) if n_in != n_out else nn.Identity()
         self.res_path = nn.Sequential()
@@ -45,18 +61,40 @@ class DalleBlock(nn.Module):
             self.res_path.add_module(f"conv_{i}", DalleConv(c, d, kw))
 
     def forward(self, x: Tensor) -> Tensor:
-        r = self.res_path(x.to(self.res_path.conv_1.w.dtype))  # f may have been put into half precision; x never is
-        return torch.add(self.id_path(x), r, alpha=self.post_gain, out=None if r.requires_grad or r.dtype != x.dtype else r)  # one pass, no new memory
+        # f may have been put into half precision; x never is
+        r = self.res_path(x.to(self.res_path.conv_1.w.dtype))
+        # one pass, no new memory
+        return torch.add(
+            self.id_path(x),
+            r,
+            alpha=self.post_gain,
+            out=None if r.requires_grad or r.dtype != x.dtype else r,
+        )
 
 # %% ../nbs/05_dalle.ipynb #tower
-def tower(first: nn.Module, widths: list[int], kernels: tuple[int, ...], n_blk_per_group: int, name: str, resample: nn.Module, last: nn.Module) -> nn.Sequential:
-    "`first`, a group of blocks for every width after the first one with `resample` between groups, ReLU, `last`; official names."
-    blocks, n_groups = nn.Sequential(OrderedDict(input=first)), len(widths) - 1
+def tower(
+    first: nn.Module,
+    widths: list[int],
+    kernels: tuple[int, ...],
+    n_blk_per_group: int,
+    name: str,
+    resample: nn.Module,
+    last: nn.Module,
+) -> nn.Sequential:
+    """`first`, a group of blocks for every width after the first one with `resample` between
+    groups, ReLU, `last`; official names.
+    """
+    blocks = nn.Sequential(OrderedDict(input=first))
+    n_groups = len(widths) - 1
     for k, (n_in, n_out) in enumerate(pairwise(widths), 1):
         group = nn.Sequential()
         for i in range(n_blk_per_group):
-            group.add_module(f"block_{i + 1}", DalleBlock(n_out if i else n_in, n_out, kernels, n_groups * n_blk_per_group))
-        if k < n_groups: group.add_module(name, resample)
+            group.add_module(
+                f"block_{i + 1}",
+                DalleBlock(n_out if i else n_in, n_out, kernels, n_groups * n_blk_per_group),
+            )
+        if k < n_groups:
+            group.add_module(name, resample)
         blocks.add_module(f"group_{k}", group)
     blocks.add_module("output", nn.Sequential(OrderedDict(relu=nn.ReLU(inplace=True), conv=last)))
     return blocks
@@ -65,22 +103,45 @@ def tower(first: nn.Module, widths: list[int], kernels: tuple[int, ...], n_blk_p
 class DalleEncoder(nn.Module):
     "Mapped pixels (B, 3, H, W) to scores of the tokens (B, V, H/8, W/8) (DALL-E, App. A.1)."
 
-    def __init__(self, group_count: int = 4, n_hid: int = 256, n_blk_per_group: int = 2, input_channels: int = 3, vocab_size: int = 8192):
+    def __init__(
+        self,
+        group_count: int = 4,
+        n_hid: int = 256,
+        n_blk_per_group: int = 2,
+        input_channels: int = 3,
+        vocab_size: int = 8192,
+    ):
         super().__init__()
-        self.vocab_size, self.downsample = vocab_size, 2 ** (group_count - 1)
+        self.vocab_size = vocab_size
+        self.downsample = 2 ** (group_count - 1)
         widths = [n_hid, *(n_hid * 2**k for k in range(group_count))]
-        self.blocks = tower(DalleConv(input_channels, n_hid, 7), widths, (3, 3, 3, 1), n_blk_per_group, "pool", nn.MaxPool2d(2),
-                            DalleConv(widths[-1], vocab_size, 1))
+        self.blocks = tower(
+            DalleConv(input_channels, n_hid, 7),
+            widths,
+            (3, 3, 3, 1),
+            n_blk_per_group,
+            "pool",
+            nn.MaxPool2d(2),
+            DalleConv(widths[-1], vocab_size, 1),
+        )
 
     def features(self, x: Tensor) -> Tensor:
         "Mapped pixels (B, 3, H, W) to what the head reads, (B, 8 n_hid, H/8, W/8)."
-        if torch.is_grad_enabled() or not x.is_cpu: return self.blocks.output.relu(self.blocks[:-1](x))
-        few = x.split(max(1, 2**14 // x[0, 0].numel()))  # while maps are large, so few pictures at a time that they stay in the cache
-        return self.blocks.output.relu(self.blocks[3:-1](torch.cat([self.blocks[:3](part) for part in few])))
+        if torch.is_grad_enabled() or not x.is_cpu:
+            return self.blocks.output.relu(self.blocks[:-1](x))
+        # while maps are large, so few pictures at a time that they stay in the cache
+        few = x.split(max(1, 2**14 // x[0, 0].numel()))
+        return self.blocks.output.relu(
+            self.blocks[3:-1](torch.cat([self.blocks[:3](part) for part in few]))
+        )
 
     def indices_at(self, x: Tensor, where: Tensor) -> Tensor:
-        "The best token of cells `where` (n,), counted over the whole batch; the head, an eighth of the work, runs only there."
-        rows, head = self.features(x).permute(0, 2, 3, 1).flatten(0, 2)[where], self.blocks.output.conv
+        """The best token of cells `where` (n,), counted over the whole batch.
+
+        The head, an eighth of the work, runs only there.
+        """
+        rows = self.features(x).permute(0, 2, 3, 1).flatten(0, 2)[where]
+        head = self.blocks.output.conv
         return F.linear(rows, head.w.flatten(1), head.b).argmax(-1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,17 +149,37 @@ class DalleEncoder(nn.Module):
 
 # %% ../nbs/05_dalle.ipynb #decoder
 class DalleDecoder(nn.Module):
-    "Token ids (B, h, w) or (soft) one-hots (B, V, h, w) to pixel statistics (B, 6, 8h, 8w): three means, three log-widths."
+    """Token ids (B, h, w) or (soft) one-hots (B, V, h, w) to pixel statistics (B, 6, 8h, 8w).
 
-    def __init__(self, group_count: int = 4, n_init: int = 128, n_hid: int = 256, n_blk_per_group: int = 2, output_channels: int = 3, vocab_size: int = 8192):
+    Three means, three log-widths.
+    """
+
+    def __init__(
+        self,
+        group_count: int = 4,
+        n_init: int = 128,
+        n_hid: int = 256,
+        n_blk_per_group: int = 2,
+        output_channels: int = 3,
+        vocab_size: int = 8192,
+    ):
         super().__init__()
-        self.vocab_size, self.downsample = vocab_size, 2 ** (group_count - 1)
+        self.vocab_size = vocab_size
+        self.downsample = 2 ** (group_count - 1)
         widths = [n_init, *(n_hid * 2**k for k in reversed(range(group_count)))]
-        self.blocks = tower(DalleConv(vocab_size, n_init, 1), widths, (1, 3, 3, 3), n_blk_per_group, "upsample", nn.Upsample(scale_factor=2),
-                            DalleConv(n_hid, 2 * output_channels, 1))
+        self.blocks = tower(
+            DalleConv(vocab_size, n_init, 1),
+            widths,
+            (1, 3, 3, 3),
+            n_blk_per_group,
+            "upsample",
+            nn.Upsample(scale_factor=2),
+            DalleConv(n_hid, 2 * output_channels, 1),
+        )
 
     def forward(self, z: Tensor) -> Tensor:
-        if z.ndim == 4: return self.blocks(z)
+        if z.ndim == 4:
+            return self.blocks(z)
         codebook = self.blocks.input
         rows = F.embedding(z, codebook.w[:, :, 0, 0].T) + codebook.b  # (B, h, w, n_init)
         return self.blocks[1:](rows.permute(0, 3, 1, 2))
@@ -106,22 +187,39 @@ class DalleDecoder(nn.Module):
 # %% ../nbs/05_dalle.ipynb #readable
 def readable(images: Tensor, encoder: DalleEncoder | None) -> Tensor:
     "Pictures (B, 3, H, W) in [0, 1], checked and mapped for the encoder."
-    if encoder is None: raise ValueError("this tokenizer has a decoder only and cannot read pictures; load encoder.pkl too")
-    (h, w), d = images.shape[-2:], encoder.downsample
+    if encoder is None:
+        raise ValueError(
+            "this tokenizer has a decoder only and cannot read pictures; load encoder.pkl too"
+        )
+    (h, w) = images.shape[-2:]
+    d = encoder.downsample
     if h % d or w % d or not images.is_floating_point():
-        raise ValueError(f"pictures of {h}x{w}, {images.dtype}; wanted floats in [0, 1] with sides that divide by {d}: convert or resize them")
+        raise ValueError(
+            f"pictures of {h}x{w}, {images.dtype}; wanted floats in [0, 1] with sides that divide "
+            f"by {d}: convert or resize them"
+        )
     return map_pixels(images)
 
 # %% ../nbs/05_dalle.ipynb #dalle-vae
 class DalleVAE(nn.Module):
-    "Pictures (B, 3, H, W) in [0, 1] <-> token ids (B, H/8, W/8), with DALL-E's networks; the interface of `DiscreteVAE`."
+    """Pictures (B, 3, H, W) in [0, 1] <-> token ids (B, H/8, W/8), with DALL-E's networks.
+
+    The interface of `DiscreteVAE`.
+    """
+
     likelihood = "laplace"
 
     def __init__(self, encoder: DalleEncoder | None = None, decoder: DalleDecoder | None = None):
         super().__init__()
         sizes = {(net.vocab_size, net.downsample) for net in (encoder, decoder) if net is not None}
-        if len(sizes) != 1: raise ValueError(f"DalleVAE: encoder and decoder do not belong together: (tokens, downsampling) {sorted(sizes)}; give one pair")
-        self.encoder, self.decoder, (self.vocab_size, self.downsample) = encoder, decoder, sizes.pop()
+        if len(sizes) != 1:
+            raise ValueError(
+                "DalleVAE: encoder and decoder do not belong together: (tokens, downsampling) "
+                f"{sorted(sizes)}; give one pair"
+            )
+        self.encoder = encoder
+        self.decoder = decoder
+        (self.vocab_size, self.downsample) = sizes.pop()
 
     def logits(self, images: Tensor) -> Tensor:
         "Pictures (B, 3, H, W) in [0, 1] to scores of every token at every cell, (B, V, h, w)."
@@ -132,8 +230,14 @@ class DalleVAE(nn.Module):
         return self.encoder.indices_at(readable(images, self.encoder), where)
 
     def decode_stats(self, z: Tensor) -> Tensor:
-        "Ids (B, h, w), or (soft) one-hots (B, V, h, w), to what the decoder says of every pixel: (B, 6, H, W)."
-        if self.decoder is None: raise ValueError("this tokenizer has an encoder only and cannot paint pictures; load decoder.pkl too")
+        """Ids (B, h, w), or (soft) one-hots (B, V, h, w), to what the decoder says of every pixel.
+
+        (B, 6, H, W).
+        """
+        if self.decoder is None:
+            raise ValueError(
+                "this tokenizer has an encoder only and cannot paint pictures; load decoder.pkl too"
+            )
         return self.decoder(z).float()
 
     def pixels(self, stats: Tensor) -> Tensor:

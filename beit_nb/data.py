@@ -34,59 +34,123 @@ def _read_from(base, ids, i: int):
 
 
 def torchvision_set(name: str, split: str, root: str = "data") -> PictureSet:
-    "A set that torchvision downloads into data/. Their test part is ours; val is the last tenth of train, by a fixed shuffle."
+    """A set that torchvision downloads into data/.
+
+    Their test part is ours; val is the last tenth of train, by a fixed shuffle.
+    """
     held = split == "test"
     make = {
         "cifar10": lambda: tv.CIFAR10(root, train=not held, download=True),
         "cifar100": lambda: tv.CIFAR100(root, train=not held, download=True),
-        "imagenette": lambda: tv.Imagenette(root, split="val" if held else "train", download=not (Path(root) / "imagenette2").exists()),
-        "oxford-pets": lambda: tv.OxfordIIITPet(root, split="test" if held else "trainval", download=True),
+        "imagenette": lambda: tv.Imagenette(
+            root,
+            split="val" if held else "train",
+            download=not (Path(root) / "imagenette2").exists(),
+        ),
+        "oxford-pets": lambda: tv.OxfordIIITPet(
+            root, split="test" if held else "trainval", download=True
+        ),
     }[name]
-    try: base = make()
-    except Exception as e: raise ValueError(f"cannot get {name} into {root}/: {str(e).strip() or type(e).__name__}; see data/README.md for how to lay it out by hand") from e
-    y = np.asarray({"imagenette": lambda: [c for _, c in base._samples], "oxford-pets": lambda: base._labels}.get(name, lambda: base.targets)())
-    classes = [c if isinstance(c, str) else c[0] for c in base.classes]   # Imagenette names each class several times
+    try:
+        base = make()
+    except Exception as e:
+        raise ValueError(
+            f"cannot get {name} into {root}/: {str(e).strip() or type(e).__name__}; see "
+            "data/README.md for how to lay it out by hand"
+        ) from e
+    y = np.asarray(
+        {
+            "imagenette": lambda: [c for _, c in base._samples],
+            "oxford-pets": lambda: base._labels,
+        }.get(name, lambda: base.targets)()
+    )
+    # Imagenette names each class several times
+    classes = [c if isinstance(c, str) else c[0] for c in base.classes]
     order = np.random.default_rng(0).permutation(len(y))
     cut = len(y) - len(y) // 10
-    ids = {"test": np.arange(len(y)), "train": order[:cut], "val": order[cut:], "train+val": order}[split]
+    ids = {"test": np.arange(len(y)), "train": order[:cut], "val": order[cut:], "train+val": order}[
+        split
+    ]
     return PictureSet(len(ids), partial(_read_from, base, ids), y[ids], classes, f"{name}/{split}")
 
 # %% ../nbs/36_data.ipynb #open-data
-def files_or_shards(root: Path, labels: bool = False, classes: list[str] | None = None) -> PictureSet:
+def files_or_shards(
+    root: Path, labels: bool = False, classes: list[str] | None = None
+) -> PictureSet:
     "A folder of shards where there is a .tar in it, else a folder of pictures."
     tar = next(root.glob("*.tar"), None)
-    if tar and (loose := next(filter(is_picture, walk_files(root)), None)): raise ValueError(f"{root} holds shards ({tar.name}) and pictures outside of them ({loose}); which are meant? Move the others away")
+    if tar and (loose := next(filter(is_picture, walk_files(root)), None)):
+        raise ValueError(
+            f"{root} holds shards ({tar.name}) and pictures outside of them ({loose}); which are "
+            "meant? Move the others away"
+        )
     return (Shards if tar else Folder)(root, labels, classes)
 
 
 def open_data(
-    data: str,            # a known set, or a folder
+    data: str,  # a known set, or a folder
     split: str = "train",  # train, val, test, or train+val
     labels: bool = False,  # are labels needed?
 ) -> PictureSet:
-    "A known set by name, or a folder: for labels with train/<class>/ and val/<class>/ in it, for pictures alone any folder."
-    if data == "digits": return Digits(split, places=1 if labels else 4)
+    """A known set by name, or a folder.
+
+    For labels with train/<class>/ and val/<class>/ in it, for pictures alone any folder.
+    """
+    if data == "digits":
+        return Digits(split, places=1 if labels else 4)
     if data == "photos":
-        if labels: raise ValueError("photos has no labels; choose another --data")
+        if labels:
+            raise ValueError("photos has no labels; choose another --data")
         return Photos()
-    if data in ("cifar10", "cifar100", "imagenette", "oxford-pets"): return torchvision_set(data, split)
+    if data in ("cifar10", "cifar100", "imagenette", "oxford-pets"):
+        return torchvision_set(data, split)
     root = Path("data") / data if data in KNOWN else Path(data)
     if not root.is_dir():
-        raise ValueError(f"no data at {root}: " + ("see data/README.md for how to lay it out" if data in KNOWN else f"give a folder of pictures or shards, or one of {', '.join(KNOWN)}"))
-    if not labels: return files_or_shards(root / "train" if (root / "train").is_dir() else root)
-    part = root / ("train" if split.startswith("train") else "val" if split == "val" or not (root / "test").is_dir() else "test")
-    if not part.is_dir(): raise ValueError(f"{root} has no folder {part.name}/; labelled data needs {root}/train/<class>/ and {root}/val/<class>/, or shards of these")
-    return files_or_shards(part, labels=True, classes=class_names(root / "train") if (root / "train").is_dir() else None)
+        raise ValueError(
+            f"no data at {root}: "
+            + (
+                "see data/README.md for how to lay it out"
+                if data in KNOWN
+                else f"give a folder of pictures or shards, or one of {', '.join(KNOWN)}"
+            )
+        )
+    if not labels:
+        return files_or_shards(root / "train" if (root / "train").is_dir() else root)
+    part = root / (
+        "train"
+        if split.startswith("train")
+        else "val"
+        if split == "val" or not (root / "test").is_dir()
+        else "test"
+    )
+    if not part.is_dir():
+        raise ValueError(
+            f"{root} has no folder {part.name}/; labelled data needs {root}/train/<class>/ and "
+            f"{root}/val/<class>/, or shards of these"
+        )
+    return files_or_shards(
+        part,
+        labels=True,
+        classes=class_names(root / "train") if (root / "train").is_dir() else None,
+    )
 
 # %% ../nbs/36_data.ipynb #few-labels
 def few_labels(
-    labels: np.ndarray,      # (N,) class numbers
-    per_class: int | None,   # None: all of them
+    labels: np.ndarray,  # (N,) class numbers
+    per_class: int | None,  # None: all of them
     seed: int = 0,
-) -> np.ndarray:             # numbers of the chosen pictures
-    "Numbers of `per_class` pictures of every class, drawn by seed (at most once a picture); all, if None."
-    if per_class is None: return np.arange(len(labels))
+) -> np.ndarray:  # numbers of the chosen pictures
+    """Numbers of `per_class` pictures of every class, drawn by seed (at most once a picture).
+
+    All, if None.
+    """
+    if per_class is None:
+        return np.arange(len(labels))
     rng = np.random.default_rng([2, seed])
     groups = [np.flatnonzero(labels == c) for c in np.unique(labels)]
-    if min(map(len, groups)) < per_class: raise ValueError(f"labels_per_class {per_class} asks for more than the {min(map(len, groups))} pictures of the smallest class; lower it")
+    if min(map(len, groups)) < per_class:
+        raise ValueError(
+            f"labels_per_class {per_class} asks for more than the {min(map(len, groups))} "
+            "pictures of the smallest class; lower it"
+        )
     return np.concatenate([rng.choice(g, per_class, replace=False) for g in groups])

@@ -55,59 +55,115 @@ class Plan:
     pretrain_steps: int = 1600  # of 64 pictures
     finetune_steps: int = 200  # of 32 pictures
     longer: int = 3  # the best scratch run may take that many times the steps
-    lrs: tuple[float, ...] = (3e-4, 7e-4, 1.5e-3)  # tried for every arm, chosen on the validation digits
+    # tried for every arm, chosen on the validation digits
+    lrs: tuple[float, ...] = (3e-4, 7e-4, 1.5e-3)
     draws: int = 3  # of the labels, each with a seed of its own
 
 # %% ../nbs/72_demo.ipynb #stage
 def stage(out: Path, name: str, work) -> dict:
     "Do `work` unless it was done before; its figures and seconds are kept in OUT/<name>.json."
-    file, began = out / f"{name}.json", time.time()
-    if file.exists(): return json.loads(file.read_text())
+    file = out / f"{name}.json"
+    began = time.time()
+    if file.exists():
+        return json.loads(file.read_text())
     print(f"\n== {name} ==", flush=True)
     result = work()
     result["seconds"] = time.time() - began
-    with whole_file(file) as f: f.write(json.dumps(result).encode())
+    with whole_file(file) as f:
+        f.write(json.dumps(result).encode())
     return result
 
 # %% ../nbs/72_demo.ipynb #tokens-stage
 def tokenizer_stage(p: Plan) -> dict:
     "Train the dVAE; its error and the use of its alphabet on the test digits."
-    tokenizer = train_tokenizer(recipe_named("tokenizer", "nano", out=f"{p.out}/tokenizer", seed=p.seed, steps=p.tokenizer_steps))
+    tokenizer = train_tokenizer(
+        recipe_named(
+            "tokenizer", "nano", out=f"{p.out}/tokenizer", seed=p.seed, steps=p.tokenizer_steps
+        )
+    )
     return evaluate_tokenizer(tokenizer, Digits("test").images.float() / 255)
 
 
 def pretrain_stage(p: Plan) -> dict:
     "Pre-train; top-1 on the masked tokens of the test digits, beside the best constant guess."
-    r = recipe_named("pretrain", "nano", out=f"{p.out}/pretrain", tokenizer=f"{p.out}/tokenizer", seed=p.seed, steps=p.pretrain_steps,
-                     watch_every=max(1, min(250, p.pretrain_steps // 4)))  # a short run has its film too
-    model, tokenizer = pretrain(r), load_tokenizer(r.tokenizer)
-    prior = token_table(tokenizer, Digits("train", places=1), TwoViews(r.img_size))  # for the constant guess
-    return evaluate_mim(model, r, tokenizer, Digits("test"), prior) | dict(images=r.steps * r.batch_size)
+    r = recipe_named(
+        "pretrain",
+        "nano",
+        out=f"{p.out}/pretrain",
+        tokenizer=f"{p.out}/tokenizer",
+        seed=p.seed,
+        steps=p.pretrain_steps,
+        # a short run has its film too
+        watch_every=max(1, min(250, p.pretrain_steps // 4)),
+    )
+    model = pretrain(r)
+    tokenizer = load_tokenizer(r.tokenizer)
+    # for the constant guess
+    prior = token_table(tokenizer, Digits("train", places=1), TwoViews(r.img_size))
+    return evaluate_mim(model, r, tokenizer, Digits("test"), prior) | dict(
+        images=r.steps * r.batch_size
+    )
 
 # %% ../nbs/72_demo.ipynb #fine-tune-all
 def fine_tune_all(recipes: list[FinetuneRecipe]) -> list[dict]:
-    "Independent runs, two at a time with half of the cores each: small steps gain more from that than from more threads."
+    """Independent runs, two at a time with half of the cores each.
+
+    Small steps gain more from that than from more threads.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    if cores < 2 or torch.cuda.is_available(): return [finetune(r, quiet=True) for r in recipes]
-    with ProcessPoolExecutor(2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(cores // 2,)) as pool:
+    if cores < 2 or torch.cuda.is_available():
+        return [finetune(r, quiet=True) for r in recipes]
+    with ProcessPoolExecutor(
+        2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(cores // 2,)
+    ) as pool:
         jobs = [pool.submit(finetune, r, quiet=True) for r in recipes]
-        with tqdm(total=sum(r.steps * r.batch_size for r in recipes), unit=" images", desc="finetune", dynamic_ncols=True, disable=not sys.stderr.isatty()) as bar:
-            while wait(jobs, timeout=2).not_done:  # the runs are quiet; their logs say how far they are
-                logs = [(r, rows[-1]) for r in recipes if (rows := [x for x in read_log(r.out) if "loss" in x])]
+        with tqdm(
+            total=sum(r.steps * r.batch_size for r in recipes),
+            unit=" images",
+            desc="finetune",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        ) as bar:
+            # the runs are quiet; their logs say how far they are
+            while wait(jobs, timeout=2).not_done:
+                logs = [
+                    (r, rows[-1])
+                    for r in recipes
+                    if (rows := [x for x in read_log(r.out) if "loss" in x])
+                ]
                 bar.update(sum(x["step"] * r.batch_size for r, x in logs) - bar.n)
-                if logs: bar.set_postfix_str(f"loss {logs[-1][1]['loss']:.3g}")
-        for job, r in zip(jobs, recipes): print(f"{Path(r.out).name}: validation accuracy {job.result()['accuracy']:.3f}", flush=True)
+                if logs:
+                    bar.set_postfix_str(f"loss {logs[-1][1]['loss']:.3g}")
+        for job, r in zip(jobs, recipes):
+            print(
+                f"{Path(r.out).name}: validation accuracy {job.result()['accuracy']:.3f}",
+                flush=True,
+            )
     return [job.result() for job in jobs]
 
 # %% ../nbs/72_demo.ipynb #arms
-ARMS = dict(pretrained=("pre-trained", PALETTE["blue"]), scratch_equal_steps=("from scratch", PALETTE["orange"]), scratch_best=("from scratch, longer", PALETTE["grey"]))
+ARMS = dict(
+    pretrained=("pre-trained", PALETTE["blue"]),
+    scratch_equal_steps=("from scratch", PALETTE["orange"]),
+    scratch_best=("from scratch, longer", PALETTE["grey"]),
+)
 
 
 def arms(p: Plan) -> dict[str, FinetuneRecipe]:
     "Three ways to fine-tune: pre-trained, from scratch with equal steps, from scratch with more."
-    r = recipe_named("finetune", "nano", steps=p.finetune_steps, split="val", eval_every=max(1, p.finetune_steps // 5))
+    r = recipe_named(
+        "finetune",
+        "nano",
+        steps=p.finetune_steps,
+        split="val",
+        eval_every=max(1, p.finetune_steps // 5),
+    )
     scratch = replace(r, layer_decay=None)  # a fresh network has no trained lower layers to spare
-    return dict(pretrained=replace(r, init=f"{p.out}/pretrain"), scratch_equal_steps=scratch, scratch_best=replace(scratch, steps=p.longer * r.steps))
+    return dict(
+        pretrained=replace(r, init=f"{p.out}/pretrain"),
+        scratch_equal_steps=scratch,
+        scratch_best=replace(scratch, steps=p.longer * r.steps),
+    )
 
 # %% ../nbs/72_demo.ipynb #finetune-stage
 def score_on_test(run: str) -> float:
@@ -117,99 +173,251 @@ def score_on_test(run: str) -> float:
 
 
 def finetune_stage(p: Plan) -> dict:
-    "Every arm tries the same learning rates on the first draw; validation chooses; each draw of the chosen one is scored on test digits."
+    """Every arm tries the same learning rates on the first draw.
+
+    Validation chooses; each draw of the chosen one is scored on test digits.
+    """
     recipes = arms(p)
-    at = lambda arm, lr, draw: replace(recipes[arm], lr=lr, seed=p.seed + draw, out=f"{p.out}/finetune/{arm}-lr{lr:g}-draw{draw}")
+    at = lambda arm, lr, draw: replace(
+        recipes[arm], lr=lr, seed=p.seed + draw, out=f"{p.out}/finetune/{arm}-lr{lr:g}-draw{draw}"
+    )
     grid = [at(arm, lr, 0) for arm in recipes for lr in p.lrs]
     first = fine_tune_all(grid)
     tried = {r.out: m["accuracy"] for r, m in zip(grid, first)}
     best = {arm: max(p.lrs, key=lambda lr: tried[at(arm, lr, 0).out]) for arm in recipes}
-    chosen = [at(arm, best[arm], d) for arm in recipes for d in range(p.draws)]  # the first draws are done: they are only read
-    runs = {r.out: m | dict(test=score_on_test(r.out)) for r, m in zip(chosen, fine_tune_all(chosen))}
-    result = dict(labels_per_class=recipes["pretrained"].labels_per_class, steps=p.finetune_steps,
-                  peak_mb=memory("VmRSS") + 2 * max(m["peak_rss_mb"] for m in first))
+    # the first draws are done: they are only read
+    chosen = [at(arm, best[arm], d) for arm in recipes for d in range(p.draws)]
+    runs = {
+        r.out: m | dict(test=score_on_test(r.out)) for r, m in zip(chosen, fine_tune_all(chosen))
+    }
+    result = dict(
+        labels_per_class=recipes["pretrained"].labels_per_class,
+        steps=p.finetune_steps,
+        peak_mb=memory("VmRSS") + 2 * max(m["peak_rss_mb"] for m in first),
+    )
     for arm, r in recipes.items():
         ms = [runs[at(arm, best[arm], d).out] for d in range(p.draws)]
-        result[arm] = spread([m["test"] for m in ms]) | dict(lr=best[arm], steps=r.steps, curves=[m["curve"] for m in ms])
-        print(f"{ARMS[arm][0]}: test accuracy {result[arm]['mean']:.3f} ± {result[arm]['std']:.3f} (lr {best[arm]:g}, {r.steps} steps)", flush=True)
+        result[arm] = spread([m["test"] for m in ms]) | dict(
+            lr=best[arm], steps=r.steps, curves=[m["curve"] for m in ms]
+        )
+        print(
+            f"{ARMS[arm][0]}: test accuracy {result[arm]['mean']:.3f} ± {result[arm]['std']:.3f} "
+            f"(lr {best[arm]:g}, {r.steps} steps)",
+            flush=True,
+        )
     return result
 
 
 def spread(runs: list[float]) -> dict:
     "Mean, standard deviation and the runs themselves."
-    return dict(mean=float(np.mean(runs)), std=float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0, runs=runs)
+    return dict(
+        mean=float(np.mean(runs)),
+        std=float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0,
+        runs=runs,
+    )
 
 # %% ../nbs/72_demo.ipynb #probe-stage
 def probe_stage(p: Plan) -> dict:
-    "Linear probes on 200 labels: the blocks of the pre-trained network, of a random one, and raw pixels."
-    r = probe(replace(recipe_named("probe", "nano"), init=f"{p.out}/pretrain", out=f"{p.out}/probe", split="test", seed=p.seed, draws=p.draws))
-    return {"labels": r["labels"]} | {k: r[k]["mean"] for k in ("pretrained", "random", "pixels")} | {"spread": {k: r[k] for k in ("pretrained", "random", "pixels")}}
+    """Linear probes on 200 labels.
+
+    The blocks of the pre-trained network, of a random one, and raw pixels.
+    """
+    r = probe(
+        replace(
+            recipe_named("probe", "nano"),
+            init=f"{p.out}/pretrain",
+            out=f"{p.out}/probe",
+            split="test",
+            seed=p.seed,
+            draws=p.draws,
+        )
+    )
+    return (
+        {"labels": r["labels"]}
+        | {k: r[k]["mean"] for k in ("pretrained", "random", "pixels")}
+        | {"spread": {k: r[k] for k in ("pretrained", "random", "pixels")}}
+    )
 
 # %% ../nbs/72_demo.ipynb #compare-figure
 def compare_figure(f: dict) -> Figure:
-    "Left: validation accuracy over the steps, every draw a line. Right: test accuracy with its spread."
+    """Left: validation accuracy over the steps, every draw a line.
+
+    Right: test accuracy with its spread.
+    """
     fig, (a, b) = plt.subplots(1, 2, figsize=(8, 3.2), width_ratios=(3, 2), layout="constrained")
     for i, (key, (label, colour)) in enumerate(ARMS.items()):
-        for j, curve in enumerate(f[key]["curves"]): a.plot(*zip(*curve), color=colour, alpha=0.85, lw=1.5, label=label if j == 0 else None)
+        for j, curve in enumerate(f[key]["curves"]):
+            a.plot(*zip(*curve), color=colour, alpha=0.85, lw=1.5, label=label if j == 0 else None)
         b.bar(i, f[key]["mean"], yerr=f[key]["std"], color=colour, capsize=4)
         b.text(i, 0.03, f"{f[key]['mean']:.3f}", ha="center", color="white", fontsize=10)
     a.set(xlabel="fine-tuning step", ylabel="validation accuracy", ylim=(0, 1))
     a.legend(frameon=False, fontsize=8, loc="lower right")
     b.set(xticks=range(3), ylabel="test accuracy", ylim=(0, 1))
-    b.set_xticklabels([f"{label.replace(', ', chr(10))}\n{f[k]['steps']} steps" for k, (label, _) in ARMS.items()], fontsize=7.5)
-    for ax in (a, b): ax.spines[["top", "right"]].set_visible(False)
+    b.set_xticklabels(
+        [
+            f"{label.replace(', ', chr(10))}\n{f[k]['steps']} steps"
+            for k, (label, _) in ARMS.items()
+        ],
+        fontsize=7.5,
+    )
+    for ax in (a, b):
+        ax.spines[["top", "right"]].set_visible(False)
     return fig
 
 # %% ../nbs/72_demo.ipynb #attention-figure
 def attention_figure(out: Path, number: int = 3) -> Figure:
-    "Where the patch with the most ink of a test digit looks, head by head, in the middle of the network."
+    """Where the patch with the most ink of a test digit looks, head by head, in the middle of the
+    network.
+    """
     model, r = load_mim(out / "pretrain")
     x = Digits("test").images[number : number + 1].float() / 255
     ink = torch.nn.functional.avg_pool2d(x[:, 0], r.patch_size)[0]
     patch = divmod(int(ink.argmax()), ink.shape[1])
-    probs = attention_maps(model, normalize(x))[r.depth // 2 - 1]  # the last block's answer at a visible patch trains on nothing
+    # the last block's answer at a visible patch trains on nothing
+    probs = attention_maps(model, normalize(x))[r.depth // 2 - 1]
     return show_attention(x[0], patch_attention(probs, patch, tuple(ink.shape))[0], patch)
 
 # %% ../nbs/72_demo.ipynb #demo-report
 def demo_report(p: Plan, m: dict) -> Path:
     "OUT/report.html: every figure with a sentence for a learner."
-    out, f, q, tokenizer = Path(p.out), m["finetune"], m["probe"], load_tokenizer(f"{p.out}/tokenizer")
-    cards = cards_html([(f"{f['pretrained']['mean']:.1%}", f"test accuracy, pre-trained, {f['labels_per_class']} labels a class"),
-                        (f"{f['scratch_equal_steps']['mean']:.1%}", "the same network from scratch, equal steps"),
-                        (f"{f['scratch_best']['mean']:.1%}", f"from scratch with {p.longer} times the steps"),
-                        (f"{m['mim']['masked_top1']:.1%}", f"of hidden tokens guessed right (best constant guess: {m['mim']['best_constant_top1']:.1%})")])
+    out, f, q, tokenizer = (
+        Path(p.out),
+        m["finetune"],
+        m["probe"],
+        load_tokenizer(f"{p.out}/tokenizer"),
+    )
+    cards = cards_html(
+        [
+            (
+                f"{f['pretrained']['mean']:.1%}",
+                f"test accuracy, pre-trained, {f['labels_per_class']} labels a class",
+            ),
+            (
+                f"{f['scratch_equal_steps']['mean']:.1%}",
+                "the same network from scratch, equal steps",
+            ),
+            (f"{f['scratch_best']['mean']:.1%}", f"from scratch with {p.longer} times the steps"),
+            (
+                f"{m['mim']['masked_top1']:.1%}",
+                "of hidden tokens guessed right (best constant guess: "
+                f"{m['mim']['best_constant_top1']:.1%})",
+            ),
+        ]
+    )
     curves = lambda name, keys, labels: plot_log(read_log(out / name), keys, labels)
-    rows = [dict(arm=label, steps=f[k]["steps"], **{"learning rate": f"{f[k]['lr']:g}", "test accuracy": f[k]["mean"], "spread": f[k]["std"]}) for k, (label, _) in ARMS.items()]
-    parts = [cards,
-        "<h2>1. Pictures become words</h2><p>A discrete VAE learns an alphabet of stamps. Each 4x4 cell of a picture is named by one of 256 token ids; a decoder repaints the picture from the ids alone.</p>",
-        figure_html(tokens_figure(tokenizer, Digits("test").images[:6].float() / 255), "Test digits it never saw: the picture, its 8x8 token ids (one colour an id), and the picture repainted from them."),
-        figure_html(curves("tokenizer", ("mse", "perplexity"), {"mse": "squared error", "perplexity": "tokens in use (perplexity)"}),
-                    f"The error falls while more of the alphabet comes into use. On test digits the error is {m['dvae']['mse'] / m['dvae']['pixel_variance']:.1%} of the pixels' variance; {m['dvae']['codes_used']} ids occur, with a perplexity of {m['dvae']['perplexity']:.1f}."),
-        "<h2>2. Hide and guess</h2><p>Blocks that cover 40 % of the patches are hidden, and a Transformer must name the hidden tokens from what is left. No label is used.</p>",
-        figure_html(watch_figure(out / "pretrain", tokenizer), "Grey patches are hidden from the model. Below: its guess at the hidden tokens, decoded, as training goes on; last row: the true tokens, decoded."),
-        figure_html(curves("pretrain", ("loss", "mlm_acc"), {"loss": "cross-entropy", "mlm_acc": "hidden tokens guessed"}), f"The loss starts near ln 256 = {np.log(256):.2f} and falls as strokes become predictable, over {m['mim']['images']:,} pictures."),
-        figure_html(attention_figure(out), "Where one patch (red) looks in the middle block, head by head; the bright patches hold 60 % of the attention."),
-        f"<h2>3. Few labels are enough</h2><p>Now {f['labels_per_class']} labelled digits a class. The same network starts once from the pre-trained weights and once from random ones; learning rates were chosen on validation digits, the figures are on {1000:,} test digits.</p>",
-        figure_html(compare_figure(f), f"Each thin line is one draw of the labels; the bars show mean and standard deviation over {p.draws} draws."), table_html(rows),
-        "<h2>4. What the blocks know</h2><p>A linear classifier on frozen features, 200 labels: what is easy to read off without any fine-tuning.</p>",
-        figure_html(probe_figure(q["spread"]), "Probe accuracy by block. The random network and the raw pixels show how much of it the pre-training brought."),
-        table_html([dict(features=k, **{"test accuracy": s["mean"], "spread": s["std"], "block": s["layer"]}) for k, s in q["spread"].items()])]
+    rows = [
+        dict(
+            arm=label,
+            steps=f[k]["steps"],
+            **{
+                "learning rate": f"{f[k]['lr']:g}",
+                "test accuracy": f[k]["mean"],
+                "spread": f[k]["std"],
+            },
+        )
+        for k, (label, _) in ARMS.items()
+    ]
+    parts = [
+        cards,
+        "<h2>1. Pictures become words</h2><p>A discrete VAE learns an alphabet of stamps. Each "
+        "4x4 cell of a picture is named by one of 256 token ids; a decoder repaints the picture "
+        "from the ids alone.</p>",
+        figure_html(
+            tokens_figure(tokenizer, Digits("test").images[:6].float() / 255),
+            "Test digits it never saw: the picture, its 8x8 token ids (one colour an id), and the "
+            "picture repainted from them.",
+        ),
+        figure_html(
+            curves(
+                "tokenizer",
+                ("mse", "perplexity"),
+                {"mse": "squared error", "perplexity": "tokens in use (perplexity)"},
+            ),
+            "The error falls while more of the alphabet comes into use. On test digits the error "
+            f"is {m['dvae']['mse'] / m['dvae']['pixel_variance']:.1%} of the pixels' variance; "
+            f"{m['dvae']['codes_used']} ids occur, with a perplexity of "
+            f"{m['dvae']['perplexity']:.1f}.",
+        ),
+        "<h2>2. Hide and guess</h2><p>Blocks that cover 40 % of the patches are hidden, and a "
+        "Transformer must name the hidden tokens from what is left. No label is used.</p>",
+        figure_html(
+            watch_figure(out / "pretrain", tokenizer),
+            "Grey patches are hidden from the model. Below: its guess at the hidden tokens, "
+            "decoded, as training goes on; last row: the true tokens, decoded.",
+        ),
+        figure_html(
+            curves(
+                "pretrain",
+                ("loss", "mlm_acc"),
+                {"loss": "cross-entropy", "mlm_acc": "hidden tokens guessed"},
+            ),
+            f"The loss starts near ln 256 = {np.log(256):.2f} and falls as strokes become "
+            f"predictable, over {m['mim']['images']:,} pictures.",
+        ),
+        figure_html(
+            attention_figure(out),
+            "Where one patch (red) looks in the middle block, head by head; the bright patches "
+            "hold 60 % of the attention.",
+        ),
+        f"<h2>3. Few labels are enough</h2><p>Now {f['labels_per_class']} labelled digits a "
+        "class. The same network starts once from the pre-trained weights and once from random "
+        f"ones; learning rates were chosen on validation digits, the figures are on {1000:,} test "
+        "digits.</p>",
+        figure_html(
+            compare_figure(f),
+            "Each thin line is one draw of the labels; the bars show mean and standard deviation "
+            f"over {p.draws} draws.",
+        ),
+        table_html(rows),
+        "<h2>4. What the blocks know</h2><p>A linear classifier on frozen features, 200 labels: "
+        "what is easy to read off without any fine-tuning.</p>",
+        figure_html(
+            probe_figure(q["spread"]),
+            "Probe accuracy by block. The random network and the raw pixels show how much of it "
+            "the pre-training brought.",
+        ),
+        table_html(
+            [
+                dict(
+                    features=k,
+                    **{"test accuracy": s["mean"], "spread": s["std"], "block": s["layer"]},
+                )
+                for k, s in q["spread"].items()
+            ]
+        ),
+    ]
     target = out / "report.html"
-    html = page("BEiT, learnt on this machine", f"Tokens, masks, guesses and labels: {m['seconds'] / 60:.1f} minutes from nothing to a network that reads handwriting from {10 * f['labels_per_class']} labels.", parts,
-                "Made by <code>beit demo</code> of beit_nb. Pictures: 5,000 MNIST digits, placed at random on 32x32.")
-    with whole_file(target) as f: f.write(html.encode())
+    html = page(
+        "BEiT, learnt on this machine",
+        f"Tokens, masks, guesses and labels: {m['seconds'] / 60:.1f} minutes from nothing to a "
+        f"network that reads handwriting from {10 * f['labels_per_class']} labels.",
+        parts,
+        "Made by <code>beit demo</code> of beit_nb. Pictures: 5,000 MNIST digits, placed at "
+        "random on 32x32.",
+    )
+    with whole_file(target) as f:
+        f.write(html.encode())
     return target
 
 # %% ../nbs/72_demo.ipynb #demo
 def demo(p: Plan = Plan()) -> dict:
-    "All stages, or what is left of them; writes OUT/metrics.json and OUT/report.html and returns the metrics."
+    """All stages, or what is left of them.
+
+    Writes OUT/metrics.json and OUT/report.html and returns the metrics.
+    """
     out = Path(p.out)
     out.mkdir(parents=True, exist_ok=True)
-    stages = dict(dvae=tokenizer_stage, mim=pretrain_stage, finetune=finetune_stage, probe=probe_stage)
+    stages = dict(
+        dvae=tokenizer_stage, mim=pretrain_stage, finetune=finetune_stage, probe=probe_stage
+    )
     metrics = {name: stage(out, name, lambda work=work: work(p)) for name, work in stages.items()}
     metrics["seconds"] = sum(m["seconds"] for m in metrics.values())
     metrics["peak_rss_mb"] = max(memory(), metrics["finetune"].get("peak_mb", 0))
     finish(out, metrics)
     demo_report(p, metrics)
-    print(f"\n{metrics['seconds']:.0f} s in all, at most {metrics['peak_rss_mb']:.0f} MB of memory. Now look at {out / 'report.html'}", flush=True)
+    print(
+        f"\n{metrics['seconds']:.0f} s in all, at most {metrics['peak_rss_mb']:.0f} MB of memory. "
+        f"Now look at {out / 'report.html'}",
+        flush=True,
+    )
     return metrics

@@ -13,9 +13,15 @@ import torch
 # %% ../nbs/11_device.ipynb #roads
 class Roads(NamedTuple):
     "The choices of speed that differ by device; none changes what is computed."
-    fused_attention: bool           # a GPU's kernel never writes the (N, N) scores; a CPU's is slower than two products at our sizes
-    skip_dropped: bool              # drop path computes kept samples only; to count them, a GPU would have to be waited for
-    tokenizer: torch.dtype | None   # f(x) of DALL-E's blocks: a GPU is many times faster in half precision; a CPU keeps fp32, ids equal to the last
+
+    # a GPU's kernel never writes the (N, N) scores; a CPU's is slower than two products at our
+    # sizes
+    fused_attention: bool
+    # drop path computes kept samples only; to count them, a GPU would have to be waited for
+    skip_dropped: bool
+    # f(x) of DALL-E's blocks: a GPU is many times faster in half precision; a CPU keeps fp32, ids
+    # equal to the last
+    tokenizer: torch.dtype | None
 
 
 ROADS = {"cuda": Roads(True, False, torch.float16), "cpu": Roads(False, True, None)}
@@ -27,25 +33,49 @@ def roads(device: str | torch.device) -> Roads:
 
 
 def tune(device: str | torch.device, width: int) -> str:
-    "Choose how this process multiplies fp32 matrices for a model of `width`; returns the setting of torch that it made."
+    """Choose how this process multiplies fp32 matrices for a model of `width`.
+
+    Returns the setting of torch that it made.
+    """
     amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: True)()
     wide = getattr(torch.cpu, "_is_avx512_supported", lambda: False)()
-    # "medium": oneDNN's 512-bit kernels instead of MKL's 256-bit ones on AMD, still fp32. With AMX or on CUDA it would mean bf16
+    # "medium": oneDNN's 512-bit kernels instead of MKL's 256-bit ones on AMD, still fp32. With AMX
+    # or on CUDA it would mean bf16
     # or tf32 products, so there it stays off; and small matrices lose by it.
-    torch.set_float32_matmul_precision("medium" if torch.device(device).type == "cpu" and wide and not amx and width >= 512 else "highest")
+    torch.set_float32_matmul_precision(
+        "medium"
+        if torch.device(device).type == "cpu" and wide and not amx and width >= 512
+        else "highest"
+    )
     return torch.get_float32_matmul_precision()
 
 # %% ../nbs/11_device.ipynb #device
 def default_device() -> torch.device:
     "The current GPU, else the CPU."
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def pick_precision(precision: str, device: torch.device) -> torch.dtype | None:
-    "The autocast type, or None for fp32. 'auto' takes bf16 only where the hardware multiplies in it."
+    """The autocast type, or None for fp32.
+
+    'auto' takes bf16 only where the hardware multiplies in it.
+    """
     types = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
-    if precision == "auto": precision = "bf16" if fast else "fp32"
-    if precision not in types: raise ValueError(f"unknown precision {precision!r}; choose auto, {', '.join(types)}")
-    if precision == "fp16" and device.type == "cpu": raise ValueError("precision fp16 is far slower than fp32 on a CPU; choose bf16, fp32 or auto")
+    fast = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda"
+        else getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()
+    )
+    if precision == "auto":
+        precision = "bf16" if fast else "fp32"
+    if precision not in types:
+        raise ValueError(f"unknown precision {precision!r}; choose auto, {', '.join(types)}")
+    if precision == "fp16" and device.type == "cpu":
+        raise ValueError(
+            "precision fp16 is far slower than fp32 on a CPU; choose bf16, fp32 or auto"
+        )
     return types[precision]

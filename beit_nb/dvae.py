@@ -23,7 +23,8 @@ class ResBlock(nn.Module):
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(dim, hidden, 3, padding=1), nn.Conv2d(hidden, dim, 1)
+        self.conv1 = nn.Conv2d(dim, hidden, 3, padding=1)
+        self.conv2 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.conv2(F.relu(self.conv1(F.relu(x))))
@@ -31,16 +32,28 @@ class ResBlock(nn.Module):
 # %% ../nbs/04_dvae.ipynb #encoder
 def encoder(downsample: int, width: int, code_dim: int) -> nn.Sequential:
     "Pictures (B, 3, H, W) to features (B, code_dim, H/downsample, W/downsample)."
-    layers, c = [], 3
+    layers = []
+    c = 3
     for i in reversed(range(int(math.log2(downsample)))):
         layers += [nn.Conv2d(c, width >> i, 2, stride=2), nn.ReLU()]
         c = width >> i
-    return nn.Sequential(*layers[:-1], ResBlock(c, width // 2), ResBlock(c, width // 2), nn.ReLU(), nn.Conv2d(c, code_dim, 1))
+    return nn.Sequential(
+        *layers[:-1],
+        ResBlock(c, width // 2),
+        ResBlock(c, width // 2),
+        nn.ReLU(),
+        nn.Conv2d(c, code_dim, 1),
+    )
 
 # %% ../nbs/04_dvae.ipynb #decoder
 def decoder(downsample: int, width: int, code_dim: int, out_chans: int) -> nn.Sequential:
     "Features (B, code_dim, h, w) to pixel statistics (B, out_chans, h*downsample, w*downsample)."
-    layers, c = [nn.Conv2d(code_dim, width, 3, padding=1), ResBlock(width, width // 2), ResBlock(width, width // 2)], width
+    layers = [
+        nn.Conv2d(code_dim, width, 3, padding=1),
+        ResBlock(width, width // 2),
+        ResBlock(width, width // 2),
+    ]
+    c = width
     for _ in range(int(math.log2(downsample)) - 1):
         layers += [nn.Conv2d(c, 4 * (c // 2), 1), nn.PixelShuffle(2), ResBlock(c // 2, c // 4)]
         c //= 2
@@ -61,11 +74,22 @@ def unmap_pixels(x: Tensor) -> Tensor:
 
 # %% ../nbs/04_dvae.ipynb #logit-laplace
 def logit_laplace_nll(x: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
-    "-log f(x | mu, b) for x in (0, 1): the logit of x is Laplace around mu with width b (DALL-E, App. A.3). Elementwise."
-    return (torch.logit(x) - mu).abs() * (-log_b).exp() + log_b + math.log(2) + x.log() + torch.log1p(-x)
+    """-log f(x | mu, b) for x in (0, 1).
+
+    The logit of x is Laplace around mu with width b (DALL-E, App. A.3). Elementwise.
+    """
+    return (
+        (torch.logit(x) - mu).abs() * (-log_b).exp()
+        + log_b
+        + math.log(2)
+        + x.log()
+        + torch.log1p(-x)
+    )
 
 # %% ../nbs/04_dvae.ipynb #normal-nll
-SIGMA = 8**-0.5  # with this width the normal NLL is 4 (x - mu)^2 + a constant: the squared error of pixels in [-1, 1]
+# with this width the normal NLL is 4 (x - mu)^2 + a constant: the squared error of pixels in [-1,
+# 1]
+SIGMA = 8**-0.5
 
 
 def normal_nll(x: Tensor, mu: Tensor, sigma: float = SIGMA) -> Tensor:
@@ -74,15 +98,22 @@ def normal_nll(x: Tensor, mu: Tensor, sigma: float = SIGMA) -> Tensor:
 
 # %% ../nbs/04_dvae.ipynb #token-model
 class TokenModel(nn.Module):
-    "What every dVAE can do that has `logits(images)`, `decode_stats(z)` and a `likelihood` ('normal' or 'laplace')."
+    """What every dVAE can do that has `logits(images)`, `decode_stats(z)` and a `likelihood`
+    ('normal' or 'laplace').
+    """
 
     def pixels(self, stats: Tensor) -> Tensor:
         "The decoder's statistics to pictures (B, 3, H, W) in [0, 1]."
-        return unmap_pixels(stats[:, :3].sigmoid()) if self.likelihood == "laplace" else (stats / 2 + 0.5).clamp(0, 1)
+        return (
+            unmap_pixels(stats[:, :3].sigmoid())
+            if self.likelihood == "laplace"
+            else (stats / 2 + 0.5).clamp(0, 1)
+        )
 
     def nll(self, stats: Tensor, images: Tensor) -> Tensor:
         "-log p(x | z) of every pixel-channel, (B, 3, H, W)."
-        if self.likelihood == "laplace": return logit_laplace_nll(map_pixels(images), stats[:, :3], stats[:, 3:])
+        if self.likelihood == "laplace":
+            return logit_laplace_nll(map_pixels(images), stats[:, :3], stats[:, 3:])
         return normal_nll(images, stats / 2 + 0.5)
 
     def get_codebook_indices(self, images: Tensor) -> Tensor:
@@ -97,14 +128,23 @@ class TokenModel(nn.Module):
 def check_images(images: Tensor, downsample: int) -> None:
     "Refuse what is not a batch of pictures (B, 3, H, W) that divide into tokens."
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise ValueError(f"dvae: got {images.dtype} of shape {tuple(images.shape)}; pass floats in [0, 1] of shape (B, 3, H, W)")
+        raise ValueError(
+            f"dvae: got {images.dtype} of shape {tuple(images.shape)}; pass floats in [0, 1] of "
+            "shape (B, 3, H, W)"
+        )
     h, w = images.shape[-2:]
     if h % downsample or w % downsample:
-        raise ValueError(f"dvae: pictures of {h}x{w} pixels do not divide into tokens of {downsample}x{downsample}; resize or crop them")
+        raise ValueError(
+            f"dvae: pictures of {h}x{w} pixels do not divide into tokens of "
+            f"{downsample}x{downsample}; resize or crop them"
+        )
 
 # %% ../nbs/04_dvae.ipynb #dvae
 class DiscreteVAE(TokenModel):
-    "Pictures (B, 3, H, W) in [0, 1] <-> token ids (B, h, w); every token stands for downsample x downsample pixels."
+    """Pictures (B, 3, H, W) in [0, 1] <-> token ids (B, h, w).
+
+    Every token stands for downsample x downsample pixels.
+    """
 
     def __init__(
         self,
@@ -112,13 +152,21 @@ class DiscreteVAE(TokenModel):
         code_dim: int = 32,  # width D of a row of the codebook
         downsample: int = 4,  # pixels a side of a token
         width: int = 128,  # channels
-        logits: str = "distance",  # scores from distances to the codes, or "linear": a 1x1 convolution as in DALL-E
+        # scores from distances to the codes, or "linear": a 1x1 convolution as in DALL-E
+        logits: str = "distance",
         likelihood: str = "normal",  # of a pixel: "normal", or "laplace" (DALL-E's logit-Laplace)
     ):
         super().__init__()
-        if logits not in ("distance", "linear") or likelihood not in ("normal", "laplace"): raise ValueError(f"DiscreteVAE: logits={logits!r}, likelihood={likelihood!r}; choose 'distance' or 'linear', and 'normal' or 'laplace'")
-        if downsample not in (2, 4, 8, 16): raise ValueError(f"DiscreteVAE: downsample {downsample} is not one of 2, 4, 8, 16")
-        self.vocab_size, self.downsample, self.likelihood = vocab_size, downsample, likelihood
+        if logits not in ("distance", "linear") or likelihood not in ("normal", "laplace"):
+            raise ValueError(
+                f"DiscreteVAE: logits={logits!r}, likelihood={likelihood!r}; choose 'distance' or "
+                "'linear', and 'normal' or 'laplace'"
+            )
+        if downsample not in (2, 4, 8, 16):
+            raise ValueError(f"DiscreteVAE: downsample {downsample} is not one of 2, 4, 8, 16")
+        self.vocab_size = vocab_size
+        self.downsample = downsample
+        self.likelihood = likelihood
         self.encoder = encoder(downsample, width, code_dim)
         self.decoder = decoder(downsample, width, code_dim, 6 if likelihood == "laplace" else 3)
         self.codebook = nn.Parameter(torch.randn(vocab_size, code_dim))  # (V, D)
@@ -128,15 +176,26 @@ class DiscreteVAE(TokenModel):
     def logits(self, images: Tensor) -> Tensor:
         "Pictures (B, 3, H, W) in [0, 1] to scores of every token at every cell, (B, V, h, w)."
         check_images(images, self.downsample)
-        f, c = self.encoder(2 * images - 1).float(), self.codebook  # (B, D, h, w), (V, D)
+        f = self.encoder(2 * images - 1).float()
+        c = self.codebook  # (B, D, h, w), (V, D)
         with torch.autocast(f.device.type, enabled=False):  # scores in fp32, as in DALL-E
-            if self.to_logits is not None: return self.to_logits(f)
+            if self.to_logits is not None:
+                return self.to_logits(f)
             cross = torch.einsum("bdhw,vd->bvhw", f, c)  # |f - c|^2 without B*V*h*w*D differences
-            return self.log_scale.exp() * (2 * cross - (c**2).sum(1)[:, None, None] - (f**2).sum(1, keepdim=True))
+            return self.log_scale.exp() * (
+                2 * cross - (c**2).sum(1)[:, None, None] - (f**2).sum(1, keepdim=True)
+            )
 
     def decode_stats(self, z: Tensor) -> Tensor:
-        "Ids (B, h, w), or (soft) one-hots (B, V, h, w), to what the decoder says of every pixel: (B, 3 or 6, H, W)."
-        e = F.embedding(z, self.codebook).permute(0, 3, 1, 2) if z.ndim == 3 else torch.einsum("bvhw,vd->bdhw", z, self.codebook)
+        """Ids (B, h, w), or (soft) one-hots (B, V, h, w), to what the decoder says of every pixel.
+
+        (B, 3 or 6, H, W).
+        """
+        e = (
+            F.embedding(z, self.codebook).permute(0, 3, 1, 2)
+            if z.ndim == 3
+            else torch.einsum("bvhw,vd->bdhw", z, self.codebook)
+        )
         return self.decoder(e).float()
 
 # %% ../nbs/04_dvae.ipynb #dvae-loss
@@ -148,25 +207,49 @@ def dvae_loss(
     usage_weight: float = 0.0,  # small-scale aid: deficit of the batch-average entropy, 0 .. 1
     noise: Tensor | None = None,  # Gumbel noise (B, V, h, w); drawn if absent
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    "The negative relaxed ELBO per pixel-channel, and what it is made of. KL per token counts h*w / (3*H*W) of its nats (DALL-E: 1/192)."
+    """The negative relaxed ELBO per pixel-channel, and what it is made of.
+
+    KL per token counts h*w / (3*H*W) of its nats (DALL-E: 1/192).
+    """
     logits = model.logits(images)  # (B, V, h, w)
     stats = model.decode_stats(gumbel_softmax(logits, tau, dim=1, noise=noise))
-    nll, kl = model.nll(stats, images).mean(), kl_uniform(logits, dim=1).mean()
+    nll = model.nll(stats, images).mean()
+    kl = kl_uniform(logits, dim=1).mean()
     usage = logits.softmax(1).mean((0, 2, 3))  # (V,) how the batch as a whole uses the alphabet
-    entropy = -(usage * (usage + 1e-9).log()).sum()  # the 1e-9 keeps the gradient finite at an unused token
-    loss = nll + kl_weight * kl * logits[0, 0].numel() / images[0].numel() + usage_weight * (1 - entropy / math.log(len(usage)))
-    return loss, dict(nll=nll, kl=kl, mse=F.mse_loss(model.pixels(stats), images), perplexity=entropy.exp())
+    # the 1e-9 keeps the gradient finite at an unused token
+    entropy = -(usage * (usage + 1e-9).log()).sum()
+    loss = (
+        nll
+        + kl_weight * kl * logits[0, 0].numel() / images[0].numel()
+        + usage_weight * (1 - entropy / math.log(len(usage)))
+    )
+    return loss, dict(
+        nll=nll, kl=kl, mse=F.mse_loss(model.pixels(stats), images), perplexity=entropy.exp()
+    )
 
 # %% ../nbs/04_dvae.ipynb #init-codes
 @torch.no_grad()
 def init_codes(model: DiscreteVAE, images: Tensor, seed: int = 0) -> None:
-    "Start the codes where the encoder's outputs are: standardise its last layer, then pick far-apart outputs (k-means++)."
-    if model.log_scale is None: return  # linear scores do not compare with the codes
-    last, f = model.encoder[-1], torch.cat([model.encoder(2 * x - 1) for x in images.split(64)])  # (B, D, h, w)
-    mean, std = f.mean((0, 2, 3)), f.std((0, 2, 3)) + 1e-6
+    """Start the codes where the encoder's outputs are.
+
+    Standardise its last layer, then pick far-apart outputs (k-means++).
+    """
+    if model.log_scale is None:
+        return  # linear scores do not compare with the codes
+    last = model.encoder[-1]
+    f = torch.cat([model.encoder(2 * x - 1) for x in images.split(64)])  # (B, D, h, w)
+    mean = f.mean((0, 2, 3))
+    std = f.std((0, 2, 3)) + 1e-6
     last.weight.div_(std[:, None, None, None])
     last.bias.sub_(mean).div_(std)
-    f = ((f - mean[:, None, None]) / std[:, None, None]).permute(0, 2, 3, 1).flatten(0, 2).cpu()  # (B*h*w, D)
+    # (B*h*w, D)
+    f = ((f - mean[:, None, None]) / std[:, None, None]).permute(0, 2, 3, 1).flatten(0, 2).cpu()
     few = f[torch.randperm(len(f), generator=torch.Generator().manual_seed(seed))[:16384]].numpy()
-    if len(few) < model.vocab_size: raise ValueError(f"init_codes: {len(few)} cells cannot start {model.vocab_size} codes; give more pictures, or lower vocab_size")
-    model.codebook.copy_(torch.from_numpy(kmeans_plusplus(few, model.vocab_size, random_state=seed)[0]))
+    if len(few) < model.vocab_size:
+        raise ValueError(
+            f"init_codes: {len(few)} cells cannot start {model.vocab_size} codes; give more "
+            "pictures, or lower vocab_size"
+        )
+    model.codebook.copy_(
+        torch.from_numpy(kmeans_plusplus(few, model.vocab_size, random_state=seed)[0])
+    )

@@ -15,18 +15,26 @@ from torch import Tensor
 # %% ../nbs/02_elbo.ipynb #model
 @dataclass
 class DiscreteLatentModel:
-    "K hidden tokens z; token z paints pixel d white with probability stamps[z, d]. Tables in place of networks."
-    log_prior: Tensor   # log p(z): (K,), or (B, K) with one row for each picture
-    stamps: Tensor      # p(pixel is white | z): (K, D)
+    """K hidden tokens z; token z paints pixel d white with probability stamps[z, d].
+
+    Tables in place of networks.
+    """
+
+    log_prior: Tensor  # log p(z): (K,), or (B, K) with one row for each picture
+    stamps: Tensor  # p(pixel is white | z): (K, D)
 
     def __post_init__(self):
         if self.log_prior.shape[-1] != len(self.stamps):
-            raise ValueError(f"DiscreteLatentModel: {self.log_prior.shape[-1]} prior values for {len(self.stamps)} stamps; give one for each token")
+            raise ValueError(
+                f"DiscreteLatentModel: {self.log_prior.shape[-1]} prior values for "
+                f"{len(self.stamps)} stamps; give one for each token"
+            )
 
     def log_likelihood(self, x: Tensor) -> Tensor:
         "Pictures (B, D) of zeros and ones to log p(x|z), (B, K)."
-        x = x[:, None]                                                        # (B, 1, D)
-        white, black = torch.xlogy(x, self.stamps), torch.xlogy(1 - x, 1 - self.stamps)
+        x = x[:, None]  # (B, 1, D)
+        white = torch.xlogy(x, self.stamps)
+        black = torch.xlogy(1 - x, 1 - self.stamps)
         return (white + black).sum(-1)
 
     def joint(self, x: Tensor) -> Tensor:
@@ -48,22 +56,31 @@ def _check_rows(name: str, **rows: Tensor):
     "Rows must be probabilities: a softmax forgotten somewhere gives plausible nonsense."
     for key, r in rows.items():
         if (r < 0).any() or ((r.sum(-1) - 1).abs() > 1e-3).any():
-            raise ValueError(f"{name}: rows of {key} are not probabilities; pass softmax(logits), not logits")
+            raise ValueError(
+                f"{name}: rows of {key} are not probabilities; pass softmax(logits), not logits"
+            )
 
 
 def elbo(log_joint: Tensor, q: Tensor) -> Tensor:
-    "log p(x, z), (..., K), and beliefs q, (..., K) rows of probabilities, to E_q[log p(x, z) - log q(z)], (...)."
+    """log p(x, z), (..., K), and beliefs q, (..., K) rows of probabilities, to E_q[log p(x, z) -
+    log q(z)], (...).
+    """
     _check_rows("elbo", q=q)
-    return (q * log_joint - torch.xlogy(q, q)).sum(-1)      # xlogy: 0 log 0 = 0
+    return (q * log_joint - torch.xlogy(q, q)).sum(-1)  # xlogy: 0 log 0 = 0
 
 # %% ../nbs/02_elbo.ipynb #kl-categorical
 def kl_categorical(q: Tensor, p: Tensor) -> Tensor:
-    "Rows of probabilities q and p, (..., K), to KL(q || p) = sum_z q (log q - log p) in nats, (...)."
+    """Rows of probabilities q and p, (..., K), to KL(q || p) = sum_z q (log q - log p) in nats,
+    (...).
+    """
     _check_rows("kl_categorical", q=q, p=p)
     return (torch.xlogy(q, q) - torch.xlogy(q, p)).sum(-1)
 
 # %% ../nbs/02_elbo.ipynb #kl-uniform
 def kl_uniform(logits: Tensor, dim: int = -1) -> Tensor:
-    "KL(softmax(logits) || uniform) in nats: summed over `dim` only, so (B, V, h, w) with dim=1 gives (B, h, w)."
+    """KL(softmax(logits) || uniform) in nats.
+
+    Summed over `dim` only, so (B, V, h, w) with dim=1 gives (B, h, w).
+    """
     log_q = logits.log_softmax(dim)
     return math.log(logits.shape[dim]) + (log_q.exp() * log_q).sum(dim)

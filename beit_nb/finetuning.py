@@ -32,7 +32,9 @@ from .vit import VisionTransformer
 
 # %% ../nbs/44_finetuning.ipynb #classifier
 class BeitForImageClassification(VisionTransformer):
-    "Normalised images (B, 3, H, W) to logits (B, num_classes), from the mean of the patch tokens or from the class token."
+    """Normalised images (B, 3, H, W) to logits (B, num_classes), from the mean of the patch tokens
+    or from the class token.
+    """
 
     def __init__(
         self,
@@ -46,38 +48,67 @@ class BeitForImageClassification(VisionTransformer):
         self.fc_norm = nn.LayerNorm(self.embed_dim, eps=1e-6) if use_mean_pooling else None
         self.head = nn.Linear(self.embed_dim, num_classes)
         self.init_weights()
-        with torch.no_grad(): self.head.weight.mul_(init_scale)
+        with torch.no_grad():
+            self.head.weight.mul_(init_scale)
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.norm(self.forward_features(images))  # (B, 1+N, D)
         return self.head(x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, 1:].mean(1)))
 
 # %% ../nbs/44_finetuning.ipynb #build-classifier
-SHAPE = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "init_values", "use_abs_pos_emb")  # must be the checkpoint's
+# must be the checkpoint's
+SHAPE = (
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp_ratio",
+    "init_values",
+    "use_abs_pos_emb",
+)
 
 
 def build_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassification:
     "The model of a recipe, untrained."
-    args = {k: getattr(r, k) for k in (*Backbone.__dataclass_fields__, "weight_init", "pos_embed_init", "use_mean_pooling", "init_scale")}
-    if r.weight_init == "beit": args["weight_init"] = "beit_finetune"  # the official code draws untruncated here
+    args = {
+        k: getattr(r, k)
+        for k in (
+            *Backbone.__dataclass_fields__,
+            "weight_init",
+            "pos_embed_init",
+            "use_mean_pooling",
+            "init_scale",
+        )
+    }
+    # the official code draws untruncated here
+    if r.weight_init == "beit":
+        args["weight_init"] = "beit_finetune"
     return BeitForImageClassification(num_classes, use_checkpoint=r.grad_checkpointing, **args)
 
 
 def start_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassification:
     "The model of a recipe, from its `init` checkpoint where one is named."
     model = build_classifier(r, num_classes)
-    if not r.init: return model
+    if not r.init:
+        return model
     state = load_checkpoint(r.init, ("pretrain", "finetune"))
     src = from_config(state["config"])
     for k in SHAPE:
         if getattr(src, k) != getattr(r, k):
-            raise ValueError(f"{k} is {getattr(src, k)} in {r.init}, but {getattr(r, k)} in this recipe; set it with --{k.replace('_', '-')}")
+            raise ValueError(
+                f"{k} is {getattr(src, k)} in {r.init}, but {getattr(r, k)} in this recipe; set "
+                f"it with --{k.replace('_', '-')}"
+            )
     load_backbone(model, state["model"], (src.img_size // src.patch_size,) * 2)
     return model
 
 
-def load_classifier(path: str | Path) -> tuple[BeitForImageClassification, FinetuneRecipe, list[str]]:
-    "A fine-tuned model, its recipe and the names of its classes from `beit finetune`'s --out folder or a checkpoint."
+def load_classifier(
+    path: str | Path,
+) -> tuple[BeitForImageClassification, FinetuneRecipe, list[str]]:
+    """A fine-tuned model, its recipe and the names of its classes from `beit finetune`'s --out
+    folder or a checkpoint.
+    """
     state = load_checkpoint(path, "finetune")
     classes = state["classes"]
     model = build_classifier(r := from_config(state["config"]), len(classes))
@@ -86,23 +117,41 @@ def load_classifier(path: str | Path) -> tuple[BeitForImageClassification, Finet
 
 # %% ../nbs/44_finetuning.ipynb #transforms
 def timm_transform(r: FinetuneRecipe, training: bool):
-    "timm's pipeline of a recipe: crop, flip, auto-augment, normalise, erase with noise (official code); for evaluation a centre crop."
+    """timm's pipeline of a recipe.
+
+    Crop, flip, auto-augment, normalise, erase with noise (official code); for evaluation a centre
+    crop.
+    """
     mean, std = MEAN_STD[r.mean_std]
     try:
         return create_transform(
-            r.img_size, is_training=training, hflip=r.flip, color_jitter=None, interpolation="bicubic",
-            scale=r.crop_scale or (1.0, 1.0), ratio=(3 / 4, 4 / 3) if r.crop_scale else (1.0, 1.0),
-            auto_augment=None if r.augment == "none" else r.augment, re_prob=r.erasing, re_mode="pixel",
-            crop_pct=224 / 256 if r.img_size < 384 else 1.0, mean=mean, std=std)
+            r.img_size,
+            is_training=training,
+            hflip=r.flip,
+            color_jitter=None,
+            interpolation="bicubic",
+            scale=r.crop_scale or (1.0, 1.0),
+            ratio=(3 / 4, 4 / 3) if r.crop_scale else (1.0, 1.0),
+            auto_augment=None if r.augment == "none" else r.augment,
+            re_prob=r.erasing,
+            re_mode="pixel",
+            crop_pct=224 / 256 if r.img_size < 384 else 1.0,
+            mean=mean,
+            std=std,
+        )
     except (AssertionError, KeyError, ValueError) as e:
-        raise ValueError(f"augment {r.augment!r} is not 'shift', 'none' or a policy of timm's such as 'rand-m9-mstd0.5-inc1' ({e})") from e
+        raise ValueError(
+            f"augment {r.augment!r} is not 'shift', 'none' or a policy of timm's such as "
+            f"'rand-m9-mstd0.5-inc1' ({e})"
+        ) from e
 
 
 class FinetuneTransform:
     "A picture, its number and a generator to (image uint8 or float, label, number)."
 
     def __init__(self, r: FinetuneRecipe, labels: np.ndarray, training: bool):
-        self.labels, self.mean_std = labels, MEAN_STD[r.mean_std]
+        self.labels = labels
+        self.mean_std = MEAN_STD[r.mean_std]
         self.most = 2 if training else 0  # pixels to shift
         self.view = TwoViews(r.img_size)
         self.timm = None if r.augment == "shift" else timm_transform(r, training)
@@ -110,7 +159,9 @@ class FinetuneTransform:
     def __call__(self, picture, number: int, rng: np.random.Generator):
         if self.timm is None:
             x = self.view(picture)[0]  # (3, H, W) uint8
-            top, left = (int(rng.integers(0, 2 * self.most + 1)) for _ in range(2)) if self.most else (0, 0)
+            top, left = (
+                (int(rng.integers(0, 2 * self.most + 1)) for _ in range(2)) if self.most else (0, 0)
+            )
             x = F.pad(x, [self.most] * 4)[:, top : top + x.shape[1], left : left + x.shape[2]]
         else:
             x = self.timm(to_pil(picture.float() / 255) if isinstance(picture, Tensor) else picture)
@@ -119,16 +170,28 @@ class FinetuneTransform:
 
 # %% ../nbs/44_finetuning.ipynb #finetune-loss
 def finetune_loss(r: FinetuneRecipe, num_classes: int):
-    "(model, batch, step) -> loss, {}: label smoothing, or timm's mixup and cutmix with soft targets."
-    mix = Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=num_classes) if r.mixup or r.cutmix else None
+    """(model, batch, step) -> loss, {}.
+
+    Label smoothing, or timm's mixup and cutmix with soft targets.
+    """
+    mix = (
+        Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=num_classes)
+        if r.mixup or r.cutmix
+        else None
+    )
     if mix and (size := bite_size(r, world_size())) % 2:
-        raise ValueError(f"mixup and cutmix pair pictures, but a process takes {size} at once, which is odd; make it even with --batch-size or --device-batch-size")
+        raise ValueError(
+            f"mixup and cutmix pair pictures, but a process takes {size} at once, which is odd; "
+            "make it even with --batch-size or --device-batch-size"
+        )
     loss = SoftTargetCrossEntropy() if mix else LabelSmoothingCrossEntropy(r.label_smoothing)
 
     def loss_of(model, batch, step):
-        x, y = to_input(batch[0], r.mean_std), batch[1]
+        x = to_input(batch[0], r.mean_std)
+        y = batch[1]
         if mix:
-            np.random.seed(torch.randint(2**31, ()).item())  # timm draws from numpy's global generator; the engine has seeded torch's
+            # timm draws from numpy's global generator; the engine has seeded torch's
+            np.random.seed(torch.randint(2**31, ()).item())
             x, y = mix(x, y)
         return loss(model(x).float(), y), {}
 
@@ -137,40 +200,90 @@ def finetune_loss(r: FinetuneRecipe, num_classes: int):
 # %% ../nbs/44_finetuning.ipynb #evaluate-classifier
 @torch.no_grad()
 def evaluate_classifier(model, r: FinetuneRecipe, pictures: PictureSet, chunk: int = 250) -> dict:
-    "Top-1 accuracy and mean cross-entropy on all readable pictures of a set; several processes share them."
-    device, training, n = next(model.parameters()).device, model.training, len(pictures)
-    samples, sums = Samples(pictures, FinetuneTransform(r, pictures.labels, training=False)), torch.zeros(3, dtype=torch.float64)
+    """Top-1 accuracy and mean cross-entropy on all readable pictures of a set.
+
+    Several processes share them.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    n = len(pictures)
+    samples = Samples(pictures, FinetuneTransform(r, pictures.labels, training=False))
+    sums = torch.zeros(3, dtype=torch.float64)
     dtype = pick_precision(r.precision, device)
     model.eval()
-    for part in torch.arange(rank(), n + -n % world_size(), world_size()).split(chunk):  # all take equally many: a model in shards is read together
+    # all take equally many: a model in shards is read together
+    for part in torch.arange(rank(), n + -n % world_size(), world_size()).split(chunk):
         x, y, _, lost = zip(*(samples[int(i)] for i in part % n))
-        y, real = torch.tensor(y), (part < n) & (torch.tensor(lost) < 0)
-        with torch.autocast(device.type, dtype, enabled=dtype is not None): logits = model(to_input(torch.stack(x).to(device), r.mean_std)).float().cpu()
-        sums += torch.stack([real.sum(), (logits.argmax(1) == y)[real].sum(), F.cross_entropy(logits, y, reduction="none")[real].sum()])
+        y = torch.tensor(y)
+        real = (part < n) & (torch.tensor(lost) < 0)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(to_input(torch.stack(x).to(device), r.mean_std)).float().cpu()
+        sums += torch.stack(
+            [
+                real.sum(),
+                (logits.argmax(1) == y)[real].sum(),
+                F.cross_entropy(logits, y, reduction="none")[real].sum(),
+            ]
+        )
         pass_over(pictures, [i for i in lost if i >= 0])
     model.train(training)
     read, right, loss = sum_over_ranks(sums).tolist()
-    return dict(accuracy=right / read, val_loss=loss / read) | (dict(val_damaged=n - int(read)) if read < n else {})
+    return dict(accuracy=right / read, val_loss=loss / read) | (
+        dict(val_damaged=n - int(read)) if read < n else {}
+    )
 
 # %% ../nbs/44_finetuning.ipynb #finetune
 @join_processes()
 def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
-    "Fine-tune to the recipe, or continue; returns the final metrics, and leaves checkpoints, log.jsonl and metrics.json in its folder."
+    """Fine-tune to the recipe, or continue.
+
+    Returns the final metrics, and leaves checkpoints, log.jsonl and metrics.json in its folder.
+    """
     tune(default_device(), r.embed_dim)
     with open_run("finetune", r) as out:
-        pictures, held = open_data(r.data, "train", labels=True), open_data(r.data, r.split, labels=True)
-        ids, classes = few_labels(pictures.labels, r.labels_per_class, r.seed), pictures.classes
-        samples = Samples(pictures, FinetuneTransform(r, pictures.labels, training=True), r.seed, ids)
+        pictures = open_data(r.data, "train", labels=True)
+        held = open_data(r.data, r.split, labels=True)
+        ids = few_labels(pictures.labels, r.labels_per_class, r.seed)
+        classes = pictures.classes
+        samples = Samples(
+            pictures, FinetuneTransform(r, pictures.labels, training=True), r.seed, ids
+        )
         torch.manual_seed(r.seed)
         per_epoch = len(samples) // r.batch_size
-        total, every = r.steps or r.epochs * per_epoch, r.eval_every or per_epoch
+        total = r.steps or r.epochs * per_epoch
+        every = r.eval_every or per_epoch
         model = start_classifier(r, len(classes))
-        t = Trainer("finetune", r, out, model, total, per_epoch, r.layer_decay, quiet, extra=dict(classes=classes))
-        if t.step == total and (done := finished(out)): return done  # nothing is left to do
+        t = Trainer(
+            "finetune",
+            r,
+            out,
+            model,
+            total,
+            per_epoch,
+            r.layer_decay,
+            quiet,
+            extra=dict(classes=classes),
+        )
+        if t.step == total and (done := finished(out)):
+            return done  # nothing is left to do
 
         def after_step(step, model):
-            return evaluate_classifier(model, r, held) if step % every == 0 or step == total else None
+            return (
+                evaluate_classifier(model, r, held) if step % every == 0 or step == total else None
+            )
 
-        fit(t, Batches(samples, r, rank(), world_size()), finetune_loss(r, len(classes)), after_step)
+        fit(
+            t, Batches(samples, r, rank(), world_size()), finetune_loss(r, len(classes)), after_step
+        )
         curve = [(row["step"], row["accuracy"]) for row in read_log(out) if "accuracy" in row]
-        return finish(out, dict(accuracy=curve[-1][1] if curve else None, curve=curve, split=r.split, steps=t.step, images=t.step * r.batch_size, damaged=len(t.data["damaged"])))
+        return finish(
+            out,
+            dict(
+                accuracy=curve[-1][1] if curve else None,
+                curve=curve,
+                split=r.split,
+                steps=t.step,
+                images=t.step * r.batch_size,
+                damaged=len(t.data["damaged"]),
+            ),
+        )

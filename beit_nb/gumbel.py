@@ -12,60 +12,91 @@ from torch import Tensor
 
 # %% ../nbs/03_gumbel.ipynb #sample-gumbel
 def sample_gumbel(
-    shape,                                      # shape of the noise
-    generator: torch.Generator | None = None,   # for repeatable noise; it lives on `device`
+    shape,  # shape of the noise
+    generator: torch.Generator | None = None,  # for repeatable noise; it lives on `device`
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     "Standard Gumbel noise, -log of a waiting time; always finite."
     if not dtype.is_floating_point:
-        raise ValueError(f"sample_gumbel: noise cannot be {dtype}; ask for a floating type, or pass floating logits")
-    work = torch.promote_types(dtype, torch.float32)      # half precision would cut off the long right tail
+        raise ValueError(
+            f"sample_gumbel: noise cannot be {dtype}; ask for a floating type, or pass floating "
+            "logits"
+        )
+    # half precision would cut off the long right tail
+    work = torch.promote_types(dtype, torch.float32)
     ends = torch.finfo(work)
-    u = torch.rand(shape, generator=generator, device=device, dtype=work).clamp_(ends.tiny, 1 - ends.eps / 2)
-    return u.log_().neg_().log_().neg_().to(dtype)        # u -> waiting time -log u -> score -log(-log u)
+    u = torch.rand(shape, generator=generator, device=device, dtype=work).clamp_(
+        ends.tiny, 1 - ends.eps / 2
+    )
+    # u -> waiting time -log u -> score -log(-log u)
+    return u.log_().neg_().log_().neg_().to(dtype)
 
 # %% ../nbs/03_gumbel.ipynb #gumbel-max
 @torch.no_grad()
 def gumbel_max(logits: Tensor, dim: int = -1, generator: torch.Generator | None = None) -> Tensor:
-    "Logits (..., V, ...) to one drawn id (..., ...) int64 for each place; an id wins with its softmax probability."
-    noise = sample_gumbel(logits.shape, generator, logits.device, torch.promote_types(logits.dtype, torch.float32))
+    """Logits (..., V, ...) to one drawn id (..., ...) int64 for each place.
+
+    An id wins with its softmax probability.
+    """
+    noise = sample_gumbel(
+        logits.shape, generator, logits.device, torch.promote_types(logits.dtype, torch.float32)
+    )
     return noise.add_(logits).argmax(dim)
 
 # %% ../nbs/03_gumbel.ipynb #gumbel-softmax
 def gumbel_softmax(
-    logits: Tensor,                             # (..., V, ...), V along `dim`
-    tau: float = 1.0,                           # temperature, above 0
-    hard: bool = False,                         # one-hot values, with the gradient of the soft ones
+    logits: Tensor,  # (..., V, ...), V along `dim`
+    tau: float = 1.0,  # temperature, above 0
+    hard: bool = False,  # one-hot values, with the gradient of the soft ones
     dim: int = -1,
-    noise: Tensor | None = None,                # Gumbel noise of the logits' shape; drawn here if absent
+    # Gumbel noise of the logits' shape; drawn here if absent
+    noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    "Logits to a soft one-hot of the same shape that sums to 1 along `dim`: softmax((logits + noise) / tau)."
+    """Logits to a soft one-hot of the same shape that sums to 1 along `dim`.
+
+    softmax((logits + noise) / tau).
+    """
     if not logits.is_floating_point():
-        raise ValueError(f"gumbel_softmax: logits are {logits.dtype}; pass floating-point scores, not ids")
+        raise ValueError(
+            f"gumbel_softmax: logits are {logits.dtype}; pass floating-point scores, not ids"
+        )
     if not isinstance(tau, Tensor) and not tau > 0:
-        raise ValueError(f"gumbel_softmax: the temperature tau is {tau}; it must be above 0 (for a hard choice use gumbel_max)")
-    if noise is None:                           # at least float32: half precision would make ties among 8,192 tokens
-        noise = sample_gumbel(logits.shape, generator, logits.device, torch.promote_types(logits.dtype, torch.float32))
+        raise ValueError(
+            f"gumbel_softmax: the temperature tau is {tau}; it must be above 0 (for a hard choice "
+            "use gumbel_max)"
+        )
+    # at least float32: half precision would make ties among 8,192 tokens
+    if noise is None:
+        noise = sample_gumbel(
+            logits.shape, generator, logits.device, torch.promote_types(logits.dtype, torch.float32)
+        )
     if noise.shape != logits.shape:
         shapes = f"noise {tuple(noise.shape)} does not fit logits {tuple(logits.shape)}"
         raise ValueError(f"gumbel_softmax: {shapes}; draw it with sample_gumbel(logits.shape)")
     soft = (logits + noise).div_(tau).softmax(dim)
     if hard:
         one_hot = torch.zeros_like(soft).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
-        soft = one_hot + (soft - soft.detach())     # the bracket is exactly 0: it only carries the gradient
+        # the bracket is exactly 0: it only carries the gradient
+        soft = one_hot + (soft - soft.detach())
     return soft.to(logits.dtype)
 
 # %% ../nbs/03_gumbel.ipynb #temperature-schedule
 def temperature_schedule(
-    start: float,               # first temperature
-    final: float,               # temperature from update `steps` on
-    steps: int,                 # updates on the way down (a half cosine)
-    total: int | None = None,   # length of the result (default: `steps`)
+    start: float,  # first temperature
+    final: float,  # temperature from update `steps` on
+    steps: int,  # updates on the way down (a half cosine)
+    total: int | None = None,  # length of the result (default: `steps`)
 ) -> np.ndarray:
-    "One temperature for each update, (total,); DALL-E: temperature_schedule(1, 1 / 16, 150_000, 3_000_000), paper, App. A.2."
+    """One temperature for each update, (total,).
+
+    DALL-E: temperature_schedule(1, 1 / 16, 150_000, 3_000_000), paper, App. A.2.
+    """
     if min(start, final) <= 0 or steps < 1:
-        raise ValueError(f"temperature_schedule: start {start}, final {final} and steps {steps} must all be above 0")
+        raise ValueError(
+            f"temperature_schedule: start {start}, final {final} and steps {steps} must all be "
+            "above 0"
+        )
     way = np.minimum(np.arange(total or steps) / max(steps - 1, 1), 1)
     return final + (start - final) * (1 + np.cos(np.pi * way)) / 2

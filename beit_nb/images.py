@@ -31,49 +31,75 @@ def show_image(x, title: str | None = None, ax=None, **kw):
         x = x.detach().cpu().float()
         x = x.permute(1, 2, 0).clamp(0, 1).numpy() if x.ndim == 3 else x.numpy()
     x = np.asarray(x)
-    if x.ndim == 3 and x.shape[2] == 1: x = x[..., 0]
+    if x.ndim == 3 and x.shape[2] == 1:
+        x = x[..., 0]
     ax = ax or plt.subplots(figsize=(2.5, 2.5))[1]
     ax.imshow(x, **({"cmap": "gray"} if x.ndim == 2 else {}) | kw)
     ax.set_axis_off()
-    if title is not None: ax.set_title(title, fontsize=9)
+    if title is not None:
+        ax.set_title(title, fontsize=9)
     return ax
 
 
 def show_images(
-    images,              # sequence of pictures, or a (B, 3, H, W) tensor
-    titles=None,         # one title each
+    images,  # sequence of pictures, or a (B, 3, H, W) tensor
+    titles=None,  # one title each
     ncols: int | None = None,  # pictures in a row (default: all)
-    size: float = 2.0,   # inches a picture
+    size: float = 2.0,  # inches a picture
     suptitle: str | None = None,
-    **kw,                # to imshow
+    **kw,  # to imshow
 ):
     "Draw pictures side by side; returns the figure."
-    images, titles = list(images), None if titles is None else list(titles)
-    if not images: raise ValueError("show_images: got no pictures; give at least one")
+    images = list(images)
+    titles = None if titles is None else list(titles)
+    if not images:
+        raise ValueError("show_images: got no pictures; give at least one")
     ncols = min(ncols or len(images), len(images))
     nrows = -(-len(images) // ncols)
-    fig, axes = plt.subplots(nrows, ncols, figsize=(size * ncols, size * nrows * (1.12 if titles else 1)), squeeze=False, layout="constrained")
+    fig, axes = plt.subplots(
+        nrows,
+        ncols,
+        figsize=(size * ncols, size * nrows * (1.12 if titles else 1)),
+        squeeze=False,
+        layout="constrained",
+    )
     for i, ax in enumerate(axes.flat):
-        if i < len(images): show_image(images[i], titles[i] if titles else None, ax, **kw)
-        else: ax.set_axis_off()
-    if suptitle: fig.suptitle(suptitle, fontsize=10)
+        if i < len(images):
+            show_image(images[i], titles[i] if titles else None, ax, **kw)
+        else:
+            ax.set_axis_off()
+    if suptitle:
+        fig.suptitle(suptitle, fontsize=10)
     return fig
 
 # %% ../nbs/00_images.ipynb #constants
-PALETTE = dict(blue="#3366aa", orange="#e08020", green="#3a9a5b", red="#c0392b", purple="#7d5ba6", grey="#8a8f98")
+PALETTE = dict(
+    blue="#3366aa",
+    orange="#e08020",
+    green="#3a9a5b",
+    red="#c0392b",
+    purple="#7d5ba6",
+    grey="#8a8f98",
+)
 IMAGENET_MEAN_STD = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-BEIT_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))     # what the official pre-training uses by default
+# what the official pre-training uses by default
+BEIT_MEAN_STD = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 MEAN_STD = {"beit": BEIT_MEAN_STD, "imagenet": IMAGENET_MEAN_STD}  # by the names that recipes use
 
 # %% ../nbs/00_images.ipynb #load-image
 def load_image(path: str | Path) -> Image.Image:
-    "The picture at `path` as upright RGB: EXIF rotation applied, grey, palette and CMYK converted, transparency laid on white."
+    """The picture at `path` as upright RGB.
+
+    EXIF rotation applied, grey, palette and CMYK converted, transparency laid on white.
+    """
     try:
         with Image.open(path) as im:
             im = ImageOps.exif_transpose(im)
-            if im.mode[0] in "IF":                             # 16-bit or float greys, which convert() would clip
+            # 16-bit or float greys, which convert() would clip
+            if im.mode[0] in "IF":
                 x = np.asarray(im, np.float64)
-                white = next((w for w in (1, 255) if im.mode == "F" and not x.max() > w), 65535)  # floats come in three habits
+                # floats come in three habits
+                white = next((w for w in (1, 255) if im.mode == "F" and not x.max() > w), 65535)
                 im = Image.fromarray((x.clip(0, white) / white * 255).round().astype(np.uint8))
             if "A" in im.getbands() or "transparency" in im.info:
                 im = im.convert("RGBA")
@@ -81,7 +107,13 @@ def load_image(path: str | Path) -> Image.Image:
             return im.convert("RGB")
     except FileNotFoundError as e:
         raise ValueError(f"there is no picture at {path}; check the path") from e
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+    except (
+        UnidentifiedImageError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+    ) as e:
         raise ValueError(f"cannot read the picture {path}: {e}; replace or delete that file") from e
 
 # %% ../nbs/00_images.ipynb #tensors
@@ -107,13 +139,18 @@ def house_pictures(size: int = 224) -> Tensor:
     "Astronaut, cat, coffee, rocket: centre squares as (4, 3, size, size) in [0, 1]."
     crop = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
     album = photos()
-    return torch.stack([to_tensor(crop(album[n])) for n in ("astronaut", "chelsea", "coffee", "rocket")])
+    return torch.stack(
+        [to_tensor(crop(album[n])) for n in ("astronaut", "chelsea", "coffee", "rocket")]
+    )
 
 # %% ../nbs/00_images.ipynb #normalize
 @cache
 @torch.inference_mode(False)
 def columns(mean_std, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    "Mean and std, (3, 1, 1) each. Made once: whoever sends new numbers to a GPU waits until it has done all its work."
+    """Mean and std, (3, 1, 1) each.
+
+    Made once: whoever sends new numbers to a GPU waits until it has done all its work.
+    """
     mean, std = (torch.tensor(v, dtype=dtype, device=device).view(3, 1, 1) for v in mean_std)
     return mean, std
 

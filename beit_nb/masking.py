@@ -20,15 +20,17 @@ from torch import Tensor
 def _check_target(who: str, grid_size: tuple[int, int], num_mask_patches: int) -> None:
     h, w = grid_size
     if not 1 <= num_mask_patches <= h * w:
-        raise ValueError(f"{who}: num_mask_patches {num_mask_patches} is not between 1 and {h * w}, "
-                         f"the patches of a {h}x{w} grid; change num_mask_patches or grid_size")
+        raise ValueError(
+            f"{who}: num_mask_patches {num_mask_patches} is not between 1 and {h * w}, "
+            f"the patches of a {h}x{w} grid; change num_mask_patches or grid_size"
+        )
 
 
 def random_mask(
-    grid_size: tuple[int, int],    # rows and columns of the patch grid
-    num_mask_patches: int,         # how many patches to hide, exactly
+    grid_size: tuple[int, int],  # rows and columns of the patch grid
+    num_mask_patches: int,  # how many patches to hide, exactly
     rng: Generator | None = None,  # source of chance; None draws a fresh one
-) -> np.ndarray:                   # (h, w) bool, True = hidden
+) -> np.ndarray:  # (h, w) bool, True = hidden
     "Every patch is as likely as every other, wherever its neighbours are: (h, w) bool."
     _check_target("random_mask", grid_size, num_mask_patches)
     mask = np.arange(grid_size[0] * grid_size[1]) < num_mask_patches
@@ -37,12 +39,14 @@ def random_mask(
 # %% ../nbs/10_masking.ipynb #follows
 def follows(masks: np.ndarray) -> float:
     "P(hidden | left neighbour hidden) over masks (B, h, w): how clumped they are."
-    left, right = masks[:, :, :-1], masks[:, :, 1:]
+    left = masks[:, :, :-1]
+    right = masks[:, :, 1:]
     return float((left & right).sum() / max(1, left.sum()))
 
 # %% ../nbs/10_masking.ipynb #block
 class Block(NamedTuple):
     "One attempt: a rectangle, how many patches it would newly hide, and whether it stays."
+
     top: int
     left: int
     height: int
@@ -58,20 +62,28 @@ class Block(NamedTuple):
 # %% ../nbs/10_masking.ipynb #paper-steps
 def paper_steps(
     grid_size: tuple[int, int] = (14, 14),
-    num_mask_patches: float = 0.4 * 196,     # go on until more than this are hidden
+    num_mask_patches: float = 0.4 * 196,  # go on until more than this are hidden
     min_mask_patches_per_block: int = 16,
     min_aspect: float = 0.3,
     rng: Generator | None = None,
 ) -> Iterator[Block]:
-    "Every block of the paper's Algorithm 1, word by word: no cap, nothing refused, the aspect ratio drawn evenly."
-    (H, W), least, mask, rng = grid_size, min_mask_patches_per_block, np.zeros(grid_size, bool), rng or default_rng()
+    """Every block of the paper's Algorithm 1, word by word.
+
+    No cap, nothing refused, the aspect ratio drawn evenly.
+    """
+    (H, W) = grid_size
+    least = min_mask_patches_per_block
+    mask = np.zeros(grid_size, bool)
+    rng = rng or default_rng()
     while (count := np.count_nonzero(mask)) <= num_mask_patches:
         area = rng.uniform(least, max(least, num_mask_patches - count))
         aspect = rng.uniform(min_aspect, 1 / min_aspect)
-        h, w = min(round(sqrt(area * aspect)) or 1, H), min(round(sqrt(area / aspect)) or 1, W)
-        top, left = rng.integers(H - h + 1), rng.integers(W - w + 1)
-        new = h * w - np.count_nonzero(mask[top:top + h, left:left + w])
-        mask[top:top + h, left:left + w] = True
+        h = min(round(sqrt(area * aspect)) or 1, H)
+        w = min(round(sqrt(area / aspect)) or 1, W)
+        top = rng.integers(H - h + 1)
+        left = rng.integers(W - w + 1)
+        new = h * w - np.count_nonzero(mask[top : top + h, left : left + w])
+        mask[top : top + h, left : left + w] = True
         yield Block(int(top), int(left), h, w, new, True)
 
 
@@ -79,7 +91,8 @@ def mask_of(steps: Iterable[Block], grid_size: tuple[int, int] = (14, 14)) -> np
     "What the accepted blocks of a game hide together: (h, w) bool."
     mask = np.zeros(grid_size, bool)
     for block in steps:
-        if block.accepted: mask[block.cells] = True
+        if block.accepted:
+            mask[block.cells] = True
     return mask
 
 # %% ../nbs/10_masking.ipynb #blockwise-steps
@@ -91,74 +104,110 @@ def blockwise_steps(
     min_aspect: float = 0.3,
     rng: Generator | None = None,
 ) -> Iterator[Block]:
-    "Every attempt at a block, accepted or refused, in the order of the official v1 code (`MaskingGenerator`)."
-    (H, W), least, most = grid_size, min_mask_patches_per_block, max_mask_patches_per_block or num_mask_patches
-    mask, count, span, rng = np.zeros(grid_size, bool), 0, -log(min_aspect), rng or default_rng()
+    """Every attempt at a block, accepted or refused, in the order of the official v1 code
+    (`MaskingGenerator`).
+    """
+    (H, W) = grid_size
+    least = min_mask_patches_per_block
+    most = max_mask_patches_per_block or num_mask_patches
+    mask = np.zeros(grid_size, bool)
+    count = 0
+    span = -log(min_aspect)
+    rng = rng or default_rng()
     while count < num_mask_patches:
         cap = min(num_mask_patches - count, most)
-        for u, v, s, t in rng.random((10, 4)).tolist():                # ten attempts, four numbers each
-            area = least + (cap - least) * u                           # cap < least only swaps the ends
-            aspect = exp(span * (2 * v - 1))                           # log-uniform: tall and wide alike
-            h, w = round(sqrt(area * aspect)), round(sqrt(area / aspect))
-            if h >= H or w >= W:                                       # strict: no block spans the grid
+        # ten attempts, four numbers each
+        for u, v, s, t in rng.random((10, 4)).tolist():
+            # cap < least only swaps the ends
+            area = least + (cap - least) * u
+            # log-uniform: tall and wide alike
+            aspect = exp(span * (2 * v - 1))
+            h = round(sqrt(area * aspect))
+            w = round(sqrt(area / aspect))
+            # strict: no block spans the grid
+            if h >= H or w >= W:
                 yield Block(0, 0, h, w, 0, False)
                 continue
-            top, left = int(s * (H - h + 1)), int(t * (W - w + 1))
-            region = mask[top:top + h, left:left + w]
+            top = int(s * (H - h + 1))
+            left = int(t * (W - w + 1))
+            region = mask[top : top + h, left : left + w]
             new = h * w - np.count_nonzero(region)
             accepted = 0 < new <= cap
             if accepted:
                 region[...] = True
                 count += new
             yield Block(top, left, h, w, new, accepted)
-            if accepted: break
+            if accepted:
+                break
         else:
-            return                                                     # ten refusals: stop, silently short
+            # ten refusals: stop, silently short
+            return
 
 # %% ../nbs/10_masking.ipynb #set-count
 def set_count(mask: np.ndarray, num_mask_patches: int, rng: Generator) -> np.ndarray:
-    "Hide or show single patches at random until exactly `num_mask_patches` are hidden (BEiT-2's repair); (h, w) bool."
+    """Hide or show single patches at random until exactly `num_mask_patches` are hidden (BEiT-2's
+    repair); (h, w) bool.
+    """
     missing = num_mask_patches - int(mask.sum())
     cells = np.flatnonzero(mask if missing < 0 else ~mask)
     flat = mask.flatten()
-    flat[rng.permutation(cells)[:abs(missing)]] = missing > 0
+    flat[rng.permutation(cells)[: abs(missing)]] = missing > 0
     return flat.reshape(mask.shape)
 
 # %% ../nbs/10_masking.ipynb #blockwise-mask
-def _check_rule(grid_size: tuple[int, int], num_mask_patches: int, least: int, most: int, min_aspect: float) -> None:
+def _check_rule(
+    grid_size: tuple[int, int], num_mask_patches: int, least: int, most: int, min_aspect: float
+) -> None:
     "Refuses settings that give empty masks, in one line that says what to change."
     _check_target("blockwise_mask", grid_size, num_mask_patches)
-    for name, limit in (("num_mask_patches", num_mask_patches), ("max_mask_patches_per_block", most)):
+    for name, limit in (
+        ("num_mask_patches", num_mask_patches),
+        ("max_mask_patches_per_block", most),
+    ):
         if not 1 <= least <= limit:
-            raise ValueError(f"blockwise_mask: min_mask_patches_per_block {least} is not between 1 and {name} {limit}, "
-                             f"so masks would stay empty; lower min_mask_patches_per_block or raise {name}")
+            raise ValueError(
+                f"blockwise_mask: min_mask_patches_per_block {least} is not between 1 and {name} "
+                f"{limit}, "
+                f"so masks would stay empty; lower min_mask_patches_per_block or raise {name}"
+            )
     if not 0 < min_aspect <= 1:
-        raise ValueError(f"blockwise_mask: min_aspect {min_aspect} is not in (0, 1]; the paper takes 0.3")
+        raise ValueError(
+            f"blockwise_mask: min_aspect {min_aspect} is not in (0, 1]; the paper takes 0.3"
+        )
 
 
 def blockwise_mask(
     grid_size: tuple[int, int] = (14, 14),  # rows and columns of the patch grid
-    num_mask_patches: int = 75,             # hide at most this many (exactly, if `exact`)
-    min_mask_patches_per_block: int = 16,   # smallest area to draw
+    num_mask_patches: int = 75,  # hide at most this many (exactly, if `exact`)
+    min_mask_patches_per_block: int = 16,  # smallest area to draw
     max_mask_patches_per_block: int | None = None,  # largest area to draw; None: the target
-    min_aspect: float = 0.3,                # height / width between this and 1 / this
-    exact: bool = False,                    # BEiT-2's repair to the exact count
-    rng: Generator | None = None,           # source of chance; None draws a fresh one
-) -> np.ndarray:                            # (h, w) bool, True = hidden
-    "Rectangles on the grid until `num_mask_patches` are hidden, as in the official code; never empty: (h, w) bool."
-    least, most = min_mask_patches_per_block, num_mask_patches if max_mask_patches_per_block is None else max_mask_patches_per_block
+    min_aspect: float = 0.3,  # height / width between this and 1 / this
+    exact: bool = False,  # BEiT-2's repair to the exact count
+    rng: Generator | None = None,  # source of chance; None draws a fresh one
+) -> np.ndarray:  # (h, w) bool, True = hidden
+    """Rectangles on the grid until `num_mask_patches` are hidden, as in the official code.
+
+    Never empty: (h, w) bool.
+    """
+    least = min_mask_patches_per_block
+    most = num_mask_patches if max_mask_patches_per_block is None else max_mask_patches_per_block
     _check_rule(grid_size, num_mask_patches, least, most, min_aspect)
     rng = rng or default_rng()
-    for _ in range(100):                    # a game may end with nothing hidden: play again
-        mask = mask_of(blockwise_steps(grid_size, num_mask_patches, least, most, min_aspect, rng), grid_size)
+    for _ in range(100):  # a game may end with nothing hidden: play again
+        mask = mask_of(
+            blockwise_steps(grid_size, num_mask_patches, least, most, min_aspect, rng), grid_size
+        )
         if mask.any():
             return set_count(mask, num_mask_patches, rng) if exact else mask
-    raise ValueError(f"blockwise_mask: no block of {least} patches with aspect {min_aspect} to {1 / min_aspect:.3g} fits inside "
-                     f"a {grid_size[0]}x{grid_size[1]} grid; lower min_mask_patches_per_block")
+    raise ValueError(
+        f"blockwise_mask: no block of {least} patches with aspect {min_aspect} to "
+        f"{1 / min_aspect:.3g} fits inside "
+        f"a {grid_size[0]}x{grid_size[1]} grid; lower min_mask_patches_per_block"
+    )
 
 # %% ../nbs/10_masking.ipynb #blockwise-masks
 def blockwise_masks(
-    batch_size: int,                        # one mask a picture
+    batch_size: int,  # one mask a picture
     grid_size: tuple[int, int] = (14, 14),  # this and the rest: see `blockwise_mask`
     num_mask_patches: int = 75,
     min_mask_patches_per_block: int = 16,
@@ -166,23 +215,42 @@ def blockwise_masks(
     min_aspect: float = 0.3,
     exact: bool = False,
     rng: Generator | None = None,
-) -> Tensor:                                # (B, h, w) bool, True = hidden
-    "A batch of independent `blockwise_mask`s: (B, h, w) bool tensor, ready to be `bool_masked_pos`."
+) -> Tensor:  # (B, h, w) bool, True = hidden
+    """A batch of independent `blockwise_mask`s.
+
+    (B, h, w) bool tensor, ready to be `bool_masked_pos`.
+    """
     rng = rng or default_rng()
-    args = grid_size, num_mask_patches, min_mask_patches_per_block, max_mask_patches_per_block, min_aspect, exact, rng
+    args = (
+        grid_size,
+        num_mask_patches,
+        min_mask_patches_per_block,
+        max_mask_patches_per_block,
+        min_aspect,
+        exact,
+        rng,
+    )
     return torch.from_numpy(np.stack([blockwise_mask(*args) for _ in range(batch_size)]))
 
 # %% ../nbs/10_masking.ipynb #mask-statistics
 def mask_statistics(
-    masks: np.ndarray,      # (B, h, w) bool, many draws of one rule
+    masks: np.ndarray,  # (B, h, w) bool, many draws of one rule
     num_mask_patches: int,  # the target
 ) -> dict:
-    "The habits of a rule: `frequency` (h, w), `counts` (B,), their `mean`, and shares between 0 and 1."
-    frequency, counts = masks.mean(0), masks.sum((1, 2))
+    """The habits of a rule.
+
+    `frequency` (h, w), `counts` (B,), their `mean`, and shares between 0 and 1.
+    """
+    frequency = masks.mean(0)
+    counts = masks.sum((1, 2))
     h, w = frequency.shape
     return dict(
-        frequency=frequency, counts=counts, mean=float(counts.mean()), exactly=float((counts == num_mask_patches).mean()),
+        frequency=frequency,
+        counts=counts,
+        mean=float(counts.mean()),
+        exactly=float((counts == num_mask_patches).mean()),
         corner=float(frequency[[0, 0, -1, -1], [0, -1, 0, -1]].mean()),
-        centre=float(frequency[(h - 1) // 2:h // 2 + 1, (w - 1) // 2:w // 2 + 1].mean()),
-        follows=follows(masks), chance=float((counts * (counts - 1)).sum() / (counts.sum() * (h * w - 1))),
+        centre=float(frequency[(h - 1) // 2 : h // 2 + 1, (w - 1) // 2 : w // 2 + 1].mean()),
+        follows=follows(masks),
+        chance=float((counts * (counts - 1)).sum() / (counts.sum() * (h * w - 1))),
     )

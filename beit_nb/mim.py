@@ -14,16 +14,23 @@ from .vit import VisionTransformer
 
 # %% ../nbs/13_mim.ipynb #masked-cells
 def masked_cells(bool_masked_pos: Tensor) -> Tensor:
-    "The hidden cells of masks (B, N) or (B, h, w), counted over the whole batch: (n,) int64, rising."
+    """The hidden cells of masks (B, N) or (B, h, w), counted over the whole batch.
+
+    (n,) int64, rising.
+    """
     return bool_masked_pos.flatten().nonzero()[:, 0]
 
 # %% ../nbs/13_mim.ipynb #mim-model
 class BeitForMaskedImageModeling(VisionTransformer):
-    "Images (B, C, H, W) and a mask (B, N) to logits (n, V): a guess at the visual token of each of the n hidden patches."
+    """Images (B, C, H, W) and a mask (B, N) to logits (n, V).
+
+    A guess at the visual token of each of the n hidden patches.
+    """
+
     def __init__(
         self,
         vocab_size: int = 8192,  # V, tokens of the alphabet
-        **kwargs,                # to VisionTransformer
+        **kwargs,  # to VisionTransformer
     ):
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
@@ -34,24 +41,35 @@ class BeitForMaskedImageModeling(VisionTransformer):
 
     def forward(
         self,
-        images: Tensor,           # (B, C, H, W), normalised
+        images: Tensor,  # (B, C, H, W), normalised
         bool_masked_pos: Tensor,  # (B, N) or (B, h, w) bool, True where hidden
         return_all_tokens: bool = False,  # logits (B, N, V) of all patches instead
-        where: Tensor | None = None,      # `masked_cells` of the mask, if known already
+        where: Tensor | None = None,  # `masked_cells` of the mask, if known already
     ) -> Tensor:
-        if return_all_tokens: return self.lm_head(self.norm(self.forward_features(images, bool_masked_pos)[:, 1:]))    # without CLS
+        # without CLS
+        if return_all_tokens:
+            return self.lm_head(self.norm(self.forward_features(images, bool_masked_pos)[:, 1:]))
         where = (masked_cells(bool_masked_pos) if where is None else where).to(images.device)
         if not len(where):
-            raise ValueError("the mask hides no patch of this batch, so there is nothing to guess; raise num_mask_patches")
-        where = where + where // self.patch_embed.num_patches + 1     # a CLS stands before the patches of every picture
-        return self.lm_head(self.norm(self.forward_features(images, bool_masked_pos, where=where)))    # (n, V)
+            raise ValueError(
+                "the mask hides no patch of this batch, so there is nothing to guess; raise "
+                "num_mask_patches"
+            )
+        # a CLS stands before the patches of every picture
+        where = where + where // self.patch_embed.num_patches + 1
+        # (n, V)
+        return self.lm_head(self.norm(self.forward_features(images, bool_masked_pos, where=where)))
 
 # %% ../nbs/13_mim.ipynb #mim-loss
 def mim_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    "Mean cross-entropy of logits (n, V) and true ids (n,), over all hidden patches of the batch (paper, Eq. 1)."
+    """Mean cross-entropy of logits (n, V) and true ids (n,), over all hidden patches of the batch
+    (paper, Eq. 1).
+    """
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 # %% ../nbs/13_mim.ipynb #mim-accuracy
 def mim_accuracy(logits: Tensor, targets: Tensor) -> Tensor:
-    "The share of hidden patches whose likeliest token is the true one (`mlm_acc` in the official log); targets < 0 do not count."
+    """The share of hidden patches whose likeliest token is the true one (`mlm_acc` in the official
+    log); targets < 0 do not count.
+    """
     return (logits.argmax(-1) == targets).sum() / (targets >= 0).sum()

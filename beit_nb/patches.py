@@ -12,56 +12,85 @@ from torch import Tensor, nn
 
 # %% ../nbs/01_patches.ipynb #patchify
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    "(B, C, H, W) to patches (B, N, P*P*C): patches row by row, in each one row, column, channel (as in mae)."
+    """(B, C, H, W) to patches (B, N, P*P*C).
+
+    Patches row by row, in each one row, column, channel (as in mae).
+    """
     if images.ndim != 4:
-        raise ValueError(f"patchify: got shape {tuple(images.shape)}, not (B, C, H, W); add a batch axis with x[None]")
+        raise ValueError(
+            f"patchify: got shape {tuple(images.shape)}, not (B, C, H, W); add a batch axis with "
+            "x[None]"
+        )
     B, C, H, W = images.shape
     P = patch_size
     if P < 1 or H % P or W % P:
-        raise ValueError(f"patchify: image {H}x{W} is not divisible by patch_size {P}; "
-                         "resize it, or choose a patch size that divides both sides")
-    h, w = H // P, W // P
-    x = images.reshape(B, C, h, P, w, P)                               # (B, C, h, P, w, P)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, P * P * C)    # (B, N, P*P*C)
+        raise ValueError(
+            f"patchify: image {H}x{W} is not divisible by patch_size {P}; "
+            "resize it, or choose a patch size that divides both sides"
+        )
+    h = H // P
+    w = W // P
+    x = images.reshape(B, C, h, P, w, P)  # (B, C, h, P, w, P)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, P * P * C)  # (B, N, P*P*C)
 
 # %% ../nbs/01_patches.ipynb #unpatchify
-def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int] | None = None) -> Tensor:
-    "Patches (B, N, P*P*C) back to images (B, C, h*P, w*P); the inverse of `patchify`. Default: a square grid."
+def unpatchify(
+    patches: Tensor, patch_size: int, grid_size: tuple[int, int] | None = None
+) -> Tensor:
+    """Patches (B, N, P*P*C) back to images (B, C, h*P, w*P).
+
+    The inverse of `patchify`. Default: a square grid.
+    """
     if patches.ndim != 3:
         raise ValueError(f"unpatchify: got shape {tuple(patches.shape)}, not (B, N, P*P*C)")
     B, N, D = patches.shape
     P = patch_size
     h, w = grid_size or (isqrt(N), isqrt(N))
     if h * w != N:
-        raise ValueError(f"unpatchify: {N} patches do not fill a {h}x{w} grid; give grid_size=(rows, columns)")
+        raise ValueError(
+            f"unpatchify: {N} patches do not fill a {h}x{w} grid; give grid_size=(rows, columns)"
+        )
     if P < 1 or D % (P * P):
-        raise ValueError(f"unpatchify: {D} numbers a patch are not {P}x{P} pixels of whole channels; check patch_size")
+        raise ValueError(
+            f"unpatchify: {D} numbers a patch are not {P}x{P} pixels of whole channels; check "
+            "patch_size"
+        )
     C = D // (P * P)
-    x = patches.reshape(B, h, w, P, P, C)                              # (B, h, w, P, P, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * P, w * P)     # (B, C, H, W)
+    x = patches.reshape(B, h, w, P, P, C)  # (B, h, w, P, P, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * P, w * P)  # (B, C, H, W)
 
 # %% ../nbs/01_patches.ipynb #patch-embed
 class PatchEmbed(nn.Module):
-    "Images (B, C, H, W) to patch vectors (B, N, D): one linear map, shared by all patches (paper, section 2.1)."
+    """Images (B, C, H, W) to patch vectors (B, N, D).
+
+    One linear map, shared by all patches (paper, section 2.1).
+    """
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,  # side of the picture, or (height, width)
         patch_size: int = 16,  # side P of a patch
-        in_chans: int = 3,     # colour channels C
+        in_chans: int = 3,  # colour channels C
         embed_dim: int = 768,  # numbers D in the vector of a patch
     ):
         super().__init__()
         H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
         if patch_size < 1 or H % patch_size or W % patch_size:
-            raise ValueError(f"PatchEmbed: img_size {H}x{W} is not divisible by patch_size {patch_size}; change one of the two")
-        self.img_size, self.patch_size = (H, W), patch_size
-        self.patch_shape = (H // patch_size, W // patch_size)          # (h, w)
-        self.num_patches = self.patch_shape[0] * self.patch_shape[1]   # N
+            raise ValueError(
+                f"PatchEmbed: img_size {H}x{W} is not divisible by patch_size {patch_size}; "
+                "change one of the two"
+            )
+        self.img_size = (H, W)
+        self.patch_size = patch_size
+        self.patch_shape = (H // patch_size, W // patch_size)  # (h, w)
+        self.num_patches = self.patch_shape[0] * self.patch_shape[1]  # N
         self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
         want = (self.proj.in_channels, *self.img_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != want:
-            raise ValueError(f"PatchEmbed: got shape {tuple(x.shape)}, wanted (B, {', '.join(map(str, want))}); "
-                             "resize the pictures, or build the model with their img_size and in_chans")
-        return self.proj(x).flatten(2).transpose(1, 2)                 # (B, D, h, w) -> (B, N, D)
+            raise ValueError(
+                f"PatchEmbed: got shape {tuple(x.shape)}, wanted (B, {', '.join(map(str, want))}); "
+                "resize the pictures, or build the model with their img_size and in_chans"
+            )
+        return self.proj(x).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)

@@ -52,26 +52,48 @@ def load_mim(path: str | Path) -> tuple[BeitForMaskedImageModeling, PretrainReci
 # %% ../nbs/42_pretraining.ipynb #check-tokenizer
 def check_tokenizer(r: PretrainRecipe, tokenizer: Tokenizer) -> None:
     "Patches and tokens must lie on one grid, and the head must speak the tokenizer's alphabet."
-    patches, tokens = r.img_size // r.patch_size, r.token_size // tokenizer.downsample
+    patches = r.img_size // r.patch_size
+    tokens = r.token_size // tokenizer.downsample
     if patches != tokens or r.token_size % tokenizer.downsample:
-        raise ValueError(f"the grids differ: {r.img_size}/{r.patch_size} gives {patches} patches a side, but {r.token_size}/{tokenizer.downsample} gives {r.token_size / tokenizer.downsample:g} tokens; "
-                         f"set --token-size {patches * tokenizer.downsample}")
+        raise ValueError(
+            f"the grids differ: {r.img_size}/{r.patch_size} gives {patches} patches a side, but "
+            f"{r.token_size}/{tokenizer.downsample} gives {r.token_size / tokenizer.downsample:g} "
+            "tokens; "
+            f"set --token-size {patches * tokenizer.downsample}"
+        )
     if r.vocab_size != tokenizer.vocab_size:
-        raise ValueError(f"vocab_size {r.vocab_size} differs from the tokenizer's {tokenizer.vocab_size}; set --vocab-size {tokenizer.vocab_size}")
+        raise ValueError(
+            f"vocab_size {r.vocab_size} differs from the tokenizer's {tokenizer.vocab_size}; set "
+            f"--vocab-size {tokenizer.vocab_size}"
+        )
 
 # %% ../nbs/42_pretraining.ipynb #mask-of
 def mask_maker(r: PretrainRecipe):
     "rng -> a mask (h, w) of the recipe's kind."
     grid = (r.img_size // r.patch_size,) * 2
-    if r.masking == "random": return partial(random_mask, grid, r.num_mask_patches)
-    return partial(blockwise_mask, grid, r.num_mask_patches, r.min_mask_patches_per_block, r.max_mask_patches_per_block, r.min_aspect, r.exact_mask)
+    if r.masking == "random":
+        return partial(random_mask, grid, r.num_mask_patches)
+    return partial(
+        blockwise_mask,
+        grid,
+        r.num_mask_patches,
+        r.min_mask_patches_per_block,
+        r.max_mask_patches_per_block,
+        r.min_aspect,
+        r.exact_mask,
+    )
 
 # %% ../nbs/42_pretraining.ipynb #pretrain-transform
 class PretrainTransform:
-    "A picture to (patch view uint8, token view uint8, [its colours,] mask (h, w), number): everything that one sample of pre-training needs."
+    """A picture to (patch view uint8, token view uint8, [its colours,] mask (h, w), number).
+
+    Everything that one sample of pre-training needs.
+    """
 
     def __init__(self, r: PretrainRecipe):
-        self.views = TwoViews(r.img_size, r.token_size, r.crop_scale, r.color_jitter, r.flip, r.jitter_on)
+        self.views = TwoViews(
+            r.img_size, r.token_size, r.crop_scale, r.color_jitter, r.flip, r.jitter_on
+        )
         self.mask = mask_maker(r)
 
     def __call__(self, picture, number: int, rng: np.random.Generator):
@@ -79,18 +101,28 @@ class PretrainTransform:
 
 # %% ../nbs/42_pretraining.ipynb #token-table
 def put_aside(pictures: PictureSet, numbers) -> None:
-    "The table has ids of *other* pictures in the place of these, which nobody could read: never train on them, even if they are repaired meanwhile."
-    pictures.aside |= {i: f"cannot read the picture {pictures.where(i)} when its tokens were made" for i in numbers}
+    """The table has ids of *other* pictures in the place of these, which nobody could read.
+
+    Never train on them, even if they are repaired meanwhile.
+    """
+    pictures.aside |= {
+        i: f"cannot read the picture {pictures.where(i)} when its tokens were made" for i in numbers
+    }
 
 
 def token_table(
     tokenizer: Tokenizer,
     pictures: PictureSet,
-    views: TwoViews,   # without dice: `views.fixed`
+    views: TwoViews,  # without dice: `views.fixed`
     chunk: int = 256,
-) -> Tensor:           # (N, h, w) ids
-    "Token ids of a whole data set whose views never change: tokenized once instead of in every epoch."
-    device, samples, table = next(tokenizer.parameters()).device, Samples(pictures, lambda picture, number, rng: views(picture)[1:], pixels=True), []
+) -> Tensor:  # (N, h, w) ids
+    """Token ids of a whole data set whose views never change.
+
+    Tokenized once instead of in every epoch.
+    """
+    device = next(tokenizer.parameters()).device
+    samples = Samples(pictures, lambda picture, number, rng: views(picture)[1:], pixels=True)
+    table = []
     for part in torch.arange(len(pictures)).split(chunk):
         x, lost = zip(*[samples[int(i)] for i in part])
         put_aside(pictures, [i for i in lost if i >= 0])
@@ -101,24 +133,49 @@ def token_table(
 def check_tokens(r: PretrainRecipe, described: dict, pictures: PictureSet) -> None:
     "The ids that `beit tokenize` wrote must belong to these pictures, this view and this alphabet."
     side = r.img_size // r.patch_size
-    wanted = dict(pictures=len(pictures), names=pictures.fingerprint(), vocab_size=r.vocab_size,
-                  grid=[side, side], img_size=r.img_size, token_size=r.token_size)
-    other = [f"{k} {described[k]!r} there, {v!r} here" for k, v in wanted.items() if described[k] != v]
-    if other: raise ValueError(f"the tokens in {r.tokens} are of something else ({'; '.join(other[:3])}); write them again with `beit tokenize`")
-    if not PretrainTransform(r).views.fixed: raise ValueError("--tokens needs pictures that look the same in every epoch; set --crop-scale None --color-jitter 0 --flip 0, or drop --tokens")
+    wanted = dict(
+        pictures=len(pictures),
+        names=pictures.fingerprint(),
+        vocab_size=r.vocab_size,
+        grid=[side, side],
+        img_size=r.img_size,
+        token_size=r.token_size,
+    )
+    other = [
+        f"{k} {described[k]!r} there, {v!r} here" for k, v in wanted.items() if described[k] != v
+    ]
+    if other:
+        raise ValueError(
+            f"the tokens in {r.tokens} are of something else ({'; '.join(other[:3])}); write them "
+            "again with `beit tokenize`"
+        )
+    if not PretrainTransform(r).views.fixed:
+        raise ValueError(
+            "--tokens needs pictures that look the same in every epoch; set --crop-scale None "
+            "--color-jitter 0 --flip 0, or drop --tokens"
+        )
 
 
 def spelling(r: PretrainRecipe, pictures: PictureSet) -> tuple[Tokenizer | None, Tensor | None]:
-    "Where the targets come from: a tokenizer that runs in every step, or a table of all ids; on this process's device."
+    """Where the targets come from.
+
+    A tokenizer that runs in every step, or a table of all ids; on this process's device.
+    """
     if r.tokens:
         table, described = load_tokens(r.tokens)
         check_tokens(r, described, pictures)
         put_aside(pictures, described["damaged"])
         return None, table.to(default_device())
-    if not r.tokenizer: raise ValueError("pre-training needs --tokenizer: the --out folder of `beit tokenizer`, or a checkpoint in it")
-    tokenizer, device = load_tokenizer(r.tokenizer), default_device()
+    if not r.tokenizer:
+        raise ValueError(
+            "pre-training needs --tokenizer: the --out folder of `beit tokenizer`, or a "
+            "checkpoint in it"
+        )
+    tokenizer = load_tokenizer(r.tokenizer)
+    device = default_device()
     check_tokenizer(r, tokenizer)
-    if roads(device).tokenizer and isinstance(tokenizer.dvae, DalleVAE): optimize_for_inference(tokenizer.dvae, roads(device).tokenizer)
+    if roads(device).tokenizer and isinstance(tokenizer.dvae, DalleVAE):
+        optimize_for_inference(tokenizer.dvae, roads(device).tokenizer)
     return tokenizer.to(device), None
 
 # %% ../nbs/42_pretraining.ipynb #with-cells
@@ -133,12 +190,24 @@ def pretrain_loss(
     tokenizer: Tokenizer | None,
     table: Tensor | None = None,  # ids (N, h, w) of all pictures, if they never change
 ):
-    "(model, bite, step) -> loss and mlm_acc; targets come from the token view, or from the table where there is one."
+    """(model, bite, step) -> loss and mlm_acc.
+
+    Targets come from the token view, or from the table where there is one.
+    """
 
     def loss_of(model, bite, step):
         patch_view, token_view, *colours, mask, number, where = bite
-        patch_view, token_view = (jitter_batch(x, *colours) if colours else x.float() / 255 for x in (patch_view, token_view))  # [0, 1]
-        targets = tokenizer.indices_at(token_view, where) if table is None else table[number].flatten()[where].long()  # (n,)
+        # [0, 1]
+        patch_view, token_view = (
+            jitter_batch(x, *colours) if colours else x.float() / 255
+            for x in (patch_view, token_view)
+        )
+        # (n,)
+        targets = (
+            tokenizer.indices_at(token_view, where)
+            if table is None
+            else table[number].flatten()[where].long()
+        )
         logits = model(normalize(patch_view, MEAN_STD[r.mean_std]), mask, where=where)
         return mim_loss(logits, targets), dict(mlm_acc=mim_accuracy(logits.detach(), targets))
 
@@ -147,17 +216,40 @@ def pretrain_loss(
 # %% ../nbs/42_pretraining.ipynb #painter
 def painter(r: PretrainRecipe) -> Tokenizer | None:
     "The tokenizer of a recipe, if it is there still and can paint."
-    try: check_tokenizer(r, tokenizer := load_tokenizer(r.tokenizer or "no tokenizer"))
-    except (ValueError, OSError): return None
+    try:
+        check_tokenizer(r, tokenizer := load_tokenizer(r.tokenizer or "no tokenizer"))
+    except (ValueError, OSError):
+        return None
     return tokenizer if can_paint(tokenizer) else None
 
 
-def watch_some(r: PretrainRecipe, out: Path, pictures: PictureSet, tokenizer: Tokenizer | None, table: Tensor | None = None, n: int = 6) -> Watch:
+def watch_some(
+    r: PretrainRecipe,
+    out: Path,
+    pictures: PictureSet,
+    tokenizer: Tokenizer | None,
+    table: Tensor | None = None,
+    n: int = 6,
+) -> Watch:
     "A `Watch` on `n` pictures of the training, with other masks than the training's."
     samples = Samples(pictures, PretrainTransform(replace(r, jitter_on="loader")), r.seed + 1)
-    views, tokens, masks, numbers = zip(*[samples[int(i)][:4] for i in np.linspace(0, len(pictures) - 1, n)])
-    if table is None: table, numbers = tokenizer.get_codebook_indices(torch.stack(tokens).to(default_device()).float() / 255), range(n)
-    return Watch(out, r.watch_every, torch.stack(views), torch.stack(masks), table[list(numbers)], tokenizer, r.mean_std)
+    views, tokens, masks, numbers = zip(
+        *[samples[int(i)][:4] for i in np.linspace(0, len(pictures) - 1, n)]
+    )
+    if table is None:
+        table = tokenizer.get_codebook_indices(
+            torch.stack(tokens).to(default_device()).float() / 255
+        )
+        numbers = range(n)
+    return Watch(
+        out,
+        r.watch_every,
+        torch.stack(views),
+        torch.stack(masks),
+        table[list(numbers)],
+        tokenizer,
+        r.mean_std,
+    )
 
 # %% ../nbs/42_pretraining.ipynb #evaluate-mim
 @torch.no_grad()
@@ -165,46 +257,83 @@ def evaluate_mim(
     model,
     r: PretrainRecipe,
     tokenizer: Tokenizer,
-    pictures: PictureSet,         # unseen ones
+    pictures: PictureSet,  # unseen ones
     prior: Tensor | None = None,  # ids (N, h, w) of training pictures, for the constant guess
-    seed: int = 0,                # of the masks
+    seed: int = 0,  # of the masks
     chunk: int = 250,
 ) -> dict:
-    "Top-1 and loss on masked tokens of unseen pictures, beside the best constant guess at every place."
-    device, training, samples = next(model.parameters()).device, model.training, Samples(pictures, PretrainTransform(replace(r, jitter_on="loader")), seed)
+    """Top-1 and loss on masked tokens of unseen pictures, beside the best constant guess at every
+    place.
+    """
+    device = next(model.parameters()).device
+    training = model.training
+    samples = Samples(pictures, PretrainTransform(replace(r, jitter_on="loader")), seed)
     hits = constant = total = loss = 0
-    best = None if prior is None else torch.mode(prior.flatten(1), 0).values.to(device)  # (h*w,) the most frequent id of every place
+    # (h*w,) the most frequent id of every place
+    best = None if prior is None else torch.mode(prior.flatten(1), 0).values.to(device)
     model.eval()
     for part in torch.arange(len(pictures)).split(chunk):
         *rows, lost = zip(*[samples[int(i)] for i in part])
         pass_over(pictures, [i for i in lost if i >= 0])
         views, tokens, masks = (torch.stack(x).to(device) for x in rows[:3])
-        ids, masks = tokenizer.get_codebook_indices(tokens.float() / 255).flatten(1), masks.flatten(1)
+        ids = tokenizer.get_codebook_indices(tokens.float() / 255).flatten(1)
+        masks = masks.flatten(1)
         logits = model(normalize(views.float() / 255, MEAN_STD[r.mean_std]), masks)
         hits += (logits.argmax(-1) == ids[masks]).sum().item()
         loss += mim_loss(logits, ids[masks]).item() * int(masks.sum())
-        if best is not None: constant += (best.expand_as(ids)[masks] == ids[masks]).sum().item()
+        if best is not None:
+            constant += (best.expand_as(ids)[masks] == ids[masks]).sum().item()
         total += int(masks.sum())
     model.train(training)
-    return dict(masked_top1=hits / total, masked_loss=loss / total, **({} if best is None else dict(best_constant_top1=constant / total)))
+    return dict(
+        masked_top1=hits / total,
+        masked_loss=loss / total,
+        **({} if best is None else dict(best_constant_top1=constant / total)),
+    )
 
 # %% ../nbs/42_pretraining.ipynb #pretrain
 @join_processes()
 def pretrain(r: PretrainRecipe, quiet: bool = False) -> BeitForMaskedImageModeling:
-    "Pre-train to the recipe, or continue; leaves checkpoints, log.jsonl and metrics.json in its folder."
+    """Pre-train to the recipe, or continue.
+
+    Leaves checkpoints, log.jsonl and metrics.json in its folder.
+    """
     check_recipe(r)
     tune(default_device(), r.embed_dim)
-    pictures, transform = open_data(r.data), PretrainTransform(r)
+    pictures = open_data(r.data)
+    transform = PretrainTransform(r)
     tokenizer, table = spelling(r, pictures)
     with open_run("pretrain", r) as out:
         samples = Samples(pictures, transform, r.seed, pixels=True)
         torch.manual_seed(r.seed)
         per_epoch = len(samples) // r.batch_size
-        t = Trainer("pretrain", r, out, build_mim(r), r.steps or r.epochs * per_epoch, per_epoch, quiet=quiet)
-        if table is None and transform.views.fixed: table = token_table(tokenizer, pictures, transform.views)
-        watch = watch_some(r, out, pictures, tokenizer or painter(r), table) if r.watch_every else None
-        if watch and t.step == 0: watch(0, t.model)
-        model = fit(t, Batches(samples, r, rank(), world_size()), pretrain_loss(r, tokenizer, table), watch, with_cells)
+        t = Trainer(
+            "pretrain",
+            r,
+            out,
+            build_mim(r),
+            r.steps or r.epochs * per_epoch,
+            per_epoch,
+            quiet=quiet,
+        )
+        if table is None and transform.views.fixed:
+            table = token_table(tokenizer, pictures, transform.views)
+        watch = (
+            watch_some(r, out, pictures, tokenizer or painter(r), table) if r.watch_every else None
+        )
+        if watch and t.step == 0:
+            watch(0, t.model)
+        model = fit(
+            t,
+            Batches(samples, r, rank(), world_size()),
+            pretrain_loss(r, tokenizer, table),
+            watch,
+            with_cells,
+        )
         last = next((row for row in reversed(read_log(out)) if "loss" in row), {})
-        finish(out, dict(steps=t.step, images=t.step * r.batch_size, damaged=len(t.data["damaged"])) | {k: last[k] for k in ("loss", "mlm_acc") if k in last})
+        finish(
+            out,
+            dict(steps=t.step, images=t.step * r.batch_size, damaged=len(t.data["damaged"]))
+            | {k: last[k] for k in ("loss", "mlm_acc") if k in last},
+        )
         return model

@@ -34,9 +34,14 @@ from .vit import VisionTransformer
 
 # %% ../nbs/45_probing.ipynb #views-of
 def views_of(pictures: PictureSet, size: int, ids=None) -> Tensor:
-    "Whole pictures (N, 3, size, size) uint8, without any augmentation; all, or those with the numbers `ids`."
+    """Whole pictures (N, 3, size, size) uint8, without any augmentation.
+
+    All, or those with the numbers `ids`.
+    """
     views = TwoViews(size)
-    return torch.stack([views(pictures[int(i)])[0] for i in (range(len(pictures)) if ids is None else ids)])
+    return torch.stack(
+        [views(pictures[int(i)])[0] for i in (range(len(pictures)) if ids is None else ids)]
+    )
 
 # %% ../nbs/45_probing.ipynb #block-features
 @torch.no_grad()
@@ -46,17 +51,23 @@ def block_features(
     mean_std: str = "beit",  # the normalisation it was trained with
     chunk: int = 256,  # pictures at once
 ) -> np.ndarray:  # (depth, N, D)
-    "The mean patch token after every block (paper, App. D), in the precision that suits the device."
-    device, parts = next(model.parameters()).device, []
+    """The mean patch token after every block (paper, App.
+
+    D), in the precision that suits the device.
+    """
+    device = next(model.parameters()).device
+    parts = []
     dtype = pick_precision("auto", device)
     for c in images.split(chunk):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            streams = model.forward_features(to_input(c.to(device), mean_std), every_block=True)  # depth times (n, 1+N, D)
+            # depth times (n, 1+N, D)
+            streams = model.forward_features(to_input(c.to(device), mean_std), every_block=True)
         parts.append(torch.stack([x[:, 1:].float().mean(1) for x in streams]).cpu())
     return torch.cat(parts, 1).numpy()
 
 # %% ../nbs/45_probing.ipynb #linear-score
-STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)  # inverse regularisation; the best one on val is taken, for every arm alike
+# inverse regularisation; the best one on val is taken, for every arm alike
+STRENGTHS = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 
 def linear_scores(
@@ -65,24 +76,39 @@ def linear_scores(
 ) -> np.ndarray:  # (strengths, sets)
     "Accuracy on every held-out set of a logistic regression fitted to `train`, for every strength."
     x, y = train
-    turn = make_pipeline(StandardScaler(), PCA() if x.shape[1] > len(x) else "passthrough")  # exact: the penalty sees no rotation
+    # exact: the penalty sees no rotation
+    turn = make_pipeline(StandardScaler(), PCA() if x.shape[1] > len(x) else "passthrough")
     with threadpool_limits(1 if x.size < 10**8 else None):
-        x, held = turn.fit_transform(x), [(turn.transform(h), t) for h, t in held]
+        x = turn.fit_transform(x)
+        held = [(turn.transform(h), t) for h, t in held]
         fits = [LogisticRegression(C=c, max_iter=1000, tol=1e-3).fit(x, y) for c in STRENGTHS]
         return np.array([[f.score(*h) for h in held] for f in fits])
 
 # %% ../nbs/45_probing.ipynb #best-on-val
 def best_on_val(scores: np.ndarray) -> dict:
-    "scores (draws, layers, strengths, 2 sets): choose layer and strength by the first set's mean, report the second."
-    val, held = scores[..., 0].mean(0), scores[..., 1]
+    """scores (draws, layers, strengths, 2 sets).
+
+    Choose layer and strength by the first set's mean, report the second.
+    """
+    val = scores[..., 0].mean(0)
+    held = scores[..., 1]
     layer, c = np.unravel_index(val.argmax(), val.shape)
     runs = held[:, layer, c]
-    return dict(mean=float(runs.mean()), std=float(runs.std(ddof=1)) if len(runs) > 1 else 0.0, runs=runs.tolist(), layer=int(layer) + 1,
-                layers=[float(held[:, l, val[l].argmax()].mean()) for l in range(len(val))])
+    return dict(
+        mean=float(runs.mean()),
+        std=float(runs.std(ddof=1)) if len(runs) > 1 else 0.0,
+        runs=runs.tolist(),
+        layer=int(layer) + 1,
+        layers=[float(held[:, l, val[l].argmax()].mean()) for l in range(len(val))],
+    )
 
 # %% ../nbs/45_probing.ipynb #networks
-def probe_networks(state: dict, seed: int) -> tuple[VisionTransformer, VisionTransformer, FinetuneRecipe]:
-    "The trained body of a checkpoint, one of its shape with random weights, and the recipe that has this shape."
+def probe_networks(
+    state: dict, seed: int
+) -> tuple[VisionTransformer, VisionTransformer, FinetuneRecipe]:
+    """The trained body of a checkpoint, one of its shape with random weights, and the recipe that
+    has this shape.
+    """
     src = from_config(state["config"])
     shape = {k: getattr(src, k) for k in FinetuneRecipe.__dataclass_fields__ if hasattr(src, k)}
     r = FinetuneRecipe(**shape | dict(init="", drop_path_rate=0.0))
@@ -98,32 +124,72 @@ def raw_pixels(images: Tensor) -> np.ndarray:
     return x.flatten(1).numpy()[None]
 
 
-def all_features(arms: dict[str, Callable], pictures: PictureSet, size: int, ids=None, chunk: int = 256) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    "What every arm makes of the pictures: name -> (layers, N, D); and the numbers (N,) of those that were seen."
-    views, rows, seen = TwoViews(size), [], []
-    for x, numbers, lost in DataLoader(Samples(pictures, lambda picture, number, rng: (views(picture)[0], number), ids=ids), chunk):
+def all_features(
+    arms: dict[str, Callable], pictures: PictureSet, size: int, ids=None, chunk: int = 256
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """What every arm makes of the pictures.
+
+    Name -> (layers, N, D); and the numbers (N,) of those that were seen.
+    """
+    views = TwoViews(size)
+    rows = []
+    seen = []
+    for x, numbers, lost in DataLoader(
+        Samples(pictures, lambda picture, number, rng: (views(picture)[0], number), ids=ids), chunk
+    ):
         pass_over(pictures, lost[lost >= 0])
         rows.append({k: f(x) for k, f in arms.items()}), seen.append(numbers)
     return {k: np.concatenate([r[k] for r in rows], 1) for k in arms}, torch.cat(seen).numpy()
 
 # %% ../nbs/45_probing.ipynb #probe
 def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
-    "Probe a checkpoint, a network of its shape with random weights, and raw pixels, on the same labels."
+    """Probe a checkpoint, a network of its shape with random weights, and raw pixels, on the same
+    labels.
+    """
     check_recipe(r)
-    if not r.init: raise ValueError("a probe needs --init: the --out folder of `beit pretrain` or `beit finetune`, or a checkpoint in it")
-    trained, untrained, shape = probe_networks(load_checkpoint(r.init, ("pretrain", "finetune")), r.seed)
-    arms = {name: lambda v, net=net: block_features(net, v, shape.mean_std) for name, net in dict(pretrained=trained, random=untrained).items()}
+    if not r.init:
+        raise ValueError(
+            "a probe needs --init: the --out folder of `beit pretrain` or `beit finetune`, or a "
+            "checkpoint in it"
+        )
+    trained, untrained, shape = probe_networks(
+        load_checkpoint(r.init, ("pretrain", "finetune")), r.seed
+    )
+    arms = {
+        name: lambda v, net=net: block_features(net, v, shape.mean_std)
+        for name, net in dict(pretrained=trained, random=untrained).items()
+    }
     arms["pixels"] = raw_pixels
     with open_run("probe", r) as out:
         train, val, held = (open_data(r.data, s, labels=True) for s in ("train", "val", r.split))
         draws = [few_labels(train.labels, r.labels_per_class, r.seed + d) for d in range(r.draws)]
-        used = np.unique(np.concatenate(draws))  # each picture is read once, whatever number of draws wants it
+        # each picture is read once, whatever number of draws wants it
+        used = np.unique(np.concatenate(draws))
         rows = [np.searchsorted(used, d) for d in draws]
-        (x, xs), (v, vs), (h, hs) = (all_features(arms, *args, chunk=r.batch_size) for args in ((train, shape.img_size, used), (val, shape.img_size), (held, shape.img_size)))
+        (x, xs), (v, vs), (h, hs) = (
+            all_features(arms, *args, chunk=r.batch_size)
+            for args in (
+                (train, shape.img_size, used),
+                (val, shape.img_size),
+                (held, shape.img_size),
+            )
+        )
         result = {}
         for name in arms:
-            scores = [[linear_scores((f[i], train.labels[xs[i]]), [(fv, val.labels[vs]), (fh, held.labels[hs])])
-                       for f, fv, fh in zip(x[name], v[name], h[name])] for i in rows]
+            scores = [
+                [
+                    linear_scores(
+                        (f[i], train.labels[xs[i]]), [(fv, val.labels[vs]), (fh, held.labels[hs])]
+                    )
+                    for f, fv, fh in zip(x[name], v[name], h[name])
+                ]
+                for i in rows
+            ]
             b = result[name] = best_on_val(np.array(scores))
-            if not quiet: print(f"{name}: {b['mean']:.3f} ± {b['std']:.3f} (best of {len(b['layers'])}: {b['layer']})", flush=True)
+            if not quiet:
+                print(
+                    f"{name}: {b['mean']:.3f} ± {b['std']:.3f} (best of {len(b['layers'])}: "
+                    f"{b['layer']})",
+                    flush=True,
+                )
         return finish(out, dict(labels=len(draws[0]), split=r.split, **result))

@@ -24,7 +24,8 @@ class Run:
     epochs: int = 1  # passes over the training pictures
     steps: int | None = None  # the same in optimizer steps; wins over epochs
     batch_size: int = 64  # pictures per step, over all processes
-    device_batch_size: int | None = None  # pictures a process takes at once; none: its whole share; smaller: gradients accumulate
+    # pictures a process takes at once; none: its whole share; smaller: gradients accumulate
+    device_batch_size: int | None = None
     lr: float = 1e-3  # peak learning rate
     min_lr: float = 1e-5  # learning rate at the end
     warmup_epochs: float = 0.0  # linear from 0 to lr
@@ -32,10 +33,13 @@ class Run:
     weight_decay: float = 0.05  # for matrices; vectors have none
     clip_grad: float | None = None  # largest norm of the gradient; none or 0: not clipped
     beta2: float = 0.999  # AdamW's second beta; the first is 0.9
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 where the device has it in hardware
+    # auto: bf16 where the device has it in hardware
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: bool = False  # torch.compile the model
-    parallel: Literal["ddp", "fsdp"] = "ddp"  # several processes: copies of the model, or one model in shards (FSDP2)
-    grad_checkpointing: bool = False  # recompute the blocks in the backward pass: less memory, a third more work
+    # several processes: copies of the model, or one model in shards (FSDP2)
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    # recompute the blocks in the backward pass: less memory, a third more work
+    grad_checkpointing: bool = False
     max_steps: int | None = None  # stop after that many steps, whatever epochs says
     checkpoint_every: int = 1000  # steps between checkpoints
     keep_checkpoints: int = 2  # so many of the newest are kept
@@ -66,25 +70,34 @@ class Backbone:
 # %% ../nbs/20_recipes.ipynb #tokenizer-recipe
 @dataclass
 class TokenizerRecipe(Run):
-    "How a dVAE is trained: -ELBO per pixel-channel, with a schedule for the KL weight and for the temperature."
+    """How a dVAE is trained.
+
+    -ELBO per pixel-channel, with a schedule for the KL weight and for the temperature.
+    """
 
     img_size: int = 32  # pixels a side of the pictures it trains on
-    arch: Literal["small", "dalle"] = "small"  # our network, or DALL-E's (53.8 + 43.8 million parameters, 8 pixels a token)
+    # our network, or DALL-E's (53.8 + 43.8 million parameters, 8 pixels a token)
+    arch: Literal["small", "dalle"] = "small"
     downsample: int = 4  # pixels a side of one token: 2, 4, 8 or 16
     vocab_size: int = 256  # how many tokens there are
     code_dim: int = 32  # width of a row of the codebook
     width: int = 128  # channels of the network
-    logits: Literal["distance", "linear"] = "distance"  # scores from distances to the codes (ours), or a 1x1 convolution (DALL-E)
-    likelihood: Literal["normal", "laplace"] = "normal"  # of a pixel: fixed-width normal (= MSE), or DALL-E's logit-Laplace
+    # scores from distances to the codes (ours), or a 1x1 convolution (DALL-E)
+    logits: Literal["distance", "linear"] = "distance"
+    # of a pixel: fixed-width normal (= MSE), or DALL-E's logit-Laplace
+    likelihood: Literal["normal", "laplace"] = "normal"
     kl_weight: float = 0.0  # beta on KL(q || uniform) per token; 1 is the ELBO, DALL-E ends at 6.6
     kl_steps: int = 5000  # cosine from 0 to kl_weight over these steps
-    usage_weight: float = 0.05  # small-scale aid, not DALL-E's: pull the batch-average token distribution to uniform
+    # small-scale aid, not DALL-E's: pull the batch-average token distribution to uniform
+    usage_weight: float = 0.05
     tau_start: float = 1.0  # Gumbel-softmax temperature at the beginning
     tau_end: float = 1 / 16  # and at the end (DALL-E, App. A.2)
     tau_share: float = 0.8  # share of the training over which it falls
     tau_steps: int | None = None  # the same in steps; wins over tau_share
-    lr_steps: int | None = None  # steps after which the learning rate has come down to min_lr; none: all
-    ema: float = 0.0  # keep a running mean of the weights with this memory (DALL-E: .999), and hand that out; 0: none
+    # steps after which the learning rate has come down to min_lr; none: all
+    lr_steps: int | None = None
+    # keep a running mean of the weights with this memory (DALL-E: .999), and hand that out; 0: none
+    ema: float = 0.0
     crop_scale: tuple[float, float] | None = None  # random resized crop; none: whole picture
     flip: float = 0.0  # probability of a mirrored picture
 
@@ -95,7 +108,8 @@ class PretrainRecipe(Backbone, Run):
 
     tokenizer: str = ""  # a trained tokenizer (a checkpoint file)
     vocab_size: int = 8192  # tokens of that tokenizer
-    token_size: int = 112  # pixels a side of the picture that the tokenizer sees: the same crop, smaller
+    # pixels a side of the picture that the tokenizer sees: the same crop, smaller
+    token_size: int = 112
     masking: Literal["blockwise", "random"] = "blockwise"  # Table 4 switches it
     num_mask_patches: int = 75  # patches to hide (official; the paper's 40 % would be 78)
     min_mask_patches_per_block: int = 16  # smallest block
@@ -106,25 +120,32 @@ class PretrainRecipe(Backbone, Run):
     color_jitter: float = 0.4  # brightness, contrast and saturation (no hue)
     flip: float = 0.5  # probability of a mirrored picture
     mean_std: Literal["beit", "imagenet"] = "imagenet"  # normalisation of the patch view
-    weight_init: Literal["beit", "xavier"] = "beit"  # beit: truncated normal .02; xavier: for tiny models
-    pos_embed_init: Literal["normal", "sincos"] = "normal"  # start of the learnt positions; sincos: for tiny models
+    # beit: truncated normal .02; xavier: for tiny models
+    weight_init: Literal["beit", "xavier"] = "beit"
+    # start of the learnt positions; sincos: for tiny models
+    pos_embed_init: Literal["normal", "sincos"] = "normal"
     watch_every: int | None = None  # steps between saved guesses on a few fixed pictures
-    loss_mean: Literal["global", "process"] = "global"  # over all masked tokens of the step, or per process as the official code does
+    # over all masked tokens of the step, or per process as the official code does
+    loss_mean: Literal["global", "process"] = "global"
     tokens: str = ""  # ids that `beit tokenize` wrote, where crops are fixed: no tokenizer runs
-    jitter_on: Literal["loader", "device"] = "loader"  # where colours are jittered; device: the same jitter on the batch, faster
+    # where colours are jittered; device: the same jitter on the batch, faster
+    jitter_on: Literal["loader", "device"] = "loader"
 
 # %% ../nbs/20_recipes.ipynb #finetune-recipe
 @dataclass
 class FinetuneRecipe(Backbone, Run):
     "How a (pre-trained) body learns to classify."
 
-    init: str = ""  # a checkpoint to start from: pretrain's, or another finetune's; empty: from scratch
-    labels_per_class: int | None = None  # use only so many labelled pictures a class (drawn by seed); none: all
+    # a checkpoint to start from: pretrain's, or another finetune's; empty: from scratch
+    init: str = ""
+    # use only so many labelled pictures a class (drawn by seed); none: all
+    labels_per_class: int | None = None
     layer_decay: float | None = 0.65  # learning rate of a block over that of the next
     label_smoothing: float = 0.1  # share of the target spread over all classes
     mixup: float = 0.8  # timm's mixup alpha
     cutmix: float = 1.0  # timm's cutmix alpha
-    augment: str = "rand-m9-mstd0.5-inc1"  # timm's auto-augment policy, 'shift' (a few pixels) or 'none'
+    # timm's auto-augment policy, 'shift' (a few pixels) or 'none'
+    augment: str = "rand-m9-mstd0.5-inc1"
     erasing: float = 0.25  # timm's random erasing probability
     crop_scale: tuple[float, float] | None = (0.08, 1.0)  # random resized crop; none: whole picture
     flip: float = 0.5  # probability of a mirrored picture
@@ -134,7 +155,8 @@ class FinetuneRecipe(Backbone, Run):
     weight_init: Literal["beit", "xavier"] = "beit"  # only from scratch
     pos_embed_init: Literal["normal", "sincos"] = "normal"  # only from scratch
     eval_every: int | None = None  # steps between evaluations; none: at the end of each epoch
-    split: Literal["val", "test"] = "val"  # what to evaluate on: choices are made on val, test is for the report
+    # what to evaluate on: choices are made on val, test is for the report
+    split: Literal["val", "test"] = "val"
 
 # %% ../nbs/20_recipes.ipynb #probe-recipe
 @dataclass
@@ -154,144 +176,527 @@ class ProbeRecipe:
 BASE = dict(embed_dim=768, depth=12, num_heads=12)
 LARGE = dict(embed_dim=1024, depth=24, num_heads=16)
 PLUS = dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True)  # BEiT+, with init_values
-NANO = dict(img_size=32, patch_size=4, embed_dim=128, depth=4, num_heads=4, drop_path_rate=0.0,
-            weight_init="xavier", pos_embed_init="sincos", mean_std="beit")
-TINY = dict(img_size=32, patch_size=4, embed_dim=192, depth=12, num_heads=3, weight_init="xavier", pos_embed_init="sincos", mean_std="imagenet")
+NANO = dict(
+    img_size=32,
+    patch_size=4,
+    embed_dim=128,
+    depth=4,
+    num_heads=4,
+    drop_path_rate=0.0,
+    weight_init="xavier",
+    pos_embed_init="sincos",
+    mean_std="beit",
+)
+TINY = dict(
+    img_size=32,
+    patch_size=4,
+    embed_dim=192,
+    depth=12,
+    num_heads=3,
+    weight_init="xavier",
+    pos_embed_init="sincos",
+    mean_std="imagenet",
+)
 
 # %% ../nbs/20_recipes.ipynb #tokenizer-presets
 TOKENIZER = {
-    "nano": ("embedded digits, under a minute on a laptop", TokenizerRecipe(
-        data="digits", epochs=2, batch_size=32, width=64, lr=2e-3, min_lr=0.0, warmup_steps=20, weight_decay=1e-4, beta2=0.99, clip_grad=1.0)),
-    "photos": ("crops of the embedded photographs: natural colour on a laptop, 8 pixels a token", TokenizerRecipe(
-        data="photos", img_size=64, downsample=8, vocab_size=512, epochs=4, batch_size=32, lr=2e-3, min_lr=0.0, warmup_steps=20,
-        weight_decay=1e-4, beta2=0.99, clip_grad=1.0, crop_scale=(0.02, 0.3), flip=0.5)),
-    "cifar": ("CIFAR-100 on one GPU; not measured here", TokenizerRecipe(
-        data="cifar100", epochs=30, batch_size=256, vocab_size=1024, width=256, lr=1e-3, min_lr=1e-5, warmup_epochs=1,
-        weight_decay=1e-4, clip_grad=1.0, crop_scale=(0.5, 1.0), flip=0.5)),
-    "imagenet": ("ImageNet-1K on eight GPUs, 8 pixels a token, trained on the crops that BEiT will show it; not run here", TokenizerRecipe(
-        data="imagenet", img_size=112, downsample=8, vocab_size=8192, width=512, epochs=30, batch_size=1024, lr=1e-3, min_lr=1e-5, warmup_epochs=1,
-        weight_decay=1e-4, beta2=0.99, clip_grad=1.0, ema=0.999, crop_scale=(0.08, 1.0), flip=0.5)),
-    "dalle": ("DALL-E's own (App. A.2): its network at 256 pixels, batch 512, 3,000,000 steps; not run here", TokenizerRecipe(
-        data="imagenet", arch="dalle", img_size=256, downsample=8, vocab_size=8192, code_dim=128, width=256, logits="linear", likelihood="laplace",
-        steps=3_000_000, batch_size=512, lr=1e-4, min_lr=1.25e-6, lr_steps=1_200_000, weight_decay=1e-4, kl_weight=6.6, kl_steps=5000,
-        usage_weight=0.0, tau_steps=150_000, ema=0.999, crop_scale=(0.44, 0.79))),
+    "nano": (
+        "embedded digits, under a minute on a laptop",
+        TokenizerRecipe(
+            data="digits",
+            epochs=2,
+            batch_size=32,
+            width=64,
+            lr=2e-3,
+            min_lr=0.0,
+            warmup_steps=20,
+            weight_decay=1e-4,
+            beta2=0.99,
+            clip_grad=1.0,
+        ),
+    ),
+    "photos": (
+        "crops of the embedded photographs: natural colour on a laptop, 8 pixels a token",
+        TokenizerRecipe(
+            data="photos",
+            img_size=64,
+            downsample=8,
+            vocab_size=512,
+            epochs=4,
+            batch_size=32,
+            lr=2e-3,
+            min_lr=0.0,
+            warmup_steps=20,
+            weight_decay=1e-4,
+            beta2=0.99,
+            clip_grad=1.0,
+            crop_scale=(0.02, 0.3),
+            flip=0.5,
+        ),
+    ),
+    "cifar": (
+        "CIFAR-100 on one GPU; not measured here",
+        TokenizerRecipe(
+            data="cifar100",
+            epochs=30,
+            batch_size=256,
+            vocab_size=1024,
+            width=256,
+            lr=1e-3,
+            min_lr=1e-5,
+            warmup_epochs=1,
+            weight_decay=1e-4,
+            clip_grad=1.0,
+            crop_scale=(0.5, 1.0),
+            flip=0.5,
+        ),
+    ),
+    "imagenet": (
+        "ImageNet-1K on eight GPUs, 8 pixels a token, trained on the crops that BEiT will show "
+        "it; not run here",
+        TokenizerRecipe(
+            data="imagenet",
+            img_size=112,
+            downsample=8,
+            vocab_size=8192,
+            width=512,
+            epochs=30,
+            batch_size=1024,
+            lr=1e-3,
+            min_lr=1e-5,
+            warmup_epochs=1,
+            weight_decay=1e-4,
+            beta2=0.99,
+            clip_grad=1.0,
+            ema=0.999,
+            crop_scale=(0.08, 1.0),
+            flip=0.5,
+        ),
+    ),
+    "dalle": (
+        "DALL-E's own (App. A.2): its network at 256 pixels, batch 512, 3,000,000 steps; not run "
+        "here",
+        TokenizerRecipe(
+            data="imagenet",
+            arch="dalle",
+            img_size=256,
+            downsample=8,
+            vocab_size=8192,
+            code_dim=128,
+            width=256,
+            logits="linear",
+            likelihood="laplace",
+            steps=3_000_000,
+            batch_size=512,
+            lr=1e-4,
+            min_lr=1.25e-6,
+            lr_steps=1_200_000,
+            weight_decay=1e-4,
+            kl_weight=6.6,
+            kl_steps=5000,
+            usage_weight=0.0,
+            tau_steps=150_000,
+            ema=0.999,
+            crop_scale=(0.44, 0.79),
+        ),
+    ),
 }
 
 # %% ../nbs/20_recipes.ipynb #pretrain-presets
 PRETRAIN = {
-    "nano": ("embedded digits, minutes on a laptop", PretrainRecipe(
-        data="digits", epochs=10, batch_size=64, lr=1.5e-3, min_lr=1.5e-5, warmup_steps=60, beta2=0.98, clip_grad=3.0,
-        vocab_size=256, token_size=32, num_mask_patches=26, min_mask_patches_per_block=4, exact_mask=True,
-        crop_scale=None, color_jitter=0.0, flip=0.0, watch_every=250, **NANO)),
-    "cifar": ("CIFAR-100 on one GPU; not measured here", PretrainRecipe(
-        data="cifar100", epochs=300, batch_size=512, lr=1.5e-3, warmup_epochs=10, beta2=0.98, clip_grad=3.0,
-        vocab_size=1024, token_size=32, num_mask_patches=25, min_mask_patches_per_block=4, crop_scale=(0.35, 1.0), **TINY)),
-    "base-in1k": ("Tables 1-4: vanilla ViT-B, ImageNet-1K, 800 epochs (Table 12)", PretrainRecipe(
-        data="imagenet", epochs=800, batch_size=2048, lr=1.5e-3, min_lr=1e-5, warmup_epochs=10, clip_grad=3.0, watch_every=5000, **BASE)),
-    "large-in1k": ("Table 1: vanilla ViT-L, ImageNet-1K, 800 epochs (Table 12, clip 1.0)", PretrainRecipe(
-        data="imagenet", epochs=800, batch_size=2048, lr=1.5e-3, min_lr=1e-5, warmup_epochs=10, clip_grad=1.0, watch_every=5000, **LARGE)),
-    "base-plus-in1k": ("Table 5, last row: BEiT+ base, ImageNet-1K, 300 epochs", PretrainRecipe(
-        data="imagenet", epochs=300, batch_size=2048, lr=1.5e-3, min_lr=1e-5, warmup_epochs=10, clip_grad=3.0, init_values=0.1,
-        watch_every=5000, **BASE, **PLUS)),
-    "base-plus-in22k": ("the released base weights: ImageNet-22K, 150 epochs, 10,000 warm-up steps", PretrainRecipe(
-        data="imagenet22k", epochs=150, batch_size=2048, lr=1.5e-3, min_lr=1e-5, warmup_steps=10000, clip_grad=3.0, init_values=0.1,
-        mean_std="beit", watch_every=5000, **BASE, **PLUS)),
-    "large-plus-in22k": ("the released large weights: ImageNet-22K, 150 epochs, LayerScale 1e-5, clip 1.0", PretrainRecipe(
-        data="imagenet22k", epochs=150, batch_size=2048, lr=1.5e-3, min_lr=1e-5, warmup_steps=10000, clip_grad=1.0, init_values=1e-5,
-        mean_std="beit", watch_every=5000, **LARGE, **PLUS)),
+    "nano": (
+        "embedded digits, minutes on a laptop",
+        PretrainRecipe(
+            data="digits",
+            epochs=10,
+            batch_size=64,
+            lr=1.5e-3,
+            min_lr=1.5e-5,
+            warmup_steps=60,
+            beta2=0.98,
+            clip_grad=3.0,
+            vocab_size=256,
+            token_size=32,
+            num_mask_patches=26,
+            min_mask_patches_per_block=4,
+            exact_mask=True,
+            crop_scale=None,
+            color_jitter=0.0,
+            flip=0.0,
+            watch_every=250,
+            **NANO,
+        ),
+    ),
+    "cifar": (
+        "CIFAR-100 on one GPU; not measured here",
+        PretrainRecipe(
+            data="cifar100",
+            epochs=300,
+            batch_size=512,
+            lr=1.5e-3,
+            warmup_epochs=10,
+            beta2=0.98,
+            clip_grad=3.0,
+            vocab_size=1024,
+            token_size=32,
+            num_mask_patches=25,
+            min_mask_patches_per_block=4,
+            crop_scale=(0.35, 1.0),
+            **TINY,
+        ),
+    ),
+    "base-in1k": (
+        "Tables 1-4: vanilla ViT-B, ImageNet-1K, 800 epochs (Table 12)",
+        PretrainRecipe(
+            data="imagenet",
+            epochs=800,
+            batch_size=2048,
+            lr=1.5e-3,
+            min_lr=1e-5,
+            warmup_epochs=10,
+            clip_grad=3.0,
+            watch_every=5000,
+            **BASE,
+        ),
+    ),
+    "large-in1k": (
+        "Table 1: vanilla ViT-L, ImageNet-1K, 800 epochs (Table 12, clip 1.0)",
+        PretrainRecipe(
+            data="imagenet",
+            epochs=800,
+            batch_size=2048,
+            lr=1.5e-3,
+            min_lr=1e-5,
+            warmup_epochs=10,
+            clip_grad=1.0,
+            watch_every=5000,
+            **LARGE,
+        ),
+    ),
+    "base-plus-in1k": (
+        "Table 5, last row: BEiT+ base, ImageNet-1K, 300 epochs",
+        PretrainRecipe(
+            data="imagenet",
+            epochs=300,
+            batch_size=2048,
+            lr=1.5e-3,
+            min_lr=1e-5,
+            warmup_epochs=10,
+            clip_grad=3.0,
+            init_values=0.1,
+            watch_every=5000,
+            **BASE,
+            **PLUS,
+        ),
+    ),
+    "base-plus-in22k": (
+        "the released base weights: ImageNet-22K, 150 epochs, 10,000 warm-up steps",
+        PretrainRecipe(
+            data="imagenet22k",
+            epochs=150,
+            batch_size=2048,
+            lr=1.5e-3,
+            min_lr=1e-5,
+            warmup_steps=10000,
+            clip_grad=3.0,
+            init_values=0.1,
+            mean_std="beit",
+            watch_every=5000,
+            **BASE,
+            **PLUS,
+        ),
+    ),
+    "large-plus-in22k": (
+        "the released large weights: ImageNet-22K, 150 epochs, LayerScale 1e-5, clip 1.0",
+        PretrainRecipe(
+            data="imagenet22k",
+            epochs=150,
+            batch_size=2048,
+            lr=1.5e-3,
+            min_lr=1e-5,
+            warmup_steps=10000,
+            clip_grad=1.0,
+            init_values=1e-5,
+            mean_std="beit",
+            watch_every=5000,
+            **LARGE,
+            **PLUS,
+        ),
+    ),
 }
 
 # %% ../nbs/20_recipes.ipynb #finetune-presets
 FINETUNE = {
-    "nano": ("embedded digits, 20 labels a class", FinetuneRecipe(
-        data="digits", labels_per_class=20, steps=200, batch_size=32, lr=2e-3, min_lr=1e-5, warmup_steps=20, weight_decay=0.05, clip_grad=3.0,
-        layer_decay=0.75, mixup=0.0, cutmix=0.0, augment="shift", erasing=0.0, crop_scale=None, flip=0.0, eval_every=40,
-        **NANO | dict(drop_path_rate=0.1))),
-    "cifar": ("CIFAR-100 on one GPU with the small network; not measured here", FinetuneRecipe(
-        data="cifar100", epochs=100, batch_size=512, lr=2e-3, min_lr=1e-6, warmup_epochs=10, crop_scale=(0.35, 1.0), **TINY)),
-    "base-in1k": ("Table 13: base on ImageNet-1K at 224 (lr swept over 2e-3 .. 5e-3)", FinetuneRecipe(
-        data="imagenet", epochs=100, batch_size=1024, lr=4e-3, min_lr=1e-6, warmup_epochs=20, layer_decay=0.65, **BASE)),
-    "large-in1k": ("Table 13: large on ImageNet-1K at 224 (lr swept over 2e-3 .. 5e-3)", FinetuneRecipe(
-        data="imagenet", epochs=50, batch_size=1024, lr=2e-3, min_lr=1e-6, warmup_epochs=5, layer_decay=0.75, **LARGE)),
-    "base-in1k-384": ("Table 1, BEiT384-B: 10 more epochs at 384 after base-in1k; what the paper leaves open as in the README's command", FinetuneRecipe(
-        data="imagenet", img_size=384, epochs=10, batch_size=512, lr=2e-5, min_lr=1e-6, warmup_epochs=1, weight_decay=1e-8, layer_decay=0.85,
-        mixup=0.0, cutmix=0.0, **BASE)),
-    "base-cifar100": ("Table 13: base on CIFAR-100 (lr swept over 2e-3 .. 5e-3)", FinetuneRecipe(
-        data="cifar100", epochs=150, batch_size=512, lr=3e-3, min_lr=1e-6, warmup_epochs=20, weight_decay=0.3, layer_decay=0.65, erasing=0.0, **BASE)),
+    "nano": (
+        "embedded digits, 20 labels a class",
+        FinetuneRecipe(
+            data="digits",
+            labels_per_class=20,
+            steps=200,
+            batch_size=32,
+            lr=2e-3,
+            min_lr=1e-5,
+            warmup_steps=20,
+            weight_decay=0.05,
+            clip_grad=3.0,
+            layer_decay=0.75,
+            mixup=0.0,
+            cutmix=0.0,
+            augment="shift",
+            erasing=0.0,
+            crop_scale=None,
+            flip=0.0,
+            eval_every=40,
+            **NANO | dict(drop_path_rate=0.1),
+        ),
+    ),
+    "cifar": (
+        "CIFAR-100 on one GPU with the small network; not measured here",
+        FinetuneRecipe(
+            data="cifar100",
+            epochs=100,
+            batch_size=512,
+            lr=2e-3,
+            min_lr=1e-6,
+            warmup_epochs=10,
+            crop_scale=(0.35, 1.0),
+            **TINY,
+        ),
+    ),
+    "base-in1k": (
+        "Table 13: base on ImageNet-1K at 224 (lr swept over 2e-3 .. 5e-3)",
+        FinetuneRecipe(
+            data="imagenet",
+            epochs=100,
+            batch_size=1024,
+            lr=4e-3,
+            min_lr=1e-6,
+            warmup_epochs=20,
+            layer_decay=0.65,
+            **BASE,
+        ),
+    ),
+    "large-in1k": (
+        "Table 13: large on ImageNet-1K at 224 (lr swept over 2e-3 .. 5e-3)",
+        FinetuneRecipe(
+            data="imagenet",
+            epochs=50,
+            batch_size=1024,
+            lr=2e-3,
+            min_lr=1e-6,
+            warmup_epochs=5,
+            layer_decay=0.75,
+            **LARGE,
+        ),
+    ),
+    "base-in1k-384": (
+        "Table 1, BEiT384-B: 10 more epochs at 384 after base-in1k; what the paper leaves open as "
+        "in the README's command",
+        FinetuneRecipe(
+            data="imagenet",
+            img_size=384,
+            epochs=10,
+            batch_size=512,
+            lr=2e-5,
+            min_lr=1e-6,
+            warmup_epochs=1,
+            weight_decay=1e-8,
+            layer_decay=0.85,
+            mixup=0.0,
+            cutmix=0.0,
+            **BASE,
+        ),
+    ),
+    "base-cifar100": (
+        "Table 13: base on CIFAR-100 (lr swept over 2e-3 .. 5e-3)",
+        FinetuneRecipe(
+            data="cifar100",
+            epochs=150,
+            batch_size=512,
+            lr=3e-3,
+            min_lr=1e-6,
+            warmup_epochs=20,
+            weight_decay=0.3,
+            layer_decay=0.65,
+            erasing=0.0,
+            **BASE,
+        ),
+    ),
 }
 
 # %% ../nbs/20_recipes.ipynb #probe-presets
 PROBE = {
     "nano": ("every block on 20 labels a class of the embedded digits", ProbeRecipe()),
-    "in1k": ("Table 9: ImageNet-1K, all labels", ProbeRecipe(data="imagenet", labels_per_class=None, draws=1)),
+    "in1k": (
+        "Table 9: ImageNet-1K, all labels",
+        ProbeRecipe(data="imagenet", labels_per_class=None, draws=1),
+    ),
 }
 RECIPES = {"tokenizer": TOKENIZER, "pretrain": PRETRAIN, "finetune": FINETUNE, "probe": PROBE}
 
 # %% ../nbs/20_recipes.ipynb #allowed
-ALLOWED = {field: (test, words) for fields, test, words in (
-    ("batch_size device_batch_size epochs steps max_steps checkpoint_every keep_checkpoints milestone_every log_every watch_every eval_every tau_steps lr_steps "
-     "img_size patch_size token_size embed_dim depth num_heads vocab_size code_dim width labels_per_class draws "
-     "num_mask_patches min_mask_patches_per_block max_mask_patches_per_block", lambda x: 1 <= x < inf, "at least 1"),
-    ("lr mlp_ratio tau_start tau_end", lambda x: 0 < x < inf, "a finite number above 0"),
-    ("min_lr warmup_epochs warmup_steps weight_decay clip_grad kl_weight kl_steps usage_weight init_values init_scale color_jitter mixup cutmix workers",
-     lambda x: 0 <= x < inf, "a finite number, 0 or more"),
-    ("beta2 ema drop_path_rate label_smoothing", lambda x: 0 <= x < 1, "at least 0 and below 1"),
-    ("flip erasing max_damaged layer_decay", lambda x: 0 <= x <= 1, "from 0 to 1"),
-    ("min_aspect tau_share", lambda x: 0 < x <= 1, "above 0 and at most 1"),
-    ("crop_scale", lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1, "two shares of the picture above 0 and at most 1, the smaller first"),
-    ("downsample", lambda x: x in (2, 4, 8, 16), "2, 4, 8 or 16"),
-    ("seed", lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
-) for field in fields.split()}
+ALLOWED = {
+    field: (test, words)
+    for fields, test, words in (
+        (
+            "batch_size device_batch_size epochs steps max_steps checkpoint_every "
+            "keep_checkpoints milestone_every log_every watch_every eval_every tau_steps lr_steps "
+            "img_size patch_size token_size embed_dim depth num_heads vocab_size code_dim width "
+            "labels_per_class draws "
+            "num_mask_patches min_mask_patches_per_block max_mask_patches_per_block",
+            lambda x: 1 <= x < inf,
+            "at least 1",
+        ),
+        ("lr mlp_ratio tau_start tau_end", lambda x: 0 < x < inf, "a finite number above 0"),
+        (
+            "min_lr warmup_epochs warmup_steps weight_decay clip_grad kl_weight kl_steps "
+            "usage_weight init_values init_scale color_jitter mixup cutmix workers",
+            lambda x: 0 <= x < inf,
+            "a finite number, 0 or more",
+        ),
+        (
+            "beta2 ema drop_path_rate label_smoothing",
+            lambda x: 0 <= x < 1,
+            "at least 0 and below 1",
+        ),
+        ("flip erasing max_damaged layer_decay", lambda x: 0 <= x <= 1, "from 0 to 1"),
+        ("min_aspect tau_share", lambda x: 0 < x <= 1, "above 0 and at most 1"),
+        (
+            "crop_scale",
+            lambda x: len(x) == 2 and 0 < x[0] <= x[1] <= 1,
+            "two shares of the picture above 0 and at most 1, the smaller first",
+        ),
+        ("downsample", lambda x: x in (2, 4, 8, 16), "2, 4, 8 or 16"),
+        ("seed", lambda x: 0 <= x < 2**32, "from 0 to 4294967295"),
+    )
+    for field in fields.split()
+}
 
 # %% ../nbs/20_recipes.ipynb #check-recipe
 def check_recipe(recipe) -> None:
     "Refuse a recipe that cannot work, with one line that names the field and a way out."
-    r, given = recipe, {k: v for k, v in asdict(recipe).items() if k in ALLOWED and v is not None}
+    r = recipe
+    given = {k: v for k, v in asdict(recipe).items() if k in ALLOWED and v is not None}
     bad = [f"{k} {v} must be {ALLOWED[k][1]}" for k, v in given.items() if not ALLOWED[k][0](v)]
     if isinstance(r, TokenizerRecipe):
-        if r.arch == "dalle" and (r.logits, r.likelihood) != ("linear", "laplace"): bad.append("arch dalle has logits linear and likelihood laplace: set both")
-        if r.parallel == "fsdp": bad.append("a tokenizer is small: set parallel ddp")
+        if r.arch == "dalle" and (r.logits, r.likelihood) != ("linear", "laplace"):
+            bad.append("arch dalle has logits linear and likelihood laplace: set both")
+        if r.parallel == "fsdp":
+            bad.append("a tokenizer is small: set parallel ddp")
     if not bad:
-        if isinstance(r, Run) and r.min_lr > r.lr: bad.append(f"min_lr {r.min_lr} is above lr {r.lr}, so that the learning rate would rise: lower min_lr or raise lr")
-        for whole, part in (("img_size", "patch_size"), ("embed_dim", "num_heads"), ("img_size", "downsample")):
+        if isinstance(r, Run) and r.min_lr > r.lr:
+            bad.append(
+                f"min_lr {r.min_lr} is above lr {r.lr}, so that the learning rate would rise: "
+                "lower min_lr or raise lr"
+            )
+        for whole, part in (
+            ("img_size", "patch_size"),
+            ("embed_dim", "num_heads"),
+            ("img_size", "downsample"),
+        ):
             if whole in given and part in given and given[whole] % given[part]:
-                bad.append(f"{whole} {given[whole]} is not divisible by {part} {given[part]}: choose a multiple of it")
+                bad.append(
+                    f"{whole} {given[whole]} is not divisible by {part} {given[part]}: choose a "
+                    "multiple of it"
+                )
     if isinstance(r, PretrainRecipe) and not bad:
-        n, low = (r.img_size // r.patch_size) ** 2, r.min_mask_patches_per_block if r.masking == "blockwise" else 1
-        most = r.num_mask_patches if r.max_mask_patches_per_block is None else r.max_mask_patches_per_block
-        if r.num_mask_patches > n: bad.append(f"num_mask_patches {r.num_mask_patches} does not fit the grid of {n} patches: choose 1 to {n}")
-        elif r.num_mask_patches < low: bad.append(f"num_mask_patches {r.num_mask_patches} is below min_mask_patches_per_block {low}, so that no block fits and masks stay empty: lower the minimum or raise the target")
-        elif most < low: bad.append(f"max_mask_patches_per_block {most} is below min_mask_patches_per_block {low}: lower the minimum or raise the maximum")
-    if bad: raise ValueError("; ".join(bad))
+        n = (r.img_size // r.patch_size) ** 2
+        low = r.min_mask_patches_per_block if r.masking == "blockwise" else 1
+        most = (
+            r.num_mask_patches
+            if r.max_mask_patches_per_block is None
+            else r.max_mask_patches_per_block
+        )
+        if r.num_mask_patches > n:
+            bad.append(
+                f"num_mask_patches {r.num_mask_patches} does not fit the grid of {n} patches: "
+                f"choose 1 to {n}"
+            )
+        elif r.num_mask_patches < low:
+            bad.append(
+                f"num_mask_patches {r.num_mask_patches} is below min_mask_patches_per_block "
+                f"{low}, so that no block fits and masks stay empty: lower the minimum or raise "
+                "the target"
+            )
+        elif most < low:
+            bad.append(
+                f"max_mask_patches_per_block {most} is below min_mask_patches_per_block {low}: "
+                "lower the minimum or raise the maximum"
+            )
+    if bad:
+        raise ValueError("; ".join(bad))
 
 # %% ../nbs/20_recipes.ipynb #as-config
-FREE = {"out", "resume", "workers", "max_steps", "checkpoint_every", "keep_checkpoints", "milestone_every", "log_every", "tensorboard", "dry_run", "max_damaged",
-        "device_batch_size", "parallel", "grad_checkpointing"}  # may change on resume
+FREE = {
+    "out",
+    "resume",
+    "workers",
+    "max_steps",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "milestone_every",
+    "log_every",
+    "tensorboard",
+    "dry_run",
+    "max_damaged",
+    "device_batch_size",
+    "parallel",
+    "grad_checkpointing",
+}  # may change on resume
 
 
 def as_config(command: str, recipe) -> dict:
     "The resolved recipe as plain data: what config.json and every checkpoint hold."
-    return {"command": command, **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()}}
+    return {
+        "command": command,
+        **{k: list(v) if isinstance(v, tuple) else v for k, v in asdict(recipe).items()},
+    }
 
 
 def from_config(config: dict):
     "The recipe that `as_config` wrote; unknown fields (of another version) are dropped."
-    cls = {"tokenizer": TokenizerRecipe, "pretrain": PretrainRecipe, "finetune": FinetuneRecipe, "probe": ProbeRecipe}[config["command"]]
+    cls = {
+        "tokenizer": TokenizerRecipe,
+        "pretrain": PretrainRecipe,
+        "finetune": FinetuneRecipe,
+        "probe": ProbeRecipe,
+    }[config["command"]]
     fields = cls.__dataclass_fields__
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields})
+    return cls(
+        **{k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in fields}
+    )
 
 # %% ../nbs/20_recipes.ipynb #check-same-run
 def check_same_run(old: dict, new: dict, where) -> None:
-    "Refuse to go on with a run of another recipe: all fields of the two configs but the FREE ones must agree."
-    other = [f"{k} {old.get(k)!r} there, {v!r} now" for k, v in new.items() if k not in FREE and old.get(k, v) != v]  # a field of a later version is no quarrel
-    if other: raise ValueError(f"{where} holds another run ({'; '.join(other[:3])}); choose another --out, or delete that folder")
+    """Refuse to go on with a run of another recipe.
+
+    All fields of the two configs but the FREE ones must agree.
+    """
+    # a field of a later version is no quarrel
+    other = [
+        f"{k} {old.get(k)!r} there, {v!r} now"
+        for k, v in new.items()
+        if k not in FREE and old.get(k, v) != v
+    ]
+    if other:
+        raise ValueError(
+            f"{where} holds another run ({'; '.join(other[:3])}); choose another --out, or delete "
+            "that folder"
+        )
 
 # %% ../nbs/20_recipes.ipynb #recipe-named
 def recipe_named(command: str, name: str, **changes):
     "The preset `name` of a command with some fields changed."
-    if command not in RECIPES: raise ValueError(f"no recipes for the command {command!r}; there are: {', '.join(RECIPES)}")
-    if name not in RECIPES[command]: raise ValueError(f"unknown {command} recipe {name!r}; there are: {', '.join(RECIPES[command])}")
+    if command not in RECIPES:
+        raise ValueError(f"no recipes for the command {command!r}; there are: {', '.join(RECIPES)}")
+    if name not in RECIPES[command]:
+        raise ValueError(
+            f"unknown {command} recipe {name!r}; there are: {', '.join(RECIPES[command])}"
+        )
     recipe = RECIPES[command][name][1]
     if strange := sorted(changes.keys() - asdict(recipe).keys()):
-        raise ValueError(f"a {command} recipe has no field {strange[0]!r}; its fields are: {', '.join(asdict(recipe))}")
+        raise ValueError(
+            f"a {command} recipe has no field {strange[0]!r}; its fields are: "
+            f"{', '.join(asdict(recipe))}"
+        )
     return replace(recipe, **changes)

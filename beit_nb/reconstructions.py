@@ -26,7 +26,9 @@ from .tokens import Tokenizer
 def hide(pictures: Tensor, masks: Tensor) -> Tensor:
     "Pictures (n, 3, S, S), grey where the masks (n, h, w) are true."
     side = pictures.shape[-1] // masks.shape[-1]
-    return torch.where(masks.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None], 0.55, pictures)
+    return torch.where(
+        masks.repeat_interleave(side, 1).repeat_interleave(side, 2)[:, None], 0.55, pictures
+    )
 
 
 def can_paint(tokenizer: Tokenizer | None) -> bool:
@@ -35,9 +37,15 @@ def can_paint(tokenizer: Tokenizer | None) -> bool:
 
 
 def paint(ids: Tensor, tokenizer: Tokenizer | None = None) -> Tensor:
-    "Pictures (n, 3, H, W) of ids (n, h, w): decoded, or (n, 3, h, w) with a colour a token if there is nobody who can."
-    if can_paint(tokenizer): return tokenizer.decode(ids.to(next(tokenizer.parameters()).device)).cpu()
-    return torch.rand(2**13, 3, generator=torch.Generator().manual_seed(1))[ids % 2**13].permute(0, 3, 1, 2)
+    """Pictures (n, 3, H, W) of ids (n, h, w).
+
+    Decoded, or (n, 3, h, w) with a colour a token if there is nobody who can.
+    """
+    if can_paint(tokenizer):
+        return tokenizer.decode(ids.to(next(tokenizer.parameters()).device)).cpu()
+    return torch.rand(2**13, 3, generator=torch.Generator().manual_seed(1))[ids % 2**13].permute(
+        0, 3, 1, 2
+    )
 
 # %% ../nbs/41_reconstructions.ipynb #strip
 def rows_figure(rows: dict[str, Tensor], size: float = 1.15) -> Figure:
@@ -45,7 +53,8 @@ def rows_figure(rows: dict[str, Tensor], size: float = 1.15) -> Figure:
     n = len(next(iter(rows.values())))
     fig = show_images([x for row in rows.values() for x in row], ncols=n, size=size)
     fig.set_figwidth(n * size + 1)  # room for the names
-    for name, ax in zip(rows, fig.axes[::n]): ax.text(-0.12, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=9)
+    for name, ax in zip(rows, fig.axes[::n]):
+        ax.text(-0.12, 0.5, name, transform=ax.transAxes, ha="right", va="center", fontsize=9)
     return fig
 
 
@@ -53,14 +62,25 @@ def strip(rows: dict[str, Tensor]) -> np.ndarray:
     "Named rows of pictures (n, 3, h, w) in [0, 1] as one picture, (H, W, 3) uint8."
     largest = max(x.shape[-1] for x in rows.values())
     side = largest * -(-96 // largest)  # at least 96 pixels, and whole multiples
-    grid = make_grid(torch.cat([F.interpolate(x, (side, side)) for x in rows.values()]), len(next(iter(rows.values()))), padding=4, pad_value=1.0)
+    grid = make_grid(
+        torch.cat([F.interpolate(x, (side, side)) for x in rows.values()]),
+        len(next(iter(rows.values()))),
+        padding=4,
+        pad_value=1.0,
+    )
     picture = to_pil(F.pad(grid, (52, 0, 0, 0), value=1.0))
-    for i, name in enumerate(rows): ImageDraw.Draw(picture).text((6, 4 + i * (side + 4) + side / 2), name, "black", anchor="lm", font_size=15)
+    for i, name in enumerate(rows):
+        ImageDraw.Draw(picture).text(
+            (6, 4 + i * (side + 4) + side / 2), name, "black", anchor="lm", font_size=15
+        )
     return np.asarray(picture)
 
 # %% ../nbs/41_reconstructions.ipynb #watch
 class Watch:
-    "What the model fills in at the hidden places of a few fixed pictures, every `every` steps: OUT/watch/STEP.png to look at, STEP.pt for `watch_figure`."
+    """What the model fills in at the hidden places of a few fixed pictures, every `every` steps.
+
+    OUT/watch/STEP.png to look at, STEP.pt for `watch_figure`.
+    """
 
     def __init__(
         self,
@@ -72,33 +92,78 @@ class Watch:
         tokenizer: Tokenizer | None,  # who decodes; None: a color a token
         mean_std: str = "imagenet",
     ):
-        self.views, self.masks, self.ids, self.tokenizer = views, masks, ids.long().cpu(), tokenizer
-        self.every, self.mean_std, self.folder = every, MEAN_STD[mean_std], out / "watch"
+        self.views = views
+        self.masks = masks
+        self.ids = ids.long().cpu()
+        self.tokenizer = tokenizer
+        self.every = every
+        self.mean_std = MEAN_STD[mean_std]
+        self.folder = out / "watch"
         self.folder.mkdir(exist_ok=True)
 
     @torch.no_grad()
     def __call__(self, step: int, model) -> dict | None:
-        if step % self.every: return
-        device, views = next(model.parameters()).device, self.views.float() / 255
+        if step % self.every:
+            return
+        device = next(model.parameters()).device
+        views = self.views.float() / 255
         model.eval()
-        logits = model(normalize(views.to(device), self.mean_std), self.masks.to(device), return_all_tokens=True)  # all look: a model in shards is read together
+        # all look: a model in shards is read together
+        logits = model(
+            normalize(views.to(device), self.mean_std),
+            self.masks.to(device),
+            return_all_tokens=True,
+        )
         model.train()
         guess = torch.where(self.masks, logits.argmax(-1).view(self.masks.shape).cpu(), self.ids)
-        picture = strip({"seen": hide(views, self.masks), "guess": paint(guess, self.tokenizer), "truth": paint(self.ids, self.tokenizer)})
+        picture = strip(
+            {
+                "seen": hide(views, self.masks),
+                "guess": paint(guess, self.tokenizer),
+                "truth": paint(self.ids, self.tokenizer),
+            }
+        )
         rank_0_first(lambda: self.write(self.folder / f"{step:07d}", step, guess, picture))
         return dict(reconstruction=picture)
 
     def write(self, path: Path, step: int, guess: Tensor, picture: np.ndarray) -> None:
-        save_checkpoint(path.with_suffix(".pt"), dict(step=step, views=self.views, masks=self.masks, ids=self.ids, guess=guess))
-        with writing(path.with_suffix(".png")), whole_file(path.with_suffix(".png")) as f: Image.fromarray(picture).save(f, "PNG")
+        save_checkpoint(
+            path.with_suffix(".pt"),
+            dict(step=step, views=self.views, masks=self.masks, ids=self.ids, guess=guess),
+        )
+        with writing(path.with_suffix(".png")), whole_file(path.with_suffix(".png")) as f:
+            Image.fromarray(picture).save(f, "PNG")
 
 # %% ../nbs/41_reconstructions.ipynb #watch-figure
-def watch_figure(out: str | Path, tokenizer: Tokenizer | None, n: int = 4, size: float = 1.15) -> Figure:
-    "What the model of the run in `out` fills in as training goes on: `n` of its looks, a row each; a colour a token where the tokenizer cannot paint."
+def watch_figure(
+    out: str | Path, tokenizer: Tokenizer | None, n: int = 4, size: float = 1.15
+) -> Figure:
+    """What the model of the run in `out` fills in as training goes on.
+
+    `n` of its looks, a row each; a colour a token where the tokenizer cannot paint.
+    """
     files = sorted((Path(out) / "watch").glob("*.pt"))
-    if not files: raise ValueError(f"nobody has watched the run in {out}; set --watch-every")
-    looks = [torch.load(files[i], weights_only=True) for i in np.unique(np.linspace(0, len(files) - 1, n).round().astype(int))]
-    if any("ids" not in w for w in looks): raise ValueError(f"{out}/watch was written by an older beit_nb, without the true tokens; train again to see them")
-    views, masks, ids = looks[-1]["views"].float() / 255, looks[-1]["masks"], looks[-1]["ids"]
+    if not files:
+        raise ValueError(f"nobody has watched the run in {out}; set --watch-every")
+    looks = [
+        torch.load(files[i], weights_only=True)
+        for i in np.unique(np.linspace(0, len(files) - 1, n).round().astype(int))
+    ]
+    if any("ids" not in w for w in looks):
+        raise ValueError(
+            f"{out}/watch was written by an older beit_nb, without the true tokens; train again "
+            "to see them"
+        )
+    views = looks[-1]["views"].float() / 255
+    masks = looks[-1]["masks"]
+    ids = looks[-1]["ids"]
     steps = {f"step {w['step']:,}": paint(w["guess"], tokenizer) for w in looks}
-    return rows_figure({"picture": views, "what it sees": hide(views, masks), **steps, "true tokens": paint(ids, tokenizer)}, size)
+    return rows_figure(
+        {
+            "picture": views,
+            "what it sees": hide(views, masks),
+            **steps,
+            "true tokens": paint(ids, tokenizer),
+        },
+        size,
+    )

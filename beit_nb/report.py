@@ -38,7 +38,9 @@ def table_html(rows: list[dict], caption: str = "") -> str:
     number = lambda v: f"{v:.3f}" if abs(v) >= 0.01 or v == 0 else f"{v:.3g}"
     show = lambda v: number(v) if isinstance(v, float) else escape(str(v))
     head = "".join(f"<th>{escape(str(k))}</th>" for k in rows[0])
-    body = "".join("<tr>" + "".join(f"<td>{show(v)}</td>" for v in r.values()) + "</tr>" for r in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{show(v)}</td>" for v in r.values()) + "</tr>" for r in rows
+    )
     return f"<table><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 # %% ../nbs/70_report.ipynb #page
@@ -58,26 +60,44 @@ code { background: var(--card); border: 1px solid var(--line); border-radius: 4p
 
 def page(title: str, lead: str, parts: list[str], footer: str = "") -> str:
     "A whole HTML document; nothing in it is fetched from anywhere."
-    return (f'<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-            f'<style>{STYLE}</style><main><h1>{escape(title)}</h1><p class="lead">{lead}</p>{"".join(parts)}<footer>{footer}</footer></main></html>')
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" '
+        f'content="width=device-width"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style><main><h1>{escape(title)}</h1><p "
+        f'class="lead">{lead}</p>{"".join(parts)}<footer>{footer}</footer></main></html>'
+    )
 
 
 def cards_html(cards: list[tuple[str, str]]) -> str:
     "Headline figures: (number, what it is) pairs."
-    return '<div class="cards">' + "".join(f'<div class="card"><b>{escape(n)}</b><span>{escape(t)}</span></div>' for n, t in cards) + "</div>"
+    return (
+        '<div class="cards">'
+        + "".join(
+            f'<div class="card"><b>{escape(n)}</b><span>{escape(t)}</span></div>' for n, t in cards
+        )
+        + "</div>"
+    )
 
 # %% ../nbs/70_report.ipynb #plot-log
 def plot_log(
     rows: list[dict],
     keys: tuple[str, ...],
     labels: dict[str, str] | None = None,  # what to write instead of a key
-    ncols: int = 3,                        # panels side by side
+    ncols: int = 3,  # panels side by side
 ) -> Figure:
     "One panel a key: its values over the steps of a log (rows without the key are passed over)."
-    keys, labels = [k for k in keys if any(k in r for r in rows)], labels or {}
+    keys = [k for k in keys if any(k in r for r in rows)]
+    labels = labels or {}
     ncols = min(ncols, len(keys))
-    fig, axes = plt.subplots(-(-len(keys) // ncols), ncols, figsize=(8.4, 2.6 * -(-len(keys) // ncols)), squeeze=False, layout="constrained")
-    for ax in axes.flat[len(keys) :]: ax.set_axis_off()
+    fig, axes = plt.subplots(
+        -(-len(keys) // ncols),
+        ncols,
+        figsize=(8.4, 2.6 * -(-len(keys) // ncols)),
+        squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat[len(keys) :]:
+        ax.set_axis_off()
     for ax, k in zip(axes.flat, keys):
         points = [(r["step"], r[k]) for r in rows if k in r]
         ax.plot(*zip(*points), color=PALETTE["blue"], marker="." if len(points) < 20 else None)
@@ -89,47 +109,115 @@ def plot_log(
 
 # %% ../nbs/70_report.ipynb #curves
 CURVES = {  # heading: (a sentence, key: label)
-    "What it learns": ("Learning is a loss that falls. A plateau is no end: look at the steps that are left.", dict(
-        loss="loss", mlm_acc="hidden tokens guessed", accuracy="accuracy", val_loss="loss on unseen pictures", mse="squared error", perplexity="tokens in use (perplexity)",
-        hard_mse="squared error, hard tokens", hard_perplexity="perplexity, hard tokens", hard_codes_used="hard tokens in use")),
-    "How it is driven": ("The norm of the gradient is taken before clipping; a sudden peak in it often comes before trouble.", dict(
-        lr="learning rate", weight_decay="weight decay", grad_norm="gradient norm", loss_scale="loss scale (fp16)")),
-    "What the machine does": ("If much of the time is spent waiting for pictures, more --workers help; memory that climbs without end is a leak.", dict(
-        images_per_s="pictures a second", data_share="waiting for pictures (share)", memory_mb="memory (MB)"))}
-CARDS = dict(loss=("{:.3f}", "loss"), mlm_acc=("{:.1%}", "of hidden tokens guessed"), accuracy=("{:.1%}", "accuracy"), hard_mse=("{:.4f}", "squared error"),
-             hard_codes_used=("{:,.0f}", "tokens in use"), images_per_s=("{:,.0f}", "pictures a second"))
+    "What it learns": (
+        "Learning is a loss that falls. A plateau is no end: look at the steps that are left.",
+        dict(
+            loss="loss",
+            mlm_acc="hidden tokens guessed",
+            accuracy="accuracy",
+            val_loss="loss on unseen pictures",
+            mse="squared error",
+            perplexity="tokens in use (perplexity)",
+            hard_mse="squared error, hard tokens",
+            hard_perplexity="perplexity, hard tokens",
+            hard_codes_used="hard tokens in use",
+        ),
+    ),
+    "How it is driven": (
+        "The norm of the gradient is taken before clipping; a sudden peak in it often comes "
+        "before trouble.",
+        dict(
+            lr="learning rate",
+            weight_decay="weight decay",
+            grad_norm="gradient norm",
+            loss_scale="loss scale (fp16)",
+        ),
+    ),
+    "What the machine does": (
+        "If much of the time is spent waiting for pictures, more --workers help; memory that "
+        "climbs without end is a leak.",
+        dict(
+            images_per_s="pictures a second",
+            data_share="waiting for pictures (share)",
+            memory_mb="memory (MB)",
+        ),
+    ),
+}
+CARDS = dict(
+    loss=("{:.3f}", "loss"),
+    mlm_acc=("{:.1%}", "of hidden tokens guessed"),
+    accuracy=("{:.1%}", "accuracy"),
+    hard_mse=("{:.4f}", "squared error"),
+    hard_codes_used=("{:,.0f}", "tokens in use"),
+    images_per_s=("{:,.0f}", "pictures a second"),
+)
 
 
 def curves_html(rows: list[dict]) -> list[str]:
     "The curves of a log, group by group; groups of which the log knows nothing are left out."
-    return [f"<h2>{heading}</h2>" + figure_html(plot_log(rows, tuple(labels), labels), words)
-            for heading, (words, labels) in CURVES.items() if any(k in r for r in rows for k in labels)]
+    return [
+        f"<h2>{heading}</h2>" + figure_html(plot_log(rows, tuple(labels), labels), words)
+        for heading, (words, labels) in CURVES.items()
+        if any(k in r for r in rows for k in labels)
+    ]
 
 # %% ../nbs/70_report.ipynb #progress
 def progress(out: Path, config: dict, rows: list[dict]) -> tuple[int, int | None, bool]:
-    "The step that a run has reached, how many there shall be (None: nobody knows yet), and whether it is finished."
-    steps = [r["step"] for r in rows] + [int(p.stem[5:]) for p in (out / "checkpoints").glob("step-*.pt")]
+    """The step that a run has reached, how many there shall be (None.
+
+    Nobody knows yet), and whether it is finished.
+    """
+    steps = [r["step"] for r in rows] + [
+        int(p.stem[5:]) for p in (out / "checkpoints").glob("step-*.pt")
+    ]
     per_epoch = next((r["step"] / r["epoch"] for r in rows if r.get("epoch")), 0)
     total = config.get("steps") or round((config.get("epochs") or 0) * per_epoch) or None
-    return max(steps, default=0), total, bool(finished(out)) and max(steps, default=0) >= (total or 0)
+    return (
+        max(steps, default=0),
+        total,
+        bool(finished(out)) and max(steps, default=0) >= (total or 0),
+    )
 
 # %% ../nbs/70_report.ipynb #story-html
 def story_html(out: Path, config: dict, rows: list[dict]) -> tuple[str, list[str]]:
-    "How far the run is, in a sentence; and its newest figures as cards, with what went wrong if something did."
+    """How far the run is, in a sentence.
+
+    And its newest figures as cards, with what went wrong if something did.
+    """
     step, total, done = progress(out, config, rows)
     newest = {k: v for r in rows for k, v in r.items()}
     at = f"step {step:,}" + (f" of {total:,} ({step / total:.0%})" if total else "")
-    cards = [(f"{step:,}", f"steps of {total:,}" if total else "steps")] * bool(step or total) + [(f.format(newest[k]), label) for k, (f, label) in CARDS.items() if k in newest]
+    cards = [(f"{step:,}", f"steps of {total:,}" if total else "steps")] * bool(step or total) + [
+        (f.format(newest[k]), label) for k, (f, label) in CARDS.items() if k in newest
+    ]
     if not done and total and newest.get("images_per_s"):
         left = (total - step) * config.get("batch_size", 0) / newest["images_per_s"]
         cards.append((str(timedelta(seconds=round(left))), "left at this speed"))
-    bad = [] if done else [json.loads(f.read_text()) | dict(file=f.name) for f in sorted(out.glob("nonfinite-step-*.json"))]
-    lead = f"Finished{f': {at}' if total else ''}." if done else f"Not finished: {at}. If it is no longer at work, the same command goes on from its last checkpoint."
-    return lead, [cards_html(cards)] * bool(cards) + [f"<p>It failed: in step {b['step']} the loss was {b['loss']}, the gradient norm {b['grad_norm']}; see <code>{b['file']}</code>.</p>" for b in bad]
+    bad = (
+        []
+        if done
+        else [
+            json.loads(f.read_text()) | dict(file=f.name)
+            for f in sorted(out.glob("nonfinite-step-*.json"))
+        ]
+    )
+    lead = (
+        f"Finished{f': {at}' if total else ''}."
+        if done
+        else f"Not finished: {at}. If it is no longer at work, the same command goes on from its "
+        "last checkpoint."
+    )
+    return lead, [cards_html(cards)] * bool(cards) + [
+        f"<p>It failed: in step {b['step']} the loss was {b['loss']}, the gradient norm "
+        f"{b['grad_norm']}; see <code>{b['file']}</code>.</p>"
+        for b in bad
+    ]
 
 # %% ../nbs/70_report.ipynb #tokens-figure
 def tokens_figure(tokenizer, images) -> Figure:
-    "Pictures (n, 3, H, W), their token grids (one colour an id) and what the decoder paints from them."
+    """Pictures (n, 3, H, W), their token grids (one colour an id) and what the decoder paints from
+    them.
+    """
     from beit_nb.reconstructions import paint, rows_figure
 
     ids = tokenizer.get_codebook_indices(images)
@@ -139,10 +227,24 @@ def tokens_figure(tokenizer, images) -> Figure:
 def probe_figure(arms: dict, split: str = "test") -> Figure:
     "Probe accuracy block by block, pre-trained and random, beside raw pixels."
     fig, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")
-    for key, colour, label in (("pretrained", PALETTE["blue"], "pre-trained"), ("random", PALETTE["orange"], "random network")):
-        ax.plot(range(1, 1 + len(arms[key]["layers"])), arms[key]["layers"], "o-", color=colour, label=label)
+    for key, colour, label in (
+        ("pretrained", PALETTE["blue"], "pre-trained"),
+        ("random", PALETTE["orange"], "random network"),
+    ):
+        ax.plot(
+            range(1, 1 + len(arms[key]["layers"])),
+            arms[key]["layers"],
+            "o-",
+            color=colour,
+            label=label,
+        )
     ax.axhline(arms["pixels"]["mean"], color=PALETTE["grey"], ls="--", label="raw pixels")
-    ax.set(xlabel="block", ylabel=f"{split} accuracy", ylim=(0, 1), xticks=range(1, 1 + len(arms["pretrained"]["layers"])))
+    ax.set(
+        xlabel="block",
+        ylabel=f"{split} accuracy",
+        ylim=(0, 1),
+        xticks=range(1, 1 + len(arms["pretrained"]["layers"])),
+    )
     ax.legend(frameon=False, fontsize=8)
     ax.spines[["top", "right"]].set_visible(False)
     return fig
@@ -156,42 +258,99 @@ def six_pictures(r):
     from beit_nb.tokenizer import first_pictures
 
     views = TwoViews(r.img_size)
-    return first_pictures(Samples(open_data(r.data), lambda picture, number, rng: views(picture)[:1], pixels=True), 6)
+    return first_pictures(
+        Samples(open_data(r.data), lambda picture, number, rng: views(picture)[:1], pixels=True), 6
+    )
 
 
 def pictures_html(out: Path, config: dict, metrics: dict) -> list[str]:
     "What a run has to show: a tokenizer's paintings, a pre-training's film, a probe's blocks."
     command = config.get("command")
-    if command == "probe" and "pretrained" in metrics: return [figure_html(probe_figure(metrics, metrics["split"]), "What a straight line can read from each block; the random network and the raw pixels show how much of it was learnt.")]
+    if command == "probe" and "pretrained" in metrics:
+        return [
+            figure_html(
+                probe_figure(metrics, metrics["split"]),
+                "What a straight line can read from each block; the random network and the raw "
+                "pixels show how much of it was learnt.",
+            )
+        ]
     if command == "pretrain" and any((out / "watch").glob("*.pt")):
         from beit_nb.reconstructions import painter, watch_figure
 
         tokenizer = painter(from_config(config))
-        words = "decoded" if tokenizer else "one colour a token, since the tokenizer is gone or cannot paint"
-        try: film = watch_figure(out, tokenizer)
-        except ValueError: return []  # of an older release
-        return [figure_html(film, f"Grey patches are hidden from the model. Below, step by step, its guess at the hidden tokens; last row: the true tokens ({words}).")]
+        words = (
+            "decoded"
+            if tokenizer
+            else "one colour a token, since the tokenizer is gone or cannot paint"
+        )
+        try:
+            film = watch_figure(out, tokenizer)
+        except ValueError:
+            return []  # of an older release
+        return [
+            figure_html(
+                film,
+                "Grey patches are hidden from the model. Below, step by step, its guess at the "
+                f"hidden tokens; last row: the true tokens ({words}).",
+            )
+        ]
     if command == "tokenizer" and any((out / "checkpoints").glob("*.pt")):
         from beit_nb.tokenizer import load_tokenizer
 
-        try: figure = tokens_figure(load_tokenizer(out), six_pictures(from_config(config)))
-        except (ValueError, OSError): return []  # the pictures have moved
-        return [figure_html(figure, "Pictures of the training, their token ids (one colour an id), and what the decoder paints from the ids alone.")]
+        try:
+            figure = tokens_figure(load_tokenizer(out), six_pictures(from_config(config)))
+        except (ValueError, OSError):
+            return []  # the pictures have moved
+        return [
+            figure_html(
+                figure,
+                "Pictures of the training, their token ids (one colour an id), and what the "
+                "decoder paints from the ids alone.",
+            )
+        ]
     return []
 
 # %% ../nbs/70_report.ipynb #run-report
 def run_report(out: str | Path) -> Path:
-    "OUT/report.html of any run, finished or not: how far it is, pictures, curves, final figures, configuration."
+    """OUT/report.html of any run, finished or not.
+
+    How far it is, pictures, curves, final figures, configuration.
+    """
     out, file = Path(out), Path(out) / "config.json"
     rows = read_log(out)
-    if not rows and not file.exists(): raise ValueError(f"there is no run in {out}; give the --out folder of a training or a probe")
-    config, metrics = json.loads(file.read_text()) if file.exists() else {}, finished(out) or {}
+    if not rows and not file.exists():
+        raise ValueError(
+            f"there is no run in {out}; give the --out folder of a training or a probe"
+        )
+    config = json.loads(file.read_text()) if file.exists() else {}
+    metrics = finished(out) or {}
     lead, cards = story_html(out, config, rows)
-    arms = [dict(features=k, **{n: v[n] for n in ("mean", "std", "layer") if n in v}) for k, v in metrics.items() if isinstance(v, dict)]
-    final = [dict(figure=k, value=v) for k, v in metrics.items() if isinstance(v, (int, float, str))]
-    parts = [*cards, *pictures_html(out, config, metrics), *([table_html(arms)] if arms else []), *curves_html(rows), *(["<h2>Final figures</h2>", table_html(final)] if final else [])]
-    if config: parts.append(f"<details><summary>Configuration</summary>{table_html([dict(field=k, value=v) for k, v in config.items()])}</details>")
-    html = page(f"beit {config.get('command', 'run')}", f"{lead}<br>The run in <code>{escape(str(out))}</code>.", parts, f"Made by beit_nb, {time.strftime('%Y-%m-%d %H:%M')}.")
+    arms = [
+        dict(features=k, **{n: v[n] for n in ("mean", "std", "layer") if n in v})
+        for k, v in metrics.items()
+        if isinstance(v, dict)
+    ]
+    final = [
+        dict(figure=k, value=v) for k, v in metrics.items() if isinstance(v, (int, float, str))
+    ]
+    parts = [
+        *cards,
+        *pictures_html(out, config, metrics),
+        *([table_html(arms)] if arms else []),
+        *curves_html(rows),
+        *(["<h2>Final figures</h2>", table_html(final)] if final else []),
+    ]
+    if config:
+        parts.append(
+            f"<details><summary>Configuration</summary>{table_html([dict(field=k, value=v) for k, v in config.items()])}</details>"
+        )
+    html = page(
+        f"beit {config.get('command', 'run')}",
+        f"{lead}<br>The run in <code>{escape(str(out))}</code>.",
+        parts,
+        f"Made by beit_nb, {time.strftime('%Y-%m-%d %H:%M')}.",
+    )
     target = out / "report.html"
-    with writing(target), whole_file(target) as f: f.write(html.encode())
+    with writing(target), whole_file(target) as f:
+        f.write(html.encode())
     return target

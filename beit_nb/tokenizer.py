@@ -35,12 +35,20 @@ from .tokens import Tokenizer, codebook_usage
 
 # %% ../nbs/40_tokenizer.ipynb #build-dvae
 def build_dvae(r: TokenizerRecipe) -> nn.Module:
-    "The network of a recipe, untrained: ours, or DALL-E's with `width` channels and codebook rows of `code_dim`."
-    if r.arch == "small": return DiscreteVAE(r.vocab_size, r.code_dim, r.downsample, r.width, r.logits, r.likelihood)
-    from beit_nb.dalle import DalleDecoder, DalleEncoder, DalleVAE  # only who wants that network needs it
+    """The network of a recipe, untrained.
+
+    Ours, or DALL-E's with `width` channels and codebook rows of `code_dim`.
+    """
+    if r.arch == "small":
+        return DiscreteVAE(r.vocab_size, r.code_dim, r.downsample, r.width, r.logits, r.likelihood)
+    # only who wants that network needs it
+    from beit_nb.dalle import DalleDecoder, DalleEncoder, DalleVAE
 
     groups = int(math.log2(r.downsample)) + 1
-    return DalleVAE(DalleEncoder(groups, r.width, vocab_size=r.vocab_size), DalleDecoder(groups, r.code_dim, r.width, vocab_size=r.vocab_size))
+    return DalleVAE(
+        DalleEncoder(groups, r.width, vocab_size=r.vocab_size),
+        DalleDecoder(groups, r.code_dim, r.width, vocab_size=r.vocab_size),
+    )
 
 
 def first_pictures(samples: Samples, n: int) -> Tensor:
@@ -56,13 +64,22 @@ def evaluate_tokenizer(
     chunk: int | None = None,  # pictures at once; none: as many as keep the scores below 256 MB
 ) -> dict:
     "Hard (argmax) reconstruction error and use of the alphabet on pictures (N, 3, H, W) in [0, 1]."
-    device, error, ids = next(tokenizer.parameters()).device, 0.0, []
-    chunk = chunk or max(1, min(64, 2**26 * tokenizer.downsample**2 // (tokenizer.vocab_size * images[0, 0].numel())))
+    device = next(tokenizer.parameters()).device
+    error = 0.0
+    ids = []
+    chunk = chunk or max(
+        1, min(64, 2**26 * tokenizer.downsample**2 // (tokenizer.vocab_size * images[0, 0].numel()))
+    )
     for x in images.to(device).split(chunk):
         ids.append(tokenizer.get_codebook_indices(x))
         error += F.mse_loss(tokenizer.decode(ids[-1]), x, reduction="sum").item()
     usage = codebook_usage(torch.cat(ids), tokenizer.vocab_size)
-    return dict(mse=error / images.numel(), pixel_variance=images.var().item(), perplexity=usage["perplexity"], codes_used=usage["codes_used"])
+    return dict(
+        mse=error / images.numel(),
+        pixel_variance=images.var().item(),
+        perplexity=usage["perplexity"],
+        codes_used=usage["codes_used"],
+    )
 
 # %% ../nbs/40_tokenizer.ipynb #schedules
 def schedules(r: TokenizerRecipe, total: int, per_epoch: int) -> dict[str, np.ndarray]:
@@ -70,40 +87,80 @@ def schedules(r: TokenizerRecipe, total: int, per_epoch: int) -> dict[str, np.nd
     warmup = r.warmup_steps if r.warmup_steps is not None else round(r.warmup_epochs * per_epoch)
     lr = cosine_schedule(r.lr, r.min_lr, 1, min(total, r.lr_steps or total), warmup_steps=warmup)
     tau_steps = r.tau_steps or max(1, int(r.tau_share * total))
-    return dict(lr=np.pad(lr, (0, total - len(lr)), constant_values=r.min_lr), tau=temperature_schedule(r.tau_start, r.tau_end, min(tau_steps, total), total),
-                beta=r.kl_weight * (1 - np.cos(np.pi * np.minimum(np.arange(total) / max(1, r.kl_steps), 1))) / 2)
+    return dict(
+        lr=np.pad(lr, (0, total - len(lr)), constant_values=r.min_lr),
+        tau=temperature_schedule(r.tau_start, r.tau_end, min(tau_steps, total), total),
+        beta=r.kl_weight
+        * (1 - np.cos(np.pi * np.minimum(np.arange(total) / max(1, r.kl_steps), 1)))
+        / 2,
+    )
 
 # %% ../nbs/40_tokenizer.ipynb #running-mean
 def running_mean(t: Trainer, memory: float, extra: dict) -> AveragedModel:
-    "A running mean of the weights of `t`, kept in its checkpoints as extra['ema']; as it was saved, if `t` continues a run."
+    """A running mean of the weights of `t`, kept in its checkpoints as extra['ema'].
+
+    As it was saved, if `t` continues a run.
+    """
     mean = AveragedModel(t.model, multi_avg_fn=get_ema_multi_avg_fn(memory))
-    if t.step: mean.load_state_dict(load_checkpoint(t.out, "tokenizer")["ema"])
+    if t.step:
+        mean.load_state_dict(load_checkpoint(t.out, "tokenizer")["ema"])
     extra["ema"] = mean.state_dict()  # these tensors follow the mean
     return mean
 
 # %% ../nbs/40_tokenizer.ipynb #train-tokenizer
 def train_tokenizer(r: TokenizerRecipe, quiet: bool = False) -> Tokenizer:
-    "Train a dVAE to the recipe, or continue; leaves checkpoints, log.jsonl and metrics.json in its folder."
+    """Train a dVAE to the recipe, or continue.
+
+    Leaves checkpoints, log.jsonl and metrics.json in its folder.
+    """
     with open_run("tokenizer", r) as out:
         views = TwoViews(r.img_size, crop_scale=r.crop_scale, flip=r.flip)
-        samples = Samples(open_data(r.data), lambda picture, number, rng: views(picture)[:1], r.seed, pixels=True)
+        samples = Samples(
+            open_data(r.data), lambda picture, number, rng: views(picture)[:1], r.seed, pixels=True
+        )
         torch.manual_seed(r.seed)
-        dvae, images = build_dvae(r), first_pictures(samples, 512)
-        if r.arch == "small": init_codes(dvae, images, r.seed)
-        if r.compile: dvae.encoder.compile(), dvae.decoder.compile()  # the loss calls these two, not the model
+        dvae = build_dvae(r)
+        images = first_pictures(samples, 512)
+        if r.arch == "small":
+            init_codes(dvae, images, r.seed)
+        # the loss calls these two, not the model
+        if r.compile:
+            dvae.encoder.compile(), dvae.decoder.compile()
         per_epoch = len(samples) // r.batch_size
         total = r.steps or r.epochs * per_epoch
         plan = schedules(r, total, per_epoch)
-        t = Trainer("tokenizer", r, out, dvae, total, per_epoch, quiet=quiet, extra=(extra := dict(ema=None)))
-        t.lr, mean = plan["lr"], running_mean(t, r.ema, extra) if r.ema else None
+        t = Trainer(
+            "tokenizer",
+            r,
+            out,
+            dvae,
+            total,
+            per_epoch,
+            quiet=quiet,
+            extra=(extra := dict(ema=None)),
+        )
+        t.lr = plan["lr"]
+        mean = running_mean(t, r.ema, extra) if r.ema else None
 
         def loss_of(model, batch, step):
-            return dvae_loss(model, batch[0].float() / 255, float(plan["tau"][step]), float(plan["beta"][step]), r.usage_weight)
+            return dvae_loss(
+                model,
+                batch[0].float() / 255,
+                float(plan["tau"][step]),
+                float(plan["beta"][step]),
+                r.usage_weight,
+            )
 
         def after_step(step, model):  # what argmax ids are worth meanwhile
-            if mean: mean.update_parameters(model)
-            if step % r.log_every: return  # else all processes, for all must come to the log
-            return {f"hard_{k}": v for k, v in evaluate_tokenizer(mean.module if mean else model, images[:64]).items() if k != "pixel_variance"}
+            if mean:
+                mean.update_parameters(model)
+            if step % r.log_every:
+                return  # else all processes, for all must come to the log
+            return {
+                f"hard_{k}": v
+                for k, v in evaluate_tokenizer(mean.module if mean else model, images[:64]).items()
+                if k != "pixel_variance"
+            }
 
         fit(t, Batches(samples, r, rank(), world_size()), loss_of, after_step)
         tokenizer = Tokenizer(mean.module if mean else t.model, r.img_size)
@@ -115,50 +172,94 @@ ACCEPTED = "the --out folder or a checkpoint (.pt) of `beit tokenizer`, or DALL-
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    "A tokenizer from `beit tokenizer` (folder or checkpoint), or DALL-E's (whatever `load_dalle` reads)."
+    """A tokenizer from `beit tokenizer` (folder or checkpoint), or DALL-E's (whatever `load_dalle`
+    reads).
+    """
     path = Path(path)
-    if not path.exists(): raise ValueError(f"there is no tokenizer at {path}; give {ACCEPTED}")
-    if path.suffix in (".pkl", ".pth", ".safetensors") or any((path / f"{half}.pkl").exists() for half in ("encoder", "decoder")):
+    if not path.exists():
+        raise ValueError(f"there is no tokenizer at {path}; give {ACCEPTED}")
+    if path.suffix in (".pkl", ".pth", ".safetensors") or any(
+        (path / f"{half}.pkl").exists() for half in ("encoder", "decoder")
+    ):
         from beit_nb.tokenizer import load_dalle  # only who has those files needs their reader
 
         return Tokenizer(load_dalle(path))
     state = load_checkpoint(path, "tokenizer")
     dvae = build_dvae(r := from_config(state["config"]))
-    weights = {k.removeprefix("module."): v for k, v in (state.get("ema") or state["model"]).items() if k != "n_averaged"}  # the mean, if one was kept
+    # the mean, if one was kept
+    weights = {
+        k.removeprefix("module."): v
+        for k, v in (state.get("ema") or state["model"]).items()
+        if k != "n_averaged"
+    }
     dvae.load_state_dict(weights)
     return Tokenizer(dvae, r.img_size)
 
 # %% ../nbs/40_tokenizer.ipynb #network
 def network(state: dict[str, Tensor]) -> DalleEncoder | DalleDecoder:
-    "The network that a state dict with official names belongs to, of any size, holding these very tensors."
-    first, last = state["blocks.input.w"], state["blocks.output.conv.w"]
+    """The network that a state dict with official names belongs to, of any size, holding these very
+    tensors.
+    """
+    first = state["blocks.input.w"]
+    last = state["blocks.output.conv.w"]
     groups, blocks = ({k.split(".")[i] for k in state if ".group_" in k} for i in (1, 2))
     with torch.device("meta"):
-        net = (DalleEncoder(len(groups), first.shape[0], len(blocks), first.shape[1], last.shape[0]) if first.shape[-1] > 1 else
-               DalleDecoder(len(groups), first.shape[0], last.shape[1], len(blocks), last.shape[0] // 2, first.shape[1]))
+        net = (
+            DalleEncoder(len(groups), first.shape[0], len(blocks), first.shape[1], last.shape[0])
+            if first.shape[-1] > 1
+            else DalleDecoder(
+                len(groups),
+                first.shape[0],
+                last.shape[1],
+                len(blocks),
+                last.shape[0] // 2,
+                first.shape[1],
+            )
+        )
     net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     return net
 
 # %% ../nbs/40_tokenizer.ipynb #load-dalle
-KEY = re.compile(r"(.*?)(blocks\.(?:input|output\.conv|group_\d+\.block_\d+\.(?:id_path|res_path\.conv_\d))\.[wb])")
+KEY = re.compile(
+    r"(.*?)(blocks\.(?:input|output\.conv|group_\d+\.block_\d+\.(?:id_path|res_path\.conv_\d))\.[wb])"
+)
 HELP = "put encoder.pkl (215 MB) and decoder.pkl (175 MB) there: curl -O https://cdn.openai.com/dall-e/encoder.pkl, then decoder.pkl (data/README.md)"
 
 
 def load_dalle(path: str | Path) -> DalleVAE:
-    "DALL-E's tokenizer from a folder with encoder.pkl and decoder.pkl, from either, from an encoder's state dict, or from `save_dalle`."
-    path, halves = Path(path), {}
-    files = [f for name in ("encoder.pkl", "decoder.pkl") if (f := path / name).is_file()] if path.is_dir() else [path]
-    if not files or not files[0].is_file(): raise ValueError(f"there is no DALL-E tokenizer at {path}; {HELP}")
+    """DALL-E's tokenizer from a folder with encoder.pkl and decoder.pkl, from either, from an
+    encoder's state dict, or from `save_dalle`.
+    """
+    path = Path(path)
+    halves = {}
+    files = (
+        [f for name in ("encoder.pkl", "decoder.pkl") if (f := path / name).is_file()]
+        if path.is_dir()
+        else [path]
+    )
+    if not files or not files[0].is_file():
+        raise ValueError(f"there is no DALL-E tokenizer at {path}; {HELP}")
     for file in files:
         found = {}
         for name, value in read_weights(file).items():
-            if m := KEY.fullmatch(name): found.setdefault(m[1], {})[m[2]] = value
-        if not found: raise ValueError(f"{file} holds no network of DALL-E's dVAE; give encoder.pkl, decoder.pkl or dalle_encoder.pth")
+            if m := KEY.fullmatch(name):
+                found.setdefault(m[1], {})[m[2]] = value
+        if not found:
+            raise ValueError(
+                f"{file} holds no network of DALL-E's dVAE; give encoder.pkl, decoder.pkl or "
+                "dalle_encoder.pth"
+            )
         for state in found.values():
-            try: net = network(state)
-            except (KeyError, RuntimeError) as e: raise ValueError(f"{file} is not a whole DALL-E network: {' '.join(str(e).split())[:150]}; download it again") from e
+            try:
+                net = network(state)
+            except (KeyError, RuntimeError) as e:
+                raise ValueError(
+                    f"{file} is not a whole DALL-E network: {' '.join(str(e).split())[:150]}; "
+                    "download it again"
+                ) from e
             half = "encoder" if isinstance(net, DalleEncoder) else "decoder"
-            if half in halves: raise ValueError(f"{file} holds a second {half}; was {half}.pkl downloaded twice?")
+            if half in halves:
+                raise ValueError(f"{file} holds a second {half}; was {half}.pkl downloaded twice?")
             halves[half] = net
     return optimize_for_inference(DalleVAE(**halves))
 

@@ -11,36 +11,67 @@ from torch import Tensor, nn
 
 # %% ../nbs/06_tokens.ipynb #tokenizer
 class Tokenizer(nn.Module):
-    "A trained dVAE in use: pictures (B, 3, H, W) in [0, 1] to ids (B, h, w) and back. It never trains again."
+    """A trained dVAE in use.
+
+    Pictures (B, 3, H, W) in [0, 1] to ids (B, h, w) and back. It never trains again.
+    """
 
     def __init__(self, dvae: nn.Module, img_size: int | None = None):
         super().__init__()
         self.dvae = dvae.eval().requires_grad_(False)
-        self.vocab_size, self.downsample, self.img_size = dvae.vocab_size, dvae.downsample, img_size  # the size it was trained on, if known
+        # the size it was trained on, if known
+        self.vocab_size = dvae.vocab_size
+        self.downsample = dvae.downsample
+        self.img_size = img_size
 
     @torch.no_grad()
     def get_codebook_indices(self, images: Tensor) -> Tensor:
         "Token ids (B, h, w) int64: argmax of the encoder's scores, no noise, always in fp32."
-        if not images.is_floating_point(): raise ValueError(f"Tokenizer: pictures are {images.dtype}; pass floats in [0, 1], such as images.float() / 255")
-        with torch.autocast(images.device.type, enabled=False): return self.dvae.get_codebook_indices(images.float())
+        if not images.is_floating_point():
+            raise ValueError(
+                f"Tokenizer: pictures are {images.dtype}; pass floats in [0, 1], such as "
+                "images.float() / 255"
+            )
+        with torch.autocast(images.device.type, enabled=False):
+            return self.dvae.get_codebook_indices(images.float())
 
     @torch.no_grad()
     def indices_at(self, images: Tensor, where: Tensor) -> Tensor:
-        "The ids (n,) of the cells `where` (n,), counted over the whole batch: all that masked image modelling asks for."
+        """The ids (n,) of the cells `where` (n,), counted over the whole batch.
+
+        All that masked image modelling asks for.
+        """
         with torch.autocast(images.device.type, enabled=False):
-            if hasattr(self.dvae, "indices_at"): return self.dvae.indices_at(images.float(), where)  # DALL-E's runs its head only there
+            # DALL-E's runs its head only there
+            if hasattr(self.dvae, "indices_at"):
+                return self.dvae.indices_at(images.float(), where)
             return self.dvae.get_codebook_indices(images.float()).flatten()[where]
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
         "Pictures (B, 3, H, W) in [0, 1] from ids (B, h, w)."
-        if ids.ndim != 3 or ids.is_floating_point(): raise ValueError(f"Tokenizer: ids are {ids.dtype} of shape {tuple(ids.shape)}; pass integers of shape (B, h, w)")
-        if len(bad := ids[(ids < 0) | (ids >= self.vocab_size)]): raise ValueError(f"Tokenizer: there is no token {bad[0]}; ids run from 0 to {self.vocab_size - 1}")
-        with torch.autocast(ids.device.type, enabled=False): return self.dvae.decode(ids)
+        if ids.ndim != 3 or ids.is_floating_point():
+            raise ValueError(
+                f"Tokenizer: ids are {ids.dtype} of shape {tuple(ids.shape)}; pass integers of "
+                "shape (B, h, w)"
+            )
+        if len(bad := ids[(ids < 0) | (ids >= self.vocab_size)]):
+            raise ValueError(
+                f"Tokenizer: there is no token {bad[0]}; ids run from 0 to {self.vocab_size - 1}"
+            )
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.dvae.decode(ids)
 
 # %% ../nbs/06_tokens.ipynb #codebook-usage
 def codebook_usage(ids: Tensor, vocab_size: int) -> dict:
-    "How an alphabet is used: counts (V,), the number of codes seen, and their perplexity exp(entropy) between 1 and V."
+    """How an alphabet is used.
+
+    Counts (V,), the number of codes seen, and their perplexity exp(entropy) between 1 and V.
+    """
     counts = torch.bincount(ids.flatten().cpu(), minlength=vocab_size)
     p = counts / counts.sum()
-    return dict(counts=counts, codes_used=int((counts > 0).sum()), perplexity=float(torch.exp(-torch.xlogy(p, p).sum())))
+    return dict(
+        counts=counts,
+        codes_used=int((counts > 0).sum()),
+        perplexity=float(torch.exp(-torch.xlogy(p, p).sum())),
+    )

@@ -23,38 +23,62 @@ from .recipes import Backbone
 # %% ../nbs/12_vit.ipynb #backbone-args
 def backbone_args(r: Backbone) -> dict:
     "The arguments that every model of this shape takes."
-    return {k: getattr(r, k) for k in (*Backbone.__dataclass_fields__, "weight_init", "pos_embed_init")} | dict(use_checkpoint=r.grad_checkpointing)
+    return {
+        k: getattr(r, k) for k in (*Backbone.__dataclass_fields__, "weight_init", "pos_embed_init")
+    } | dict(use_checkpoint=r.grad_checkpointing)
 
 # %% ../nbs/12_vit.ipynb #attend
 def attention_probs(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-    "Queries and keys (B, heads, N, d) to rows that sum to 1, (B, heads, N, N); `bias` (heads, N, N) joins the scores."
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)          # (B, heads, N, N)
+    """Queries and keys (B, heads, N, d) to rows that sum to 1, (B, heads, N, N).
+
+    `bias` (heads, N, N) joins the scores.
+    """
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, N, N)
     return (scores if bias is None else scores + bias.to(q.dtype)).softmax(-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    "softmax(q k^T / sqrt(d) + bias) v, (B, heads, N, d): the one place that picks the fastest road for the device."
+    """softmax(q k^T / sqrt(d) + bias) v, (B, heads, N, d).
+
+    The one place that picks the fastest road for the device.
+    """
     if roads(q.device).fused_attention:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=None if bias is None else bias[None].to(q.dtype))
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=None if bias is None else bias[None].to(q.dtype)
+        )
     return attention_probs(q, k, bias) @ v
 
 # %% ../nbs/12_vit.ipynb #relative-position-index
 def relative_position_index(h: int, w: int) -> Tensor:
-    "For each (query, key) of CLS + h*w patches its row in the bias table: (1+N, 1+N) int64. The last 3 rows are for CLS."
-    y, x = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)    # (N,) row and column of a patch
-    dy, dx = y[:, None] - y + h - 1, x[:, None] - x + w - 1                   # (N, N), shifted to start at 0
+    """For each (query, key) of CLS + h*w patches its row in the bias table.
+
+    (1+N, 1+N) int64. The last 3 rows are for CLS.
+    """
+    y = torch.arange(h).repeat_interleave(w)
+    x = torch.arange(w).repeat(h)  # (N,) row and column of a patch
+    dy = y[:, None] - y + h - 1
+    dx = x[:, None] - x + w - 1  # (N, N), shifted to start at 0
     steps = (2 * h - 1) * (2 * w - 1)
     index = torch.empty(1 + h * w, 1 + h * w, dtype=torch.long)
     index[1:, 1:] = dy * (2 * w - 1) + dx
-    index[0, :], index[:, 0], index[0, 0] = steps, steps + 1, steps + 2       # CLS->patch, patch->CLS, CLS->CLS
+    # CLS->patch, patch->CLS, CLS->CLS
+    index[0, :] = steps
+    index[:, 0] = steps + 1
+    index[0, 0] = steps + 2
     return index
 
 # %% ../nbs/12_vit.ipynb #relative-position-bias
 def add_bias_table(module: nn.Module, window_size: tuple[int, int], num_heads: int):
-    "Gives `module` a table (steps + 3, heads) of zeros and the index into it, under the official names."
+    """Gives `module` a table (steps + 3, heads) of zeros and the index into it, under the official
+    names.
+    """
     h, w = window_size
-    module.relative_position_bias_table = nn.Parameter(torch.zeros((2 * h - 1) * (2 * w - 1) + 3, num_heads))
-    module.register_buffer("relative_position_index", relative_position_index(h, w), persistent=False)
+    module.relative_position_bias_table = nn.Parameter(
+        torch.zeros((2 * h - 1) * (2 * w - 1) + 3, num_heads)
+    )
+    module.register_buffer(
+        "relative_position_index", relative_position_index(h, w), persistent=False
+    )
     module.register_load_state_dict_pre_hook(_drop_index)
 
 
@@ -69,6 +93,7 @@ def look_up_bias(table: Tensor, index: Tensor) -> Tensor:
 
 class RelativePositionBias(nn.Module):
     "One bias table for all blocks (BEiT+ in pre-training): () -> (heads, 1+N, 1+N)."
+
     def __init__(self, window_size: tuple[int, int], num_heads: int):
         super().__init__()
         add_bias_table(self, window_size, num_heads)
@@ -79,81 +104,106 @@ class RelativePositionBias(nn.Module):
 # %% ../nbs/12_vit.ipynb #attention
 class Attention(nn.Module):
     "Every token asks every token: (B, N, D) -> (B, N, D)."
+
     def __init__(
         self,
-        dim: int,               # D, numbers per token
-        num_heads: int = 8,     # heads of d = D / num_heads numbers each
+        dim: int,  # D, numbers per token
+        num_heads: int = 8,  # heads of d = D / num_heads numbers each
         qkv_bias: bool = True,  # learn a bias for queries and for values
-        window_size: tuple[int, int] | None = None,  # patch grid (h, w): gives the block a bias table of its own
+        # patch grid (h, w): gives the block a bias table of its own
+        window_size: tuple[int, int] | None = None,
     ):
         super().__init__()
         if dim % num_heads:
-            raise ValueError(f"Attention: embed_dim {dim} is not divisible by num_heads {num_heads}; change one of the two")
+            raise ValueError(
+                f"Attention: embed_dim {dim} is not divisible by num_heads {num_heads}; change "
+                "one of the two"
+            )
         self.num_heads = num_heads
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias else None
         self.proj = nn.Linear(dim, dim)
         self.relative_position_bias_table = None
-        if window_size: add_bias_table(self, window_size, num_heads)
+        if window_size:
+            add_bias_table(self, window_size, num_heads)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         "Queries, keys and values, (B, heads, N, d) each; the key bias is a hard zero."
-        bias = None if self.q_bias is None else torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(x, self.qkv.weight, bias)                      # (B, N, 3*D)
+        bias = (
+            None
+            if self.q_bias is None
+            else torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        )
+        qkv = F.linear(x, self.qkv.weight, bias)  # (B, N, 3*D)
         return qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def bias(self, rel_pos_bias: Tensor | None = None) -> Tensor | None:
         "The shared bias plus the block's own, (heads, N, N), or None."
-        if self.relative_position_bias_table is None: return rel_pos_bias
+        if self.relative_position_bias_table is None:
+            return rel_pos_bias
         own = look_up_bias(self.relative_position_bias_table, self.relative_position_index)
         return own if rel_pos_bias is None else own + rel_pos_bias
 
     def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
-        y = attend(*self.heads(x), self.bias(rel_pos_bias))           # (B, heads, N, d)
-        return self.proj(y.transpose(1, 2).flatten(2))                # (B, N, D)
+        y = attend(*self.heads(x), self.bias(rel_pos_bias))  # (B, heads, N, d)
+        return self.proj(y.transpose(1, 2).flatten(2))  # (B, N, D)
 
 # %% ../nbs/12_vit.ipynb #mlp
 class Mlp(nn.Module):
     "Every token thinks for itself: (B, N, D) -> (B, N, hidden) -> (B, N, D), with the exact GELU."
+
     def __init__(self, dim: int, hidden_dim: int):
         super().__init__()
-        self.fc1, self.act, self.fc2 = nn.Linear(dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, dim)
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)))
 
 
 class DropPath(nn.Module):
-    "x + branch(x), (B, ...), where in training each sample goes without its branch with probability p, and the others take it 1 / (1 - p) times."
+    """x + branch(x), (B, ...), where in training each sample goes without its branch with
+    probability p, and the others take it 1 / (1 - p) times.
+    """
+
     def __init__(self, p: float = 0.0):
         super().__init__()
         self.p = p
 
     def draw(self, x: Tensor) -> Tensor | None:
         "Which samples of x (B, ...) take the branch, (B,) bool; None if all do."
-        return torch.rand(len(x), device=x.device) >= self.p if self.training and self.p > 0 else None
+        return (
+            torch.rand(len(x), device=x.device) >= self.p if self.training and self.p > 0 else None
+        )
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], keep: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, branch: Callable[[Tensor], Tensor], keep: Tensor | None = None
+    ) -> Tensor:
         keep = self.draw(x) if keep is None else keep
-        if keep is None: return x + branch(x)
+        if keep is None:
+            return x + branch(x)
         if not roads(x.device).skip_dropped or torch.compiler.is_compiling():
             return x + branch(x) * (keep / (1 - self.p)).view(-1, *[1] * (x.ndim - 1))
-        if keep.all(): return torch.add(x, branch(x), alpha=1 / (1 - self.p))
-        rows = keep.nonzero()[:, 0]                                   # the others are not even computed
+        if keep.all():
+            return torch.add(x, branch(x), alpha=1 / (1 - self.p))
+        # the others are not even computed
+        rows = keep.nonzero()[:, 0]
         return x.index_add(0, rows, branch(x[rows]).to(x.dtype), alpha=1 / (1 - self.p))
 
 # %% ../nbs/12_vit.ipynb #block
 class Block(nn.Module):
     "Listen and think, each time adding to the stream: (B, N, D) -> (B, N, D)."
+
     def __init__(
         self,
-        dim: int,                # D
+        dim: int,  # D
         num_heads: int,
         mlp_ratio: float = 4.0,  # hidden numbers of the Mlp / D
         qkv_bias: bool = True,
         drop_path: float = 0.0,  # probability of skipping a branch
-        init_values: float | None = None,            # start of LayerScale; None or 0: no LayerScale
+        init_values: float | None = None,  # start of LayerScale; None or 0: no LayerScale
         window_size: tuple[int, int] | None = None,  # patch grid, for a bias table of its own
     ):
         super().__init__()
@@ -166,76 +216,121 @@ class Block(nn.Module):
         self.gamma_2 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None
 
     def listen(self, x: Tensor, rel_pos_bias: Tensor | None = None) -> Tensor:
-        y = self.attn(self.norm1(x), rel_pos_bias)                    # (B, N, D)
+        y = self.attn(self.norm1(x), rel_pos_bias)  # (B, N, D)
         return y if self.gamma_1 is None else self.gamma_1 * y
 
     def think(self, x: Tensor) -> Tensor:
         y = self.mlp(self.norm2(x))
         return y if self.gamma_2 is None else self.gamma_2 * y
 
-    def forward(self, x: Tensor, rel_pos_bias: Tensor | None = None, where: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rel_pos_bias: Tensor | None = None, where: Tensor | None = None
+    ) -> Tensor:
         x = self.drop_path(x, lambda x: self.listen(x, rel_pos_bias))
-        if where is None: return self.drop_path(x, self.think)
-        keep, N = self.drop_path.draw(x), x.shape[1]                  # only tokens `where` (n,) of B*N are wanted: (n, D)
-        return self.drop_path(x.flatten(0, 1).index_select(0, where), self.think, None if keep is None else keep[where // N])
+        if where is None:
+            return self.drop_path(x, self.think)
+        keep = self.drop_path.draw(x)
+        N = x.shape[1]  # only tokens `where` (n,) of B*N are wanted: (n, D)
+        return self.drop_path(
+            x.flatten(0, 1).index_select(0, where),
+            self.think,
+            None if keep is None else keep[where // N],
+        )
 
 # %% ../nbs/12_vit.ipynb #embeddings
 class Embeddings(nn.Module):
-    "Images (B, C, H, W) to the sentence (B, 1+N, D): CLS, then a vector for every patch, plus its place."
-    def __init__(self, img_size: int, patch_size: int, in_chans: int, embed_dim: int, use_abs_pos_emb: bool = True):
+    """Images (B, C, H, W) to the sentence (B, 1+N, D).
+
+    CLS, then a vector for every patch, plus its place.
+    """
+
+    def __init__(
+        self,
+        img_size: int,
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        use_abs_pos_emb: bool = True,
+    ):
         super().__init__()
         self.patch_embed = PatchEmbed(img_size, patch_size, in_chans, embed_dim)
-        self.embed_dim, N = embed_dim, self.patch_embed.num_patches
+        self.embed_dim = embed_dim
+        N = self.patch_embed.num_patches
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.mask_token = None                                        # the next lesson brings one, (1, 1, D)
+        # the next lesson brings one, (1, 1, D)
+        self.mask_token = None
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + N, embed_dim)) if use_abs_pos_emb else None
 
     def embed(self, images: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
-        x = self.patch_embed(images)                                  # (B, N, D)
+        x = self.patch_embed(images)  # (B, N, D)
         if bool_masked_pos is not None:
-            mask = bool_masked_pos.to(x.device, torch.bool).flatten(1)    # (B, N)
+            mask = bool_masked_pos.to(x.device, torch.bool).flatten(1)  # (B, N)
             if mask.shape != x.shape[:2]:
-                raise ValueError(f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, but these {len(x)} images have "
-                                 f"{x.shape[1]} patches each; make one mask of {self.patch_embed.patch_shape} for each image")
+                raise ValueError(
+                    f"bool_masked_pos has shape {tuple(bool_masked_pos.shape)}, but these "
+                    f"{len(x)} images have "
+                    f"{x.shape[1]} patches each; make one mask of {self.patch_embed.patch_shape} "
+                    "for each image"
+                )
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)  # (B, 1+N, D)
         return x if self.pos_embed is None else x + self.pos_embed
 
 # %% ../nbs/12_vit.ipynb #inits
 def tight_normal_(w: Tensor, std: float = 0.02) -> Tensor:
-    "Normal values cut off at one standard deviation, by the inverse of their distribution function (official pre-training)."
-    edge = erf(1 / sqrt(2))                                           # 0.683 of a normal law lies within one std
+    """Normal values cut off at one standard deviation, by the inverse of their distribution
+    function (official pre-training).
+    """
+    # 0.683 of a normal law lies within one std
+    edge = erf(1 / sqrt(2))
     return w.uniform_(-edge, edge).erfinv_().mul_(std * sqrt(2))
 
 
 def sincos_pos_embed(h: int, w: int, dim: int) -> Tensor:
-    "A code of waves for every place of a grid, (h*w, dim): sin and cos of the row, sin and cos of the column."
+    """A code of waves for every place of a grid, (h*w, dim).
+
+    Sin and cos of the row, sin and cos of the column.
+    """
     if dim % 4:
-        raise ValueError(f"sincos_pos_embed: embed_dim {dim} is not divisible by 4; change it, or use pos_embed_init='normal'")
-    freq = 10000 ** -(torch.arange(dim // 4) / (dim // 4))                    # (dim/4,) from fast to slow waves
-    y, x = torch.arange(h).repeat_interleave(w), torch.arange(w).repeat(h)    # (N,) row and column of a patch
+        raise ValueError(
+            f"sincos_pos_embed: embed_dim {dim} is not divisible by 4; change it, or use "
+            "pos_embed_init='normal'"
+        )
+    # (dim/4,) from fast to slow waves
+    freq = 10000 ** -(torch.arange(dim // 4) / (dim // 4))
+    y = torch.arange(h).repeat_interleave(w)
+    x = torch.arange(w).repeat(h)  # (N,) row and column of a patch
     return torch.cat([f(p[:, None] * freq) for p in (y, x) for f in (torch.sin, torch.cos)], dim=1)
 
 # %% ../nbs/12_vit.ipynb #init-vit-weights
 WEIGHT_INITS = {
-    "beit": tight_normal_,                                            # official pre-training
-    "beit_finetune": lambda w: nn.init.trunc_normal_(w, std=0.02),    # official fine-tuning, cut at +-2
-    "xavier": lambda w: nn.init.xavier_uniform_(w.flatten(1)),        # for tiny models
+    "beit": tight_normal_,  # official pre-training
+    # official fine-tuning, cut at +-2
+    "beit_finetune": lambda w: nn.init.trunc_normal_(w, std=0.02),
+    "xavier": lambda w: nn.init.xavier_uniform_(w.flatten(1)),  # for tiny models
 }
 
 
 @torch.no_grad()
 def init_vit_weights(model: nn.Module, weight_init: str = "beit", pos_embed_init: str = "normal"):
-    "Draws every matrix, token and place of a `VisionTransformer`, then divides what block l writes by sqrt(2*l)."
+    """Draws every matrix, token and place of a `VisionTransformer`, then divides what block l
+    writes by sqrt(2*l).
+    """
     if weight_init not in WEIGHT_INITS or pos_embed_init not in ("normal", "sincos"):
-        raise ValueError(f"weight_init={weight_init!r} must be one of {', '.join(WEIGHT_INITS)}; "
-                         f"pos_embed_init={pos_embed_init!r} one of normal, sincos")
+        raise ValueError(
+            f"weight_init={weight_init!r} must be one of {', '.join(WEIGHT_INITS)}; "
+            f"pos_embed_init={pos_embed_init!r} one of normal, sincos"
+        )
     for m in model.modules():
-        if isinstance(m, nn.Linear) or (isinstance(m, nn.Conv2d) and weight_init != "beit_finetune"):
+        if isinstance(m, nn.Linear) or (
+            isinstance(m, nn.Conv2d) and weight_init != "beit_finetune"
+        ):
             WEIGHT_INITS[weight_init](m.weight)
-            if m.bias is not None: nn.init.zeros_(m.bias)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
     for token in (model.cls_token, model.mask_token, model.pos_embed):
-        if token is not None: WEIGHT_INITS["beit" if weight_init == "beit" else "beit_finetune"](token)
+        if token is not None:
+            WEIGHT_INITS["beit" if weight_init == "beit" else "beit_finetune"](token)
     if pos_embed_init == "sincos" and model.pos_embed is not None:
         model.pos_embed[0, 0] = 0
         model.pos_embed[0, 1:] = sincos_pos_embed(*model.patch_embed.patch_shape, model.embed_dim)
@@ -245,41 +340,83 @@ def init_vit_weights(model: nn.Module, weight_init: str = "beit", pos_embed_init
 
 # %% ../nbs/12_vit.ipynb #vision-transformer
 class VisionTransformer(Embeddings):
-    "Images (B, C, H, W) to (B, 1+N, D). Defaults: the paper's base model. Subclasses add a norm and a head."
+    """Images (B, C, H, W) to (B, 1+N, D).
+
+    Defaults: the paper's base model. Subclasses add a norm and a head.
+    """
+
     def __init__(
         self,
-        img_size: int = 224, patch_size: int = 16, in_chans: int = 3,                         # the pictures
-        embed_dim: int = 768, depth: int = 12, num_heads: int = 12, mlp_ratio: float = 4.0,   # the size
-        qkv_bias: bool = True,              # biases for queries and values
-        drop_path_rate: float = 0.0,        # of the last block; grows linearly from 0
-        init_values: float | None = None,   # LayerScale of BEiT+: 0.1 (base), 1e-5 (large)
-        use_abs_pos_emb: bool = True,       # the paper's places
-        use_rel_pos_bias: bool = False,     # BEiT+, fine-tuning: a bias table in every block
+        # the pictures
+        img_size: int = 224,
+        patch_size: int = 16,
+        in_chans: int = 3,
+        # the size
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,  # biases for queries and values
+        drop_path_rate: float = 0.0,  # of the last block; grows linearly from 0
+        init_values: float | None = None,  # LayerScale of BEiT+: 0.1 (base), 1e-5 (large)
+        use_abs_pos_emb: bool = True,  # the paper's places
+        use_rel_pos_bias: bool = False,  # BEiT+, fine-tuning: a bias table in every block
         use_shared_rel_pos_bias: bool = False,  # BEiT+, pre-training: one bias table for all blocks
-        weight_init: str = "beit", pos_embed_init: str = "normal",    # a key of WEIGHT_INITS; "sincos": places start as waves
-        use_checkpoint: bool = False,       # run blocks again in the backward pass: less memory, more time
+        # a key of WEIGHT_INITS; "sincos": places start as waves
+        weight_init: str = "beit",
+        pos_embed_init: str = "normal",
+        # run blocks again in the backward pass: less memory, more time
+        use_checkpoint: bool = False,
     ):
         super().__init__(img_size, patch_size, in_chans, embed_dim, use_abs_pos_emb)
-        self.weight_init, self.pos_embed_init, self.use_checkpoint = weight_init, pos_embed_init, use_checkpoint
-        grid = self.patch_embed.patch_shape                           # (h, w)
-        self.rel_pos_bias = RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
+        self.weight_init = weight_init
+        self.pos_embed_init = pos_embed_init
+        self.use_checkpoint = use_checkpoint
+        grid = self.patch_embed.patch_shape  # (h, w)
+        self.rel_pos_bias = (
+            RelativePositionBias(grid, num_heads) if use_shared_rel_pos_bias else None
+        )
         rates = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, init_values,
-                                          grid if use_rel_pos_bias else None) for rate in rates)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                rate,
+                init_values,
+                grid if use_rel_pos_bias else None,
+            )
+            for rate in rates
+        )
         self.init_weights()
 
     def init_weights(self):
         "Draws all weights anew; a subclass calls it again once its own parts stand."
         init_vit_weights(self, self.weight_init, self.pos_embed_init)
 
-    def forward_features(self, images: Tensor, bool_masked_pos: Tensor | None = None, every_block: bool = False, where: Tensor | None = None):
-        "The stream after the last block, (B, 1+N, D), or tokens `where` (n,) of it, (n, D), or a list with the stream after every block."
-        x, every = self.embed(images, bool_masked_pos), []            # (B, 1+N, D)
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()     # (heads, 1+N, 1+N)
+    def forward_features(
+        self,
+        images: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        every_block: bool = False,
+        where: Tensor | None = None,
+    ):
+        """The stream after the last block, (B, 1+N, D), or tokens `where` (n,) of it, (n, D), or a
+        list with the stream after every block.
+        """
+        x = self.embed(images, bool_masked_pos)
+        every = []  # (B, 1+N, D)
+        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()  # (heads, 1+N, 1+N)
         for l, block in enumerate(self.blocks, 1):
             args = x, bias, where if l == len(self.blocks) else None
-            x = checkpoint(block, *args, use_reentrant=False) if self.use_checkpoint and self.training else block(*args)
-            if every_block: every.append(x)
+            x = (
+                checkpoint(block, *args, use_reentrant=False)
+                if self.use_checkpoint and self.training
+                else block(*args)
+            )
+            if every_block:
+                every.append(x)
         return every if every_block else x
 
     forward = forward_features

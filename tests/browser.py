@@ -161,7 +161,7 @@ def wait_until_up(process, url, log, seconds=60):
 
 @contextlib.contextmanager
 def serve(tmp, root, *flags, **environment):
-    "JupyterLab on `root` with configuration, data and runtime folders of its own; yields its address."
+    "JupyterLab on `root`, with configuration, data and runtime folders below `tmp`: its address."
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [

@@ -84,9 +84,9 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def seeded(request):
-    """Every test starts from a seed of its own, made from its name: neither the order nor the choice
-    of tests decides what it draws. A failure shows the seed; BEIT_SEED=number sets it for all tests.
-    Fixtures that live longer than one test seed themselves."""
+    """Every test starts from a seed of its own, made from its name: neither the order nor the
+    choice of tests decides what it draws. A failure shows the seed; BEIT_SEED=number sets it for
+    all tests. Fixtures that live longer than one test seed themselves."""
     name = request.node.nodeid
     seed = int(os.environ.get("BEIT_SEED") or crc32(name.encode()))
     random.seed(seed)

@@ -6,6 +6,7 @@
 
 Cells marked `#| slow` are skipped unless asked for; the outputs that they have stay.
 """
+
 import base64, io, sys, time
 from pathlib import Path
 
@@ -28,40 +29,59 @@ def run(path, slow=False, timeout=600):
     full = [c for c in nb.cells if c.cell_type == "code"]
     skipped = {c.id: c.copy() for c in full if flagged(c, "slow") and not slow}
     for c in full:
-        if c.id in skipped: c.source = "pass"
-    client = NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False,
-                            resources={"metadata": {"path": str(Path(path).parent)}})
+        if c.id in skipped:
+            c.source = "pass"
+    client = NotebookClient(
+        nb,
+        timeout=timeout,
+        kernel_name="python3",
+        store_widget_state=False,
+        resources={"metadata": {"path": str(Path(path).parent)}},
+    )
     client.execute()
     for c in nb.cells:
-        if c.id in skipped: c.update(skipped[c.id])
+        if c.id in skipped:
+            c.update(skipped[c.id])
     return nb
 
 
 def small_png(data):
-    "A PNG (base64) with a palette of 256 colours where that is smaller: a third of the size, and no eye tells."
-    im, out = Image.open(io.BytesIO(base64.b64decode(data))), io.BytesIO()
-    if im.mode == "P": return data
+    """A PNG (base64) with a palette of 256 colours where that is smaller.
+
+    A third of the size, and no eye tells.
+    """
+    im = Image.open(io.BytesIO(base64.b64decode(data)))
+    out = io.BytesIO()
+    if im.mode == "P":
+        return data
     im.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return min(data, base64.b64encode(out.getvalue()).decode(), key=len)
 
 
 def tidy(nb):
-    "What a full run leaves behind that nobody reads: widget views beside their pictures, progress on stderr, colours that nobody sees."
+    """What a full run leaves behind that nobody reads.
+
+    Widget views beside their pictures, progress on stderr, colours that nobody sees.
+    """
     nb.metadata.pop("widgets", None)
     for c in nb.cells:
         for o in c.get("outputs", []):
             if "image/png" in o.get("data", {}):
                 o["data"].pop(WIDGET, None)
                 o["data"]["image/png"] = small_png(o["data"]["image/png"])
-        if "outputs" in c: c.outputs = [o for o in c.outputs if o.get("name") != "stderr"]
+        if "outputs" in c:
+            c.outputs = [o for o in c.outputs if o.get("name") != "stderr"]
     return nb
 
 
 def save(path, slow=False, execute=True):
     nb = tidy(run(path, slow) if execute else nbformat.read(path, as_version=4))
-    nb.metadata = nbformat.from_dict({"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}})
+    nb.metadata = nbformat.from_dict(
+        {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
+    )
     nbformat.write(nb, path)
-    clean = dict2nb(read_nb(path))      # the same cleaning as `nbdev_clean`, so that git stays quiet
+    # the same cleaning as `nbdev_clean`, so that git stays quiet
+    clean = dict2nb(read_nb(path))
     clean_nb(clean, clear_all=False, clean_ids=True)
     write_nb(clean, path)
 

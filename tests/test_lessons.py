@@ -1,4 +1,5 @@
 """Every lesson runs from top to bottom, and the book holds together."""
+
 import ast, re, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,13 +13,22 @@ import lessons
 ROOT = Path(__file__).parents[1]
 NBS = sorted((ROOT / "nbs").glob("*.ipynb"))
 MODULES = {p.stem: p for p in (ROOT / "beit_nb").glob("*.py") if not p.stem.startswith("_")}
-numbers = lambda: {m: int(re.search(r"File to edit: \.\./nbs/(\d+)_", p.read_text())[1]) for m, p in MODULES.items()}
+numbers = lambda: {
+    m: int(re.search(r"File to edit: \.\./nbs/(\d+)_", p.read_text())[1])
+    for m, p in MODULES.items()
+}
 
 
 @pytest.fixture(scope="session")
 def runs(request):
-    "All chosen lessons, two at a time (each in a kernel of its own), so that the book takes half as long."
-    chosen = [i.callspec.params["path"] for i in request.session.items if i.originalname == "test_lesson_runs"]
+    """All chosen lessons, two at a time (each in a kernel of its own), so that the book takes half
+    as long.
+    """
+    chosen = [
+        i.callspec.params["path"]
+        for i in request.session.items
+        if i.originalname == "test_lesson_runs"
+    ]
     with ThreadPoolExecutor(2) as pool:
         yield {p: pool.submit(lessons.run, p) for p in chosen}
 
@@ -32,7 +42,11 @@ def ours(module):
     "The modules of ours that a module imports, wherever in the file."
     for n in ast.walk(ast.parse(MODULES[module].read_text())):
         if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").startswith("beit_nb")):
-            yield from ([n.module.split(".")[-1]] if n.module and n.module != "beit_nb" else [a.name for a in n.names])
+            yield from (
+                [n.module.split(".")[-1]]
+                if n.module and n.module != "beit_nb"
+                else [a.name for a in n.names]
+            )
 
 
 def test_staircase():
@@ -66,17 +80,28 @@ def test_notebook_is_tidy(path):
     assert all(re.fullmatch(r"[a-z][a-z0-9-]*", c.id) for c in nb.cells), "cell ids are words"
     assert any(c.outputs for c in code), "run it from top to bottom before committing"
     for c in code:
-        assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in c.outputs), f"cell {c.id} saved an error or stderr"
+        assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in c.outputs), (
+            f"cell {c.id} saved an error or stderr"
+        )
         assert sum(1 for l in c.source.splitlines() if l.strip()) <= 37, f"cell {c.id} is too long"
     assert path.stat().st_size <= 400 * 1024, "a notebook stays under 400 KB"
-    assert nb.cells[0].source.startswith("# ") and "\n> " in nb.cells[0].source and "index.ipynb" in nb.cells[0].source or path.stem == "index"
+    assert (
+        nb.cells[0].source.startswith("# ")
+        and "\n> " in nb.cells[0].source
+        and "index.ipynb" in nb.cells[0].source
+        or path.stem == "index"
+    )
 
 
 def test_links_between_lessons():
     for path in NBS:
-        text = "\n".join(c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown")
+        text = "\n".join(
+            c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"
+        )
         for target in re.findall(r"\]\(([\w./-]+\.ipynb)\)", text):
-            assert (path.parent / target).exists(), f"{path.name} links to {target}, which is not there"
+            assert (path.parent / target).exists(), (
+                f"{path.name} links to {target}, which is not there"
+            )
 
 
 def test_index_lists_every_lesson():

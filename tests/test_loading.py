@@ -1,4 +1,5 @@
 """Views and batches: the official pipeline's pictures, faults, and samples that repeat for any number of processes and workers."""
+
 import json
 import os
 import pickle
@@ -18,7 +19,17 @@ from torchvision.transforms.v2 import functional as TF
 from beit_nb.engine.shards import Shards, shard_folder
 from beit_nb.engine.sources import Folder, Photos
 from beit_nb.images import photos
-from beit_nb.engine.augment import KINDS, TwoViews, colour_table, cut, draw_colours, jitter_batch, jitter_crop, random_box, resize
+from beit_nb.engine.augment import (
+    KINDS,
+    TwoViews,
+    colour_table,
+    cut,
+    draw_colours,
+    jitter_batch,
+    jitter_crop,
+    random_box,
+    resize,
+)
 from beit_nb.engine.loading import Batches, Samples, leave_signals, shuffled, step_keys
 from beit_nb.recipes import PretrainRecipe
 
@@ -41,42 +52,71 @@ def later(picture, number, rng):
 
 def official(image, box, steps, mirrored):
     "The official order, in PIL: colours on the whole picture, flip, one box, two resizings."
-    for kind, factor in steps: image = ENHANCE[kind](image).enhance(factor)
-    if mirrored: image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for kind, factor in steps:
+        image = ENHANCE[kind](image).enhance(factor)
+    if mirrored:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     top, left, h, w = box
-    if mirrored: left = image.width - left - w
+    if mirrored:
+        left = image.width - left - w
     piece = image.crop((left, top, left + w, top + h))
-    return [TF.pil_to_tensor(piece.resize((n, n), how)).int() for n, how in ((224, Image.Resampling.BICUBIC), (112, Image.Resampling.LANCZOS))]
+    return [
+        TF.pil_to_tensor(piece.resize((n, n), how)).int()
+        for n, how in ((224, Image.Resampling.BICUBIC), (112, Image.Resampling.LANCZOS))
+    ]
 
 
 def test_views_are_the_official_ones(monkeypatch):
-    "The same dice, both roads, all six orders of colours, flips: nearly all values equal, next to none more than a level apart."
+    """The same dice, both roads, all six orders of colours, flips.
+
+    Nearly all values equal, next to none more than a level apart.
+    """
     import beit_nb.engine.augment as loading
 
-    views, seen = TwoViews(224, 112, (0.08, 1.0), 0.4, 0.5), []
+    views = TwoViews(224, 112, (0.08, 1.0), 0.4, 0.5)
+    seen = []
     for name, real in (("random_box", random_box), ("draw_colours", draw_colours)):
         monkeypatch.setattr(loading, name, lambda *a, real=real: seen.append(real(*a)) or seen[-1])
-    counts, torch_state, orders = np.zeros((2, 256)), torch.Generator().manual_seed(0), set()
+    counts = np.zeros((2, 256))
+    torch_state = torch.Generator().manual_seed(0)
+    orders = set()
     for name, image in photos().items():
-        if image.width > 800: image = image.resize((image.width // 3, image.height // 3))
+        if image.width > 800:
+            image = image.resize((image.width // 3, image.height // 3))
         for k in range(3):
             seed = int(torch.randint(1 << 30, (), generator=torch_state))
             torch.manual_seed(seed)
             ours = [v.int() for v in views(image)]
-            (box, steps), _ = seen[-2:], orders.add(tuple(s for s, _ in seen[-1]))
-            gaps = [[(a - b).abs().flatten().numpy() for a, b in zip(ours, official(image, box, steps, m))] for m in (False, True)]
-            for row, gap in zip(counts, min(gaps, key=lambda g: g[0].mean())): row += np.bincount(gap, minlength=256)
+            (box, steps) = seen[-2:]
+            _ = orders.add(tuple(s for s, _ in seen[-1]))
+            gaps = [
+                [
+                    (a - b).abs().flatten().numpy()
+                    for a, b in zip(ours, official(image, box, steps, m))
+                ]
+                for m in (False, True)
+            ]
+            for row, gap in zip(counts, min(gaps, key=lambda g: g[0].mean())):
+                row += np.bincount(gap, minlength=256)
     share = counts / counts.sum(1, keepdims=True)
     assert len(orders) == 6
-    assert (share[:, 0] > 0.95).all() and (share[:, :2].sum(1) > 0.999).all() and (share[:, :3].sum(1) > 0.9997).all()
+    assert (
+        (share[:, 0] > 0.95).all()
+        and (share[:, :2].sum(1) > 0.999).all()
+        and (share[:, :3].sum(1) > 0.9997).all()
+    )
 
 
 def test_the_mean_is_that_of_the_whole_picture():
     "Contrast on a piece: dark left, bright right; the grey in the middle belongs to both."
     image = torch.zeros(3, 40, 40, dtype=torch.uint8)
     image[:, :, 20:] = 200
-    for steps in ([("contrast", 0.5), ("brightness", 1.0), ("saturation", 1.0)], [("brightness", 1.0), ("saturation", 1.0), ("contrast", 0.5)]):
-        assert set(jitter_crop(image, (0, 0, 40, 10), steps)[:3].flatten().tolist()) == {50}       # 100 + (0 - 100) / 2
+    for steps in (
+        [("contrast", 0.5), ("brightness", 1.0), ("saturation", 1.0)],
+        [("brightness", 1.0), ("saturation", 1.0), ("contrast", 0.5)],
+    ):
+        # 100 + (0 - 100) / 2
+        assert set(jitter_crop(image, (0, 0, 40, 10), steps)[:3].flatten().tolist()) == {50}
     means = []
     for image in photos().values():
         x = TF.pil_to_tensor(image)
@@ -84,11 +124,13 @@ def test_the_mean_is_that_of_the_whole_picture():
             steps = draw_colours(0.4)
             ours = jitter_crop(x, (3, 5, 60, 70), steps)[:3].int()
             want = image
-            for kind, f in steps: want = ENHANCE[kind](want).enhance(f)
+            for kind, f in steps:
+                want = ENHANCE[kind](want).enhance(f)
             gap = (ours - cut(TF.pil_to_tensor(want), (3, 5, 60, 70)).int()).abs()
             assert gap.max() <= 1
             means.append((gap > 0).float().mean() < 0.01)
-    assert np.mean(means) > 0.9                                               # a mean that rounds otherwise is rare
+    # a mean that rounds otherwise is rare
+    assert np.mean(means) > 0.9
 
 
 def test_jitter_is_torchvisions():
@@ -96,19 +138,38 @@ def test_jitter_is_torchvisions():
     torch.manual_seed(0)
     ours = [draw_colours(0.4) for _ in range(3000)]
     theirs = torchvision.transforms.ColorJitter(0.4, 0.4, 0.4)
-    order, *factors = zip(*[torchvision.transforms.ColorJitter.get_params(theirs.brightness, theirs.contrast, theirs.saturation, None)[:4] for _ in range(3000)])
+    order, *factors = zip(
+        *[
+            torchvision.transforms.ColorJitter.get_params(
+                theirs.brightness, theirs.contrast, theirs.saturation, None
+            )[:4]
+            for _ in range(3000)
+        ]
+    )
     for kind, f in zip(KINDS, factors):
         mine = [dict(steps)[kind] for steps in ours]
-        assert np.allclose(np.quantile(mine, [0, 0.25, 0.5, 0.75, 1]), np.quantile(f, [0, 0.25, 0.5, 0.75, 1]), atol=0.03)
+        assert np.allclose(
+            np.quantile(mine, [0, 0.25, 0.5, 0.75, 1]),
+            np.quantile(f, [0, 0.25, 0.5, 0.75, 1]),
+            atol=0.03,
+        )
     firsts = [steps[0][0] for steps in ours]
     assert all(abs(firsts.count(k) / 3000 - 1 / 3) < 0.04 for k in KINDS)
 
 
 def test_device_jitter(tmp_path):
-    "Half a level from the loader's in the median, whatever else is in the batch; reproducible for any number of workers."
-    album, early, late = list(photos().values())[:6], [], []
+    """Half a level from the loader's in the median, whatever else is in the batch.
+
+    Reproducible for any number of workers.
+    """
+    album = list(photos().values())[:6]
+    early = []
+    late = []
     for k, image in enumerate(album):
-        for views, out in ((TwoViews(224, 112, (0.08, 1.0), 0.4, 0.5), early), (TwoViews(224, 112, (0.08, 1.0), 0.4, 0.5, "device"), late)):
+        for views, out in (
+            (TwoViews(224, 112, (0.08, 1.0), 0.4, 0.5), early),
+            (TwoViews(224, 112, (0.08, 1.0), 0.4, 0.5, "device"), late),
+        ):
             torch.manual_seed(k)
             out.append(views(image))
     patch, token, colours = (torch.stack(x) for x in zip(*late))
@@ -118,19 +179,41 @@ def test_device_jitter(tmp_path):
         gap = (painted * 255 - want).abs()
         assert gap.median() < 0.6 and gap.mean() < 1 and (painted * 255 - want).mean().abs() < 0.2
         assert painted.min() >= 0 and painted.max() <= 1
-        torch.testing.assert_close(torch.cat([jitter_batch(p[None], c[None]) for p, c in zip(plain, colours)]), painted, atol=1e-6, rtol=0)
-        torch.testing.assert_close(jitter_batch(plain.float() / 255, colours), painted, atol=1e-6, rtol=0)
-    assert len(TwoViews(16, 8, None, 0.0, 0.0, "device")(album[0])) == 2      # nothing to paint, nothing to carry
-    r, samples = replace(RECIPE, seed=1), Samples(Photos(2), later, 1)
-    for a, b in zip(list(Batches(samples, r)(0, 3)), list(Batches(samples, replace(r, workers=2))(0, 3)), strict=True):
+        torch.testing.assert_close(
+            torch.cat([jitter_batch(p[None], c[None]) for p, c in zip(plain, colours)]),
+            painted,
+            atol=1e-6,
+            rtol=0,
+        )
+        torch.testing.assert_close(
+            jitter_batch(plain.float() / 255, colours), painted, atol=1e-6, rtol=0
+        )
+    # nothing to paint, nothing to carry
+    assert len(TwoViews(16, 8, None, 0.0, 0.0, "device")(album[0])) == 2
+    r = replace(RECIPE, seed=1)
+    samples = Samples(Photos(2), later, 1)
+    for a, b in zip(
+        list(Batches(samples, r)(0, 3)),
+        list(Batches(samples, replace(r, workers=2))(0, 3)),
+        strict=True,
+    ):
         assert len(a) == 4 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 def test_views_of_odd_pictures():
     for size in ((1, 1), (1, 300), (300, 2), (5, 7)):
-        for views in (TwoViews(16, 8), TwoViews(16, 8, (0.08, 1.0), 0.4, 0.5), TwoViews(16, 8, (0.08, 1.0), 0.4, 0.5, "device"), TwoViews(16, 8, (0.08, 1.0), 1.7)):
+        for views in (
+            TwoViews(16, 8),
+            TwoViews(16, 8, (0.08, 1.0), 0.4, 0.5),
+            TwoViews(16, 8, (0.08, 1.0), 0.4, 0.5, "device"),
+            TwoViews(16, 8, (0.08, 1.0), 1.7),
+        ):
             a, b, *colours = views(Image.new("RGB", size, (10, 20, 30)))
-            assert a.shape == (3, 16, 16) and b.shape == (3, 8, 8) and a.dtype == b.dtype == torch.uint8
+            assert (
+                a.shape == (3, 16, 16)
+                and b.shape == (3, 8, 8)
+                and a.dtype == b.dtype == torch.uint8
+            )
             assert len(colours) == views.later and all(c.isfinite().all() for c in colours)
 
 
@@ -138,7 +221,8 @@ def test_lanczos_of_older_torches(monkeypatch):
     x = TF.pil_to_tensor(photos()["coffee"])
     new = resize(x, 112, "lanczos")
 
-    def missing(*a, mode, **k): raise NotImplementedError(mode)
+    def missing(*a, mode, **k):
+        raise NotImplementedError(mode)
 
     monkeypatch.setattr(torch.nn.functional, "interpolate", missing)
     assert ((resize(x, 112, "lanczos").int() - new.int()).abs() <= 1).float().mean() > 0.999
@@ -149,14 +233,25 @@ def test_faster_than_the_official_pipeline(tmp_path):
     files = []
     for name, image in list(photos().items())[:6]:
         image.resize((500, 375)).save(tmp_path / f"{name}.jpg", quality=90)
-    files, views = Folder(tmp_path), TwoViews(224, 112, (0.08, 1.0), 0.4, 0.5)
+    files = Folder(tmp_path)
+    views = TwoViews(224, 112, (0.08, 1.0), 0.4, 0.5)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     spent = {"official": [], "ours": []}
     for turn in range(8):
         for i, file in enumerate(files.files):
-            box, steps = random_box(375, 500, (0.08, 1.0)), draw_colours(0.4)
-            for name, work in (("official", lambda: [v / 255.0 for v in official(Image.open(file).convert("RGB"), box, steps, turn % 2)]), ("ours", lambda: views(files.pixels(i)))):
+            box = random_box(375, 500, (0.08, 1.0))
+            steps = draw_colours(0.4)
+            for name, work in (
+                (
+                    "official",
+                    lambda: [
+                        v / 255.0
+                        for v in official(Image.open(file).convert("RGB"), box, steps, turn % 2)
+                    ],
+                ),
+                ("ours", lambda: views(files.pixels(i))),
+            ):
                 began = time.thread_time()
                 work()
                 spent[name].append(time.thread_time() - began)
@@ -166,100 +261,181 @@ def test_faster_than_the_official_pipeline(tmp_path):
 def through(load: Batches, last: int = 20):
     "As `fit` goes through the batches, asking after each; the rows for the log."
     for batch in load(0, last):
-        if load.found: yield batch, load.agree()
-        else: yield batch, {}
+        if load.found:
+            yield batch, load.agree()
+        else:
+            yield batch, {}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_damaged_pictures(tmp_path, workers, capfd):
-    for i in range(8): grey(tmp_path / f"{i}.png", 10 * i)
-    for i in (2, 3): (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    for i in range(8):
+        grey(tmp_path / f"{i}.png", 10 * i)
+    for i in (2, 3):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
     r = replace(RECIPE, max_damaged=0.25, workers=workers)
     for pixels in (False, True):
-        got, rows = zip(*through(Batches(Samples(Folder(tmp_path), transform, pixels=pixels), r)))     # ten epochs, two damaged
+        # ten epochs, two damaged
+        got, rows = zip(*through(Batches(Samples(Folder(tmp_path), transform, pixels=pixels), r)))
         numbers = [x for b in got for x in b[2].tolist()]
         assert len(numbers) == 80 and not {2, 3} & set(numbers) and numbers.count(4) == 30
-        said = [l for l in capfd.readouterr().err.splitlines() if l.startswith("beit: passed over: cannot read")]
-        assert len(said) == 2 and {n for n in ("2.png", "3.png") if any(n in l for l in said)} == {"2.png", "3.png"}   # once, whoever met it
+        said = [
+            l
+            for l in capfd.readouterr().err.splitlines()
+            if l.startswith("beit: passed over: cannot read")
+        ]
+        # once, whoever met it
+        assert len(said) == 2 and {n for n in ("2.png", "3.png") if any(n in l for l in said)} == {
+            "2.png",
+            "3.png",
+        }
         rows = [row for row in rows if row]
-        assert rows[-1]["damaged"] == 2 and sorted(p for row in rows for p in row["passed_over"]) == [str(tmp_path / "2.png"), str(tmp_path / "3.png")]
-    for share, n in ((0.24, 2), (0.01, 2), (0, 1)):                            # one is always forgiven, unless the share is 0
-        with pytest.raises(ValueError, match=rf"^more than max_damaged={share:g} of the 8 pictures of .* are unreadable: [{n}2] so far, such as .*/[23].png;"):
-            list(through(Batches(Samples(Folder(tmp_path), transform), replace(r, max_damaged=share))))
+        assert rows[-1]["damaged"] == 2 and sorted(
+            p for row in rows for p in row["passed_over"]
+        ) == [str(tmp_path / "2.png"), str(tmp_path / "3.png")]
+    # one is always forgiven, unless the share is 0
+    for share, n in ((0.24, 2), (0.01, 2), (0, 1)):
+        with pytest.raises(
+            ValueError,
+            match=rf"^more than max_damaged={share:g} of the 8 pictures of .* are unreadable: [{n}2] so far, such as .*/[23].png;",
+        ):
+            list(
+                through(
+                    Batches(Samples(Folder(tmp_path), transform), replace(r, max_damaged=share))
+                )
+            )
     (tmp_path / "3.png").unlink(), grey(tmp_path / "3.png", 1)
-    assert len(list(through(Batches(Samples(Folder(tmp_path), transform), replace(r, max_damaged=0.01))))) == 20
+    assert (
+        len(
+            list(
+                through(Batches(Samples(Folder(tmp_path), transform), replace(r, max_damaged=0.01)))
+            )
+        )
+        == 20
+    )
     for bad in (-0.1, 1.5, 100):
-        with pytest.raises(ValueError, match="max_damaged .* is no share"): Batches(Samples(Folder(tmp_path), transform), replace(r, max_damaged=bad))
-    for i in range(8): (tmp_path / f"{i}.png").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match="none of the 8 pictures of .*: cannot read the picture .*0.png"): Samples(Folder(tmp_path), transform)[0]
+        with pytest.raises(ValueError, match="max_damaged .* is no share"):
+            Batches(Samples(Folder(tmp_path), transform), replace(r, max_damaged=bad))
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(b"no picture")
+    with pytest.raises(
+        ValueError, match="none of the 8 pictures of .*: cannot read the picture .*0.png"
+    ):
+        Samples(Folder(tmp_path), transform)[0]
 
 
 def test_damaged_in_a_shard(tmp_path, capfd):
     import tarfile
 
-    for i in range(12): grey(tmp_path / "in" / f"{i}.png", 10 * i)
+    for i in range(12):
+        grey(tmp_path / "in" / f"{i}.png", 10 * i)
     (tmp_path / "in" / "7.png").write_bytes(b"no picture")
     (tmp_path / "s").mkdir()
     with tarfile.open(tmp_path / "s" / "0.tar", "w") as t:
-        for i in range(12): t.add(tmp_path / "in" / f"{i}.png", f"{i}.png")
-    got = [n for b, _ in through(Batches(Samples(Shards(tmp_path / "s"), transform, pixels=True), replace(RECIPE, workers=2)), 6) for n in b[2].tolist()]
-    assert sorted(got) == sorted([*range(7), 8, 8, *range(9, 12)] * 2) and "s/0.tar/7.png" in capfd.readouterr().err
+        for i in range(12):
+            t.add(tmp_path / "in" / f"{i}.png", f"{i}.png")
+    got = [
+        n
+        for b, _ in through(
+            Batches(
+                Samples(Shards(tmp_path / "s"), transform, pixels=True), replace(RECIPE, workers=2)
+            ),
+            6,
+        )
+        for n in b[2].tolist()
+    ]
+    assert (
+        sorted(got) == sorted([*range(7), 8, 8, *range(9, 12)] * 2)
+        and "s/0.tar/7.png" in capfd.readouterr().err
+    )
     with pytest.raises(ValueError, match="such as .*s/0.tar/7.png; repair"):
-        list(through(Batches(Samples(Shards(tmp_path / "s"), transform), replace(RECIPE, max_damaged=0)), 6))
+        list(
+            through(
+                Batches(Samples(Shards(tmp_path / "s"), transform), replace(RECIPE, max_damaged=0)),
+                6,
+            )
+        )
 
 
 @pytest.mark.parametrize("pixels", [False, True])
 def test_a_file_deleted_under_way(tmp_path, pixels):
-    for i in range(4): grey(tmp_path / f"{i}.png", i)
+    for i in range(4):
+        grey(tmp_path / f"{i}.png", i)
     samples = Samples(Folder(tmp_path), lambda picture, number, rng: (number,), pixels=pixels)
     (tmp_path / "2.png").unlink()
     assert [samples[i] for i in range(4)] == [(0, -1), (1, -1), (3, 2), (3, -1)]
 
 
 def test_pictures_put_aside(tmp_path, capfd):
-    "They can be read, but must not be used (their tokens are another's): passed over, named and counted as if they were broken."
-    for i in range(8): grey(tmp_path / f"{i}.png", i)
+    """They can be read, but must not be used (their tokens are another's).
+
+    Passed over, named and counted as if they were broken.
+    """
+    for i in range(8):
+        grey(tmp_path / f"{i}.png", i)
     pictures = Folder(tmp_path)
     pictures.aside |= {5: "cannot read the picture 5.png when its tokens were made"}
     got, rows = zip(*through(Batches(Samples(pictures, transform), replace(RECIPE, workers=2)), 4))
     assert sorted(n for b in got for n in b[2].tolist()) == sorted([0, 1, 2, 3, 4, 6, 6, 7] * 2)
-    assert [row["passed_over"] for row in rows if row] == [[str(tmp_path / "5.png")]] and "beit: passed over: cannot read the picture 5.png when" in capfd.readouterr().err
+    assert [row["passed_over"] for row in rows if row] == [
+        [str(tmp_path / "5.png")]
+    ] and "beit: passed over: cannot read the picture 5.png when" in capfd.readouterr().err
 
 
 @pytest.fixture
 def bad_eighth(tmp_path):
     "Forty pictures, five of them broken."
-    for i in range(40): grey(tmp_path / "in" / f"{i:02d}.png", i, (32, 32))
-    for i in range(3, 40, 8): (tmp_path / "in" / f"{i:02d}.png").write_bytes(b"no picture")
+    for i in range(40):
+        grey(tmp_path / "in" / f"{i:02d}.png", i, (32, 32))
+    for i in range(3, 40, 8):
+        (tmp_path / "in" / f"{i:02d}.png").write_bytes(b"no picture")
     return tmp_path / "in"
 
 
 def test_the_book_outlives_a_stop(bad_eighth):
-    "Each piece of the run meets less than the limit; together it is more. Then a repaired picture counts no more."
-    r, book, met = replace(RECIPE, max_damaged=0.1), {}, []
+    """Each piece of the run meets less than the limit.
+
+    Together it is more. Then a repaired picture counts no more.
+    """
+    r = replace(RECIPE, max_damaged=0.1)
+    book = {}
+    met = []
     with pytest.raises(ValueError, match="are unreadable: 5 so far"):
-        for step in range(10):                                                       # stopped after every step
+        # stopped after every step
+        for step in range(10):
             load = Batches(Samples(Folder(bad_eighth), transform), r)
             book = load.resume(book)
-            for _ in load(step, step + 1): load.found and load.agree()
-            book = json.loads(json.dumps(book))                                      # plain data: whole numbers and letters
+            for _ in load(step, step + 1):
+                load.found and load.agree()
+            # plain data: whole numbers and letters
+            book = json.loads(json.dumps(book))
             met.append(len(book["damaged"]))
     assert met == sorted(met) and met[-1] <= 4 and book["damaged"] == sorted(book["damaged"])
     grey(bad_eighth / f"{book['damaged'][0]:02d}.png", 1)
-    assert Batches(Samples(Folder(bad_eighth), transform), r).resume(book)["damaged"] == book["damaged"][1:]
+    assert (
+        Batches(Samples(Folder(bad_eighth), transform), r).resume(book)["damaged"]
+        == book["damaged"][1:]
+    )
 
 
 def test_changed_data_is_refused(tmp_path):
-    for i in range(8): grey(tmp_path / "in" / f"{i}.png", i)
+    for i in range(8):
+        grey(tmp_path / "in" / f"{i}.png", i)
     load = lambda folder: Batches(Samples(Folder(folder), transform), RECIPE)
-    book = load(tmp_path / "in").resume(dict(next_batch=0))                         # an old checkpoint knows nothing of pictures
+    # an old checkpoint knows nothing of pictures
+    book = load(tmp_path / "in").resume(dict(next_batch=0))
     assert set(book) == {"pictures", "names", "damaged", "next_batch"} and book["pictures"] == 8
     (tmp_path / "in").rename(tmp_path / "moved")
-    load(tmp_path / "moved").resume(book)                                            # another place is none of our business
+    # another place is none of our business
+    load(tmp_path / "moved").resume(book)
     (tmp_path / "moved" / "3.png").rename(tmp_path / "moved" / "9.png")
-    with pytest.raises(ValueError, match="moved has changed since this run began .8 pictures then, 8 now"): load(tmp_path / "moved").resume(book)
+    with pytest.raises(
+        ValueError, match="moved has changed since this run began .8 pictures then, 8 now"
+    ):
+        load(tmp_path / "moved").resume(book)
     grey(tmp_path / "moved" / "3.png", 1)
-    with pytest.raises(ValueError, match="8 pictures then, 9 now"): load(tmp_path / "moved").resume(book)
+    with pytest.raises(ValueError, match="8 pictures then, 9 now"):
+        load(tmp_path / "moved").resume(book)
 
 
 WORKER = """
@@ -281,125 +457,240 @@ except ValueError as e: print(rank(), "stopped:", e)
 """
 
 
-@pytest.mark.parametrize("share,ends", [(0.1, "stopped: more than max_damaged=0.1 of the 40 pictures"), (0.125, "went through 5 [3, 11, 19, 27, 35]")])
+@pytest.mark.parametrize(
+    "share,ends",
+    [
+        (0.1, "stopped: more than max_damaged=0.1 of the 40 pictures"),
+        (0.125, "went through 5 [3, 11, 19, 27, 35]"),
+    ],
+)
 def test_processes_pool_what_they_found(bad_eighth, tmp_path, share, ends):
-    "Five of forty are broken: each of two processes meets less than the four that are forgiven; and every file is named once."
+    """Five of forty are broken.
+
+    Each of two processes meets less than the four that are forgiven; and every file is named once.
+    """
     (tmp_path / "worker.py").write_text(WORKER)
-    run = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(tmp_path / "worker.py"), str(bad_eighth), str(share)],
-                         env=dict(os.environ, OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=170)
+    run = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            str(tmp_path / "worker.py"),
+            str(bad_eighth),
+            str(share),
+        ],
+        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        capture_output=True,
+        text=True,
+        timeout=170,
+    )
     assert run.stdout.count(ends) == 2, run.stdout + run.stderr[-2000:]
     named = [l.split(": ")[2] for l in run.stderr.splitlines() if "passed over" in l]
     assert len(named) == len(set(named)) == 5
 
 
 def test_training_keeps_the_book(bad_eighth, tmp_path, capfd):
-    "Through `fit`: rows in log.jsonl, the list in the checkpoint, the count in metrics.json; stopped, continued, and refused when a picture is new."
+    """Through `fit`: rows in log.jsonl, the list in the checkpoint, the count in metrics.json.
+
+    Stopped, continued, and refused when a picture is new.
+    """
     from beit_nb.recipes import recipe_named
     from beit_nb.engine.runs import load_checkpoint, read_log
     from beit_nb.tokenizer import train_tokenizer
 
-    r = recipe_named("tokenizer", "nano", data=str(bad_eighth), out=str(tmp_path / "run"), steps=5, width=16, batch_size=8, max_damaged=0.125, checkpoint_every=1, max_steps=2)
+    r = recipe_named(
+        "tokenizer",
+        "nano",
+        data=str(bad_eighth),
+        out=str(tmp_path / "run"),
+        steps=5,
+        width=16,
+        batch_size=8,
+        max_damaged=0.125,
+        checkpoint_every=1,
+        max_steps=2,
+    )
     train_tokenizer(r, quiet=True)
     first = load_checkpoint(tmp_path / "run", "tokenizer")["data"]
     train_tokenizer(replace(r, max_steps=None), quiet=True)
-    state, rows = load_checkpoint(tmp_path / "run", "tokenizer")["data"], [row for row in read_log(tmp_path / "run") if "passed_over" in row]
-    assert first["damaged"] == sorted(set(first["damaged"]) & set(state["damaged"])) and state["damaged"] == [3, 11, 19, 27, 35] and state["pictures"] == 40
-    assert sorted(p for row in rows for p in row["passed_over"]) == [str(bad_eighth / f"{i:02d}.png") for i in state["damaged"]] and rows[-1]["damaged"] == 5
+    state = load_checkpoint(tmp_path / "run", "tokenizer")["data"]
+    rows = [row for row in read_log(tmp_path / "run") if "passed_over" in row]
+    assert (
+        first["damaged"] == sorted(set(first["damaged"]) & set(state["damaged"]))
+        and state["damaged"] == [3, 11, 19, 27, 35]
+        and state["pictures"] == 40
+    )
+    assert (
+        sorted(p for row in rows for p in row["passed_over"])
+        == [str(bad_eighth / f"{i:02d}.png") for i in state["damaged"]]
+        and rows[-1]["damaged"] == 5
+    )
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["damaged"] == 5
     assert sum("passed over" in l for l in capfd.readouterr().err.splitlines()) == 5
     grey(bad_eighth / "0new.png", 1)
-    with pytest.raises(ValueError, match="has changed since this run began"): train_tokenizer(replace(r, max_steps=None), quiet=True)
+    with pytest.raises(ValueError, match="has changed since this run began"):
+        train_tokenizer(replace(r, max_steps=None), quiet=True)
 
 
 def test_evaluation_passes_over_damage(tmp_path, capfd):
-    "An empty file in val/ must stop neither the score of a fine-tuning nor a probe; it is named once and left out, or the next stands in with its own label."
+    """An empty file in val/ must stop neither the score of a fine-tuning nor a probe.
+
+    It is named once and left out, or the next stands in with its own label.
+    """
     from beit_nb.data import open_data
     from beit_nb.finetuning import build_classifier, evaluate_classifier
     from beit_nb.probing import all_features, raw_pixels
     from beit_nb.recipes import recipe_named
 
     for c in range(2):
-        for i in range(5): grey(tmp_path / "val" / "ab"[c] / f"{i}.png", 100 * c + 5 * i, (32, 32))
+        for i in range(5):
+            grey(tmp_path / "val" / "ab"[c] / f"{i}.png", 100 * c + 5 * i, (32, 32))
     (tmp_path / "val" / "a" / "4.png").write_bytes(b"")
-    r, pictures = recipe_named("finetune", "nano", depth=1, precision="fp32"), Folder(tmp_path / "val", labels=True)
+    r = recipe_named("finetune", "nano", depth=1, precision="fp32")
+    pictures = Folder(tmp_path / "val", labels=True)
     model = build_classifier(r, 2)
-    for _ in range(2): score = evaluate_classifier(model, r, pictures, chunk=3)
+    for _ in range(2):
+        score = evaluate_classifier(model, r, pictures, chunk=3)
     (tmp_path / "val" / "a" / "4.png").unlink()
-    assert score.pop("val_damaged") == 1 and score == pytest.approx(evaluate_classifier(model, r, Folder(tmp_path / "val", labels=True)))
+    assert score.pop("val_damaged") == 1 and score == pytest.approx(
+        evaluate_classifier(model, r, Folder(tmp_path / "val", labels=True))
+    )
     features, seen = all_features(dict(pixels=raw_pixels), pictures, 32, chunk=4)
-    assert seen.tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8, 9] and np.allclose(features["pixels"][0, 4], 100 / 255)
-    assert sum("passed over" in l and "a/4.png" in l for l in capfd.readouterr().err.splitlines()) == 1
+    assert seen.tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8, 9] and np.allclose(
+        features["pixels"][0, 4], 100 / 255
+    )
+    assert (
+        sum("passed over" in l and "a/4.png" in l for l in capfd.readouterr().err.splitlines()) == 1
+    )
 
 
 def test_batches_depend_on_seed_and_step_only(tmp_path):
-    for i in range(22): grey(tmp_path / "in" / f"{i}.jpg", 10 * i, (40, 30))
+    for i in range(22):
+        grey(tmp_path / "in" / f"{i}.jpg", 10 * i, (40, 30))
     shard_folder(tmp_path / "in", tmp_path / "out", per_shard=5)
     r = replace(PretrainRecipe(), batch_size=6, seed=3)
     for pictures in (Photos(2), Shards(tmp_path / "out", run=2)):
         samples = Samples(pictures, transform, r.seed, pixels=True)
-        whole = list(Batches(samples, r)(0, 7))                                 # 22 pictures: 3 steps an epoch
-        for other in (list(Batches(samples, replace(r, workers=2))(2, 7)), [b for k in range(2, 7) for b in Batches(samples, r)(k, k + 1)]):
-            assert all(torch.equal(x, y) for a, b in zip(whole[2:], other, strict=True) for x, y in zip(a, b, strict=True))
+        # 22 pictures: 3 steps an epoch
+        whole = list(Batches(samples, r)(0, 7))
+        for other in (
+            list(Batches(samples, replace(r, workers=2))(2, 7)),
+            [b for k in range(2, 7) for b in Batches(samples, r)(k, k + 1)],
+        ):
+            assert all(
+                torch.equal(x, y)
+                for a, b in zip(whole[2:], other, strict=True)
+                for x, y in zip(a, b, strict=True)
+            )
         halves = [list(Batches(samples, r, rank, 2)(0, 7)) for rank in range(2)]
         for step, batch in enumerate(whole):
             assert torch.equal(torch.stack([h[step][2] for h in halves], 1).flatten(), batch[2])
-            for rank in range(2):                                               # whoever asks: the whole batch, with names
+            # whoever asks: the whole batch, with names
+            for rank in range(2):
                 told = Batches(samples, r, rank, 2).sources(step)
-                assert [t["number"] for t in told] == batch[2].tolist() and [t["path"] for t in told] == [pictures.where(n) for n in batch[2].tolist()]
+                assert [t["number"] for t in told] == batch[2].tolist() and [
+                    t["path"] for t in told
+                ] == [pictures.where(n) for n in batch[2].tolist()]
         json.dumps(told)
-    assert not torch.equal(whole[0][0], list(Batches(Samples(pictures, transform, 4, pixels=True), replace(r, seed=4))(0, 1))[0][0])
+    assert not torch.equal(
+        whole[0][0],
+        list(Batches(Samples(pictures, transform, 4, pixels=True), replace(r, seed=4))(0, 1))[0][0],
+    )
 
 
-@pytest.mark.parametrize("length,batch,world", [(n, b, w) for n in (24, 25, 31, 47, 48, 97) for b, w in ((6, 1), (6, 2), (6, 3), (12, 4), (24, 8))])
+@pytest.mark.parametrize(
+    "length,batch,world",
+    [
+        (n, b, w)
+        for n in (24, 25, 31, 47, 48, 97)
+        for b, w in ((6, 1), (6, 2), (6, 3), (12, 4), (24, 8))
+    ],
+)
 def test_every_sample_once_for_any_number_of_processes(length, batch, world):
-    "All processes make the same number of steps (the official code can make one too many), no batch is short, nothing comes twice in an epoch."
+    """All processes make the same number of steps (the official code can make one too many), no
+    batch is short, nothing comes twice in an epoch.
+    """
     per_epoch = length // batch
     for runs in (None, [0], list(range(0, length, 7))):
-        ranks = [list(step_keys(length, batch, 1, 0, 3 * per_epoch, r, world, runs=runs)) for r in range(world)]
-        assert all(len(r) == 3 * per_epoch and all(len(b) == batch // world for b in r) for r in ranks)
+        ranks = [
+            list(step_keys(length, batch, 1, 0, 3 * per_epoch, r, world, runs=runs))
+            for r in range(world)
+        ]
+        assert all(
+            len(r) == 3 * per_epoch and all(len(b) == batch // world for b in r) for r in ranks
+        )
         for epoch in range(3):
-            keys = [k for r in ranks for b in r[epoch * per_epoch : (epoch + 1) * per_epoch] for k in b]
-            assert len(set(keys)) == len(keys) == per_epoch * batch > length - batch and {k // length for k in keys} == {epoch}
+            keys = [
+                k for r in ranks for b in r[epoch * per_epoch : (epoch + 1) * per_epoch] for k in b
+            ]
+            assert len(set(keys)) == len(keys) == per_epoch * batch > length - batch and {
+                k // length for k in keys
+            } == {epoch}
         alone = list(step_keys(length, batch, 1, 0, 3 * per_epoch, runs=runs))
-        assert all(sorted(k for r in ranks for k in r[s]) == sorted(alone[s]) for s in range(3 * per_epoch))
-        for start in (1, per_epoch, 2 * per_epoch + 1): assert list(step_keys(length, batch, 1, start, 3 * per_epoch, runs=runs)) == alone[start:]
+        assert all(
+            sorted(k for r in ranks for k in r[s]) == sorted(alone[s]) for s in range(3 * per_epoch)
+        )
+        for start in (1, per_epoch, 2 * per_epoch + 1):
+            assert (
+                list(step_keys(length, batch, 1, start, 3 * per_epoch, runs=runs)) == alone[start:]
+            )
 
 
 def test_shuffle_of_runs():
-    "A permutation that stays in a window of `mix` runs, new in each epoch; a million pictures in well under a second."
+    """A permutation that stays in a window of `mix` runs, new in each epoch.
+
+    A million pictures in well under a second.
+    """
     starts = np.arange(0, 1000, 10)
     order = shuffled(1000, np.random.default_rng(0), starts, mix=20)
     assert sorted(order) == list(range(1000))
-    for w in range(5): assert len(set(order[200 * w : 200 * (w + 1)] // 10)) == 20
+    for w in range(5):
+        assert len(set(order[200 * w : 200 * (w + 1)] // 10)) == 20
     assert (order != shuffled(1000, np.random.default_rng(1), starts, mix=20)).any()
     place = np.empty(1000)
     place[order] = np.arange(1000)
     assert abs(np.corrcoef(np.arange(1000), place)[0, 1]) < 0.3
     began = time.process_time()
-    assert len(shuffled(1_000_000, np.random.default_rng(0), np.arange(0, 1_000_000, 64))) == 1_000_000
+    assert (
+        len(shuffled(1_000_000, np.random.default_rng(0), np.arange(0, 1_000_000, 64))) == 1_000_000
+    )
     assert time.process_time() - began < 3
 
 
 def test_shards_are_read_in_runs(tmp_path):
-    "What training asks of the disk: for a window of runs, only those; and a subset of the pictures is shuffled freely."
-    for i in range(40): grey(tmp_path / "in" / f"{i}.png", i)
+    """What training asks of the disk.
+
+    For a window of runs, only those; and a subset of the pictures is shuffled freely.
+    """
+    for i in range(40):
+        grey(tmp_path / "in" / f"{i}.png", i)
     shard_folder(tmp_path / "in", tmp_path / "out", per_shard=20)
     pictures = Shards(tmp_path / "out", run=4)
     assert pictures.runs.tolist() == list(range(0, 40, 4))
     load = Batches(Samples(pictures, transform), RECIPE)
-    assert load.runs is pictures.runs and Batches(Samples(pictures, transform, ids=range(30)), RECIPE).runs is None
+    assert (
+        load.runs is pictures.runs
+        and Batches(Samples(pictures, transform, ids=range(30)), RECIPE).runs is None
+    )
     assert sorted(s["number"] for k in range(10) for s in load.sources(k)) == list(range(40))
     assert not pictures.ahead and len(list(load(0, 10))) == 10 and pictures.ahead
-    assert sorted(start for _, start in pictures.pieces.told) == sorted(int(pictures.start[r]) for r in pictures.runs)   # each announced once
+    # each announced once
+    assert sorted(start for _, start in pictures.pieces.told) == sorted(
+        int(pictures.start[r]) for r in pictures.runs
+    )
 
 
 def test_workers_leave_signals_alone():
     before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
         leave_signals(0)
-        for s in before: os.kill(os.getpid(), s)
+        for s in before:
+            os.kill(os.getpid(), s)
     finally:
-        for s, handler in before.items(): signal.signal(s, handler)
+        for s, handler in before.items():
+            signal.signal(s, handler)
 
 
 def test_samples_travel_to_spawned_workers(tmp_path):
@@ -411,13 +702,25 @@ def test_samples_travel_to_spawned_workers(tmp_path):
 
 def test_batches_refuse():
     samples = Samples(Photos(1), transform)
-    for batch, world, words in ((12, 1, "larger than the data set of 11 pictures"), (8, 3, "3 processes")):
-        with pytest.raises(ValueError, match=words): Batches(samples, replace(RECIPE, batch_size=batch), 0, world)
+    for batch, world, words in (
+        (12, 1, "larger than the data set of 11 pictures"),
+        (8, 3, "3 processes"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            Batches(samples, replace(RECIPE, batch_size=batch), 0, world)
 
 
 @pytest.mark.parametrize("period", [2, 3, 4, 5, 6, 8, 16])
 def test_device_jitter_on_stripes(period):
-    "The mean that travels with a sample is that of all columns, or all rows, whatever their rhythm."
-    for pattern in (lambda y, x: x % period == 0, lambda y, x: y % period == 0, lambda y, x: (x + y) % period == 0):
-        x = torch.from_numpy(np.fromfunction(lambda y, x: pattern(y, x) * 255, (200, 300)).astype(np.uint8)).expand(3, -1, -1)
+    """The mean that travels with a sample is that of all columns, or all rows, whatever their
+    rhythm.
+    """
+    for pattern in (
+        lambda y, x: x % period == 0,
+        lambda y, x: y % period == 0,
+        lambda y, x: (x + y) % period == 0,
+    ):
+        x = torch.from_numpy(
+            np.fromfunction(lambda y, x: pattern(y, x) * 255, (200, 300)).astype(np.uint8)
+        ).expand(3, -1, -1)
         assert abs(colour_table(x, [("contrast", 0.0)])[0, 1] * 255 - x.float().mean()) < 4

@@ -1,4 +1,5 @@
 "The engine's promise: stop a run anywhere, even by SIGKILL, and the weights at the end are the same bit for bit."
+
 import multiprocessing, os, random, signal, subprocess, sys, time
 
 import numpy as np
@@ -9,7 +10,13 @@ from torch import nn
 
 from beit_nb.recipes import Run, recipe_named
 from beit_nb.tokenizer import train_tokenizer
-from beit_nb.engine.runs import load_checkpoint, open_run, read_log, run_checkpoints, save_checkpoint
+from beit_nb.engine.runs import (
+    load_checkpoint,
+    open_run,
+    read_log,
+    run_checkpoints,
+    save_checkpoint,
+)
 from beit_nb.engine.training import Trainer, fit
 
 torch.set_num_threads(1)
@@ -19,7 +26,23 @@ FORK = multiprocessing.get_context("fork")  # a real process to kill, without im
 
 def tokenizer_run(out, **changes):
     "A small dVAE on the embedded digits, by the function behind `beit tokenizer`."
-    train_tokenizer(recipe_named("tokenizer", "nano", **dict(out=str(out), steps=24, batch_size=16, width=32, precision="fp32", log_every=1, checkpoint_every=3) | changes), quiet=True)
+    train_tokenizer(
+        recipe_named(
+            "tokenizer",
+            "nano",
+            **dict(
+                out=str(out),
+                steps=24,
+                batch_size=16,
+                width=32,
+                precision="fp32",
+                log_every=1,
+                checkpoint_every=3,
+            )
+            | changes,
+        ),
+        quiet=True,
+    )
 
 
 def weights(out):
@@ -40,9 +63,13 @@ def whole(tmp_path_factory):
 
 
 def test_kill_and_resume(whole, tmp_path):
-    "SIGKILL at a random moment after a random step; the same command ends with the weights of the unstopped run."
+    """SIGKILL at a random moment after a random step.
+
+    The same command ends with the weights of the unstopped run.
+    """
     rng = random.Random()
-    process, after = FORK.Process(target=tokenizer_run, args=(tmp_path,)), rng.randint(4, 18)
+    process = FORK.Process(target=tokenizer_run, args=(tmp_path,))
+    after = rng.randint(4, 18)
     process.start()
     while max((r["step"] for r in read_log(tmp_path)), default=0) < after:
         assert process.is_alive(), "the run ended by itself"
@@ -53,8 +80,12 @@ def test_kill_and_resume(whole, tmp_path):
     stopped = load_checkpoint(tmp_path, "tokenizer")["step"]
     assert process.exitcode == -signal.SIGKILL and 0 < stopped < 24, f"killed after step {after}"
     tokenizer_run(tmp_path)
-    assert equal(weights(tmp_path), weights(whole)), f"killed after step {after}, resumed at step {stopped}"
-    assert [r["step"] for r in read_log(tmp_path) if "loss" in r] == list(range(1, 25)), "the log has every step once"
+    assert equal(weights(tmp_path), weights(whole)), (
+        f"killed after step {after}, resumed at step {stopped}"
+    )
+    assert [r["step"] for r in read_log(tmp_path) if "loss" in r] == list(range(1, 25)), (
+        "the log has every step once"
+    )
     assert not list(tmp_path.rglob("*.part")), "nothing half-written stays"
 
 
@@ -65,7 +96,19 @@ def test_workers_change_nothing(whole, tmp_path):
 
 def toy(out, loss_of=None, after_step=None, **changes):
     "A toy regression with dropout through the real engine."
-    r = Run(**dict(out=str(out), steps=30, batch_size=8, lr=1e-2, warmup_steps=5, precision="fp32", checkpoint_every=4, log_every=3) | changes)
+    r = Run(
+        **dict(
+            out=str(out),
+            steps=30,
+            batch_size=8,
+            lr=1e-2,
+            warmup_steps=5,
+            precision="fp32",
+            checkpoint_every=4,
+            log_every=3,
+        )
+        | changes
+    )
 
     def batches(first, last):
         for step in range(first, last):
@@ -92,29 +135,40 @@ def test_stopped_at_every_step(tmp_path):
 
 def test_signals_save_and_stop(tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):
-        out, before = tmp_path / number.name, signal.getsignal(number)
+        out = tmp_path / number.name
+        before = signal.getsignal(number)
         with pytest.raises(KeyboardInterrupt, match="stopped after step 10 of 30 and saved"):
-            toy(out, after_step=lambda step, model: os.kill(os.getpid(), number) if step == 10 else None)
+            toy(
+                out,
+                after_step=lambda step, model: os.kill(os.getpid(), number) if step == 10 else None,
+            )
         assert load_checkpoint(out)["step"] == 10 and signal.getsignal(number) == before
         assert equal(toy(out), toy(tmp_path / "straight"))
 
 
 def test_other_recipe_is_refused(tmp_path):
     toy(tmp_path, max_steps=5)
-    with pytest.raises(ValueError, match=r"holds another run \(lr 0.01 there, 0.02 now\)"): toy(tmp_path, lr=0.02)
+    with pytest.raises(ValueError, match=r"holds another run \(lr 0.01 there, 0.02 now\)"):
+        toy(tmp_path, lr=0.02)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="another run"): toy(tmp_path, lr=0.02)  # the checkpoint knows it too
+    # the checkpoint knows it too
+    with pytest.raises(ValueError, match="another run"):
+        toy(tmp_path, lr=0.02)
     (tmp_path / "config.json").write_text('{"comma')
-    with pytest.raises(ValueError, match="config.json is damaged"): toy(tmp_path)
-    with pytest.raises(ValueError, match="log_every 0"): toy(tmp_path / "new", log_every=0)
+    with pytest.raises(ValueError, match="config.json is damaged"):
+        toy(tmp_path)
+    with pytest.raises(ValueError, match="log_every 0"):
+        toy(tmp_path / "new", log_every=0)
     assert not (tmp_path / "new").exists(), "a bad recipe leaves nothing behind"
 
 
 def test_two_runs_in_one_folder(tmp_path):
     r = Run(out=str(tmp_path))
     with open_run("toy", r), pytest.raises(ValueError, match="another run is at work"):
-        with open_run("toy", r): pass
-    with open_run("toy", r): pass
+        with open_run("toy", r):
+            pass
+    with open_run("toy", r):
+        pass
 
 
 def test_damaged_checkpoints_are_refused(tmp_path):
@@ -126,11 +180,13 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     middle = len(good) // 2
     for bad in (good[:middle], good[:-1], b"", b"--2021-06-15-- resolving host"):
         last.write_bytes(bad)
-        with pytest.raises(ValueError, match="last.pt is damaged"): toy(tmp_path)
+        with pytest.raises(ValueError, match="last.pt is damaged"):
+            toy(tmp_path)
     state = load_checkpoint(tmp_path / "compare.pt")
     at = good.index(state["model"]["0.weight"].numpy().tobytes())
     last.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-    with pytest.raises(ValueError, match="checksum"): toy(tmp_path)
+    with pytest.raises(ValueError, match="checksum"):
+        toy(tmp_path)
     last.write_bytes(good)
     toy(tmp_path)
 
@@ -140,7 +196,8 @@ def test_bad_numbers_never_reach_a_checkpoint(tmp_path, value):
     def loss_of(model, batch, step):
         return F.mse_loss(model(batch[0]), batch[1]) * (value if step == 9 else 1), {}
 
-    with pytest.raises(FloatingPointError, match="in step 10 .* lower --lr"): toy(tmp_path, loss_of, checkpoint_every=4, log_every=100)
+    with pytest.raises(FloatingPointError, match="in step 10 .* lower --lr"):
+        toy(tmp_path, loss_of, checkpoint_every=4, log_every=100)
     state = load_checkpoint(tmp_path)
     assert state["step"] == 8 and all(v.isfinite().all() for v in state["model"].values())
 
@@ -157,39 +214,82 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
 try: save_checkpoint({str(path)!r}, dict(config=dict(command="toy"), x=torch.zeros(300_000)))
 except ValueError as e: print(e)
 """
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True
+    ).stdout
     assert said.startswith(f"cannot write {path}") and "intact" in said and said.count("\n") == 1
-    assert len(load_checkpoint(path)["x"]) == 10 and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
+    assert len(load_checkpoint(path)["x"]) == 10 and [p.name for p in tmp_path.iterdir()] == [
+        "last.pt"
+    ]
 
 
 def line(out, **changes):
     "The engine on a line y = 2x, in one process."
-    def batches(first, last):
-        for step in range(first, last): yield [x := torch.randn(8, 1, generator=torch.Generator().manual_seed(step)), 2 * x]
 
-    r = Run(**dict(out=str(out), steps=40, batch_size=8, lr=1e-2, precision="fp32", log_every=5, checkpoint_every=20) | changes)
+    def batches(first, last):
+        for step in range(first, last):
+            yield [x := torch.randn(8, 1, generator=torch.Generator().manual_seed(step)), 2 * x]
+
+    r = Run(
+        **dict(
+            out=str(out),
+            steps=40,
+            batch_size=8,
+            lr=1e-2,
+            precision="fp32",
+            log_every=5,
+            checkpoint_every=20,
+        )
+        | changes
+    )
     with open_run("line", r) as folder:
         torch.manual_seed(0)
         t = Trainer("line", r, folder, nn.Linear(1, 1), r.steps, 20, quiet=True)
-        look = lambda step, model: dict(view=np.full((4, 6, 3), step, np.uint8)) if step % 20 == 0 else None
-        return fit(t, batches, lambda model, bite, step: (F.mse_loss(model(bite[0]), bite[1]), {}), look)
+        look = lambda step, model: (
+            dict(view=np.full((4, 6, 3), step, np.uint8)) if step % 20 == 0 else None
+        )
+        return fit(
+            t, batches, lambda model, bite, step: (F.mse_loss(model(bite[0]), bite[1]), {}), look
+        )
 
 
 def test_a_log_says_all_and_tensorboard_too(tmp_path):
-    "Every field of a row, the time left of *this* call, scalars and pictures in TensorBoard, and no picture in the JSON."
+    """Every field of a row, the time left of *this* call, scalars and pictures in TensorBoard, and
+    no picture in the JSON.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     line(tmp_path, tensorboard=True, max_steps=25)
     rows = read_log(tmp_path)
     assert [r["step"] for r in rows] == [5, 10, 15, 20, 25]
-    assert set(rows[0]) == {"step", "loss", "grad_norm", "epoch", "lr", "weight_decay", "images_per_s", "data_share", "memory_mb", "seconds_left"}
+    assert set(rows[0]) == {
+        "step",
+        "loss",
+        "grad_norm",
+        "epoch",
+        "lr",
+        "weight_decay",
+        "images_per_s",
+        "data_share",
+        "memory_mb",
+        "seconds_left",
+    }
     left = [r["seconds_left"] for r in rows]
     assert left[-1] == 0 and left[0] > 0, "25 steps were asked for, not 40"
-    assert all(0 <= r["data_share"] <= 1 and r["weight_decay"] == Run.weight_decay and r["memory_mb"] > 10 for r in rows)
+    assert all(
+        0 <= r["data_share"] <= 1 and r["weight_decay"] == Run.weight_decay and r["memory_mb"] > 10
+        for r in rows
+    )
     line(tmp_path, tensorboard=True)
     events = EventAccumulator(str(tmp_path / "tb")).Reload()
     assert [e.step for e in events.Scalars("loss")] == list(range(5, 41, 5))
-    assert [round(e.value, 5) for e in events.Scalars("loss")] == [round(r["loss"], 5) for r in read_log(tmp_path)]
-    assert [e.step for e in events.Images("view")] == [20, 40] and (events.Images("view")[0].height, events.Images("view")[0].width) == (4, 6)
+    assert [round(e.value, 5) for e in events.Scalars("loss")] == [
+        round(r["loss"], 5) for r in read_log(tmp_path)
+    ]
+    assert [e.step for e in events.Images("view")] == [20, 40] and (
+        events.Images("view")[0].height,
+        events.Images("view")[0].width,
+    ) == (4, 6)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.05])
@@ -212,8 +312,13 @@ def test_a_warm_up_longer_than_the_run_is_said_and_cut(tmp_path, capsys):
 
 
 def test_two_quick_sigterms_save(tmp_path):
-    "A cluster signals torchrun and its workers, and torchrun passes it on: the second signal must not throw the work away."
-    process = FORK.Process(target=tokenizer_run, args=(tmp_path,), kwargs=dict(checkpoint_every=1000))
+    """A cluster signals torchrun and its workers, and torchrun passes it on.
+
+    The second signal must not throw the work away.
+    """
+    process = FORK.Process(
+        target=tokenizer_run, args=(tmp_path,), kwargs=dict(checkpoint_every=1000)
+    )
     process.start()
     while max((r["step"] for r in read_log(tmp_path)), default=0) < 5:
         assert process.is_alive(), "the run ended by itself"
@@ -226,26 +331,38 @@ def test_two_quick_sigterms_save(tmp_path):
 
 
 def test_the_folder_is_not_poisoned_by_a_refused_command(tmp_path):
-    "config.json was deleted: the checkpoint knows the recipe, refuses another one, and the right one goes on."
+    """config.json was deleted.
+
+    The checkpoint knows the recipe, refuses another one, and the right one goes on.
+    """
     line(tmp_path, max_steps=20)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="seed"): line(tmp_path, seed=7)
-    with pytest.raises(ValueError, match="no-resume"): line(tmp_path, resume=False)
+    with pytest.raises(ValueError, match="seed"):
+        line(tmp_path, seed=7)
+    with pytest.raises(ValueError, match="no-resume"):
+        line(tmp_path, resume=False)
     line(tmp_path)
     assert load_checkpoint(tmp_path)["step"] == 40
 
 
 def test_milestones_are_kept_between_checkpoints(tmp_path):
     line(tmp_path, checkpoint_every=4, milestone_every=6, keep_checkpoints=1, steps=24)
-    assert [p.stem for p in sorted((tmp_path / "checkpoints").glob("step-*.pt"))] == [f"step-{n:07d}" for n in (6, 12, 18, 24)]
+    assert [p.stem for p in sorted((tmp_path / "checkpoints").glob("step-*.pt"))] == [
+        f"step-{n:07d}" for n in (6, 12, 18, 24)
+    ]
 
 
 def test_a_dead_scaler_stops_the_run(tmp_path, monkeypatch):
     "fp16 steps that overflow are the scaler's business, but not if every step does."
     import beit_nb.engine.training as engine
+
     monkeypatch.setattr(engine, "pick_precision", lambda precision, device: None)
     made = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: made(device, init_scale=4.0, backoff_factor=0.25, enabled=True))
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        lambda device, enabled: made(device, init_scale=4.0, backoff_factor=0.25, enabled=True),
+    )
     update = engine.update_weights
 
     def overflow(model, optimizer, scaler, clip):
@@ -253,5 +370,6 @@ def test_a_dead_scaler_stops_the_run(tmp_path, monkeypatch):
         return update(model, optimizer, scaler, clip)
 
     monkeypatch.setattr(engine, "update_weights", overflow)
-    with pytest.raises(FloatingPointError): line(tmp_path)
+    with pytest.raises(FloatingPointError):
+        line(tmp_path)
     assert list(tmp_path.glob("nonfinite-step-*.json"))

@@ -24,10 +24,14 @@ def random_box(
     "A random piece of a picture: top, left, height, width (official code)."
     span = log(4 / 3)
     for area, aspect, top, left in torch.rand(10, 4).tolist():
-        area, aspect = (scale[0] + (scale[1] - scale[0]) * area) * height * width, exp(span * (2 * aspect - 1))
-        h, w = round(sqrt(area / aspect)), round(sqrt(area * aspect))
-        if 0 < h <= height and 0 < w <= width: return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
-    h, w = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))  # the largest centre of that shape
+        area = (scale[0] + (scale[1] - scale[0]) * area) * height * width
+        aspect = exp(span * (2 * aspect - 1))
+        h = round(sqrt(area / aspect))
+        w = round(sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return int(top * (height - h + 1)), int(left * (width - w + 1)), h, w
+    h = min(height, round(width * 4 / 3))
+    w = min(width, round(height * 4 / 3))  # the largest centre of that shape
     return (height - h) // 2, (width - w) // 2, h, w
 
 # %% ../../nbs/32_engine_augment.ipynb #colours
@@ -36,7 +40,9 @@ LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # red, green and blue in gr
 
 
 def draw_colours(strength: float) -> list[tuple[str, float]]:
-    "The three changes in random order, each with its factor from 1 - strength to 1 + strength (torchvision's ColorJitter)."
+    """The three changes in random order, each with its factor from 1 - strength to 1 + strength
+    (torchvision's ColorJitter).
+    """
     low = max(0.0, 1 - strength)
     factors = [low + (1 + strength - low) * f for f in torch.rand(3).tolist()]
     return [(KINDS[i], factors[i]) for i in torch.randperm(3).tolist()]
@@ -61,73 +67,119 @@ def cut(x: Tensor, box) -> Tensor:
 
 
 def jitter_crop(picture: Tensor, box, steps) -> Tensor:
-    "The piece `box` of a picture (3, H, W) uint8, coloured as if the whole had been (official order): (4, h, w), the fourth plane empty."
+    """The piece `box` of a picture (3, H, W) uint8, coloured as if the whole had been (official
+    order): (4, h, w), the fourth plane empty.
+    """
     first = steps[0][0] == "contrast"
     x = cut(picture, box) if first else picture
     x = torch.empty(x.shape).copy_(x)  # one plane a colour: the fast layout for what follows
     for kind, factor in steps:
-        if kind == "brightness": blend_(x, factor, torch.zeros(()))
-        if kind == "saturation": blend_(x, factor, grey(x).add_(0.5).floor_())
+        if kind == "brightness":
+            blend_(x, factor, torch.zeros(()))
+        if kind == "saturation":
+            blend_(x, factor, grey(x).add_(0.5).floor_())
         if kind == "contrast":
-            mean = picture.permute(1, 2, 0).float().mean(0).mean(0) if first else x.flatten(1).mean(1)  # of each colour
-            if not first: x = cut(x, box).contiguous()
+            # of each colour
+            mean = (
+                picture.permute(1, 2, 0).float().mean(0).mean(0) if first else x.flatten(1).mean(1)
+            )
+            if not first:
+                x = cut(x, box).contiguous()
             blend_(x, factor, grey(mean[:, None, None]).add_(0.5).floor_())
-    packed = x[0].add(x[1], alpha=256).add_(x[2], alpha=65536).to(torch.int32)  # three bytes in one number, and an empty one
-    return packed[..., None].view(torch.uint8).permute(2, 0, 1)                 # (4, h, w), pixel by pixel, as resize likes it
+    # three bytes in one number, and an empty one
+    packed = x[0].add(x[1], alpha=256).add_(x[2], alpha=65536).to(torch.int32)
+    # (4, h, w), pixel by pixel, as resize likes it
+    return packed[..., None].view(torch.uint8).permute(2, 0, 1)
 
 # %% ../../nbs/32_engine_augment.ipynb #two-views
 def resize(x: Tensor, size: int, how: str) -> Tensor:
     "(C, H, W) uint8 to (C, size, size), `bicubic` or `lanczos`, smoothed where it shrinks."
-    if x.shape[-2:] == (size, size): return x
-    try: return F.interpolate(x[None], (size, size), mode=how, antialias=True)[0]
+    if x.shape[-2:] == (size, size):
+        return x
+    try:
+        return F.interpolate(x[None], (size, size), mode=how, antialias=True)[0]
     except NotImplementedError:  # older torches leave lanczos to PIL
-        return TF.pil_to_tensor(TF.to_pil_image(x[:3]).resize((size, size), Image.Resampling[how.upper()]))
+        return TF.pil_to_tensor(
+            TF.to_pil_image(x[:3]).resize((size, size), Image.Resampling[how.upper()])
+        )
 
 
 class TwoViews:
-    "One picture to two, (3, S, S) uint8: the same piece, flip and colours at `img_size` for the patches, at `token_size` for the tokenizer."
+    """One picture to two, (3, S, S) uint8.
+
+    The same piece, flip and colours at `img_size` for the patches, at `token_size` for the
+    tokenizer.
+    """
 
     def __init__(
         self,
         img_size: int,
         token_size: int | None = None,  # None: as img_size
-        crop_scale=None,                # smallest and largest area of the random piece; None: the centre square
-        color_jitter: float = 0.0,      # brightness, contrast, saturation
-        flip: float = 0.0,              # probability of a mirrored picture
-        jitter_on: str = "loader",      # or "device": then a third thing comes along, the colours for `jitter_batch`
+        # smallest and largest area of the random piece; None: the centre square
+        crop_scale=None,
+        color_jitter: float = 0.0,  # brightness, contrast, saturation
+        flip: float = 0.0,  # probability of a mirrored picture
+        # or "device": then a third thing comes along, the colours for `jitter_batch`
+        jitter_on: str = "loader",
     ):
-        self.img_size, self.token_size, self.crop_scale, self.color_jitter, self.flip = img_size, token_size or img_size, crop_scale, color_jitter, flip
+        self.img_size = img_size
+        self.token_size = token_size or img_size
+        self.crop_scale = crop_scale
+        self.color_jitter = color_jitter
+        self.flip = flip
         self.later = bool(color_jitter) and jitter_on == "device"
         self.fixed = not (crop_scale or color_jitter or flip)  # the same views in every epoch
-        torch.empty(30 << 20, dtype=torch.uint8)  # made and freed at once: glibc learns to keep the memory of a picture for the next
+        # made and freed at once: glibc learns to keep the memory of a picture for the next
+        torch.empty(30 << 20, dtype=torch.uint8)
 
     def __call__(self, image) -> tuple[Tensor, ...]:
         picture = image if isinstance(image, Tensor) else TF.pil_to_tensor(image)  # (3, H, W)
-        (h, w), side = picture.shape[1:], min(picture.shape[1:])
-        box = random_box(h, w, self.crop_scale) if self.crop_scale else ((h - side) // 2, (w - side) // 2, side, side)
+        (h, w) = picture.shape[1:]
+        side = min(picture.shape[1:])
+        box = (
+            random_box(h, w, self.crop_scale)
+            if self.crop_scale
+            else ((h - side) // 2, (w - side) // 2, side, side)
+        )
         steps = draw_colours(self.color_jitter) if self.color_jitter else []
-        if steps and not self.later: piece = jitter_crop(picture, box, steps)
-        else: piece = cut(picture, box).permute(1, 2, 0).contiguous().permute(2, 0, 1)  # pixel by pixel, as resize likes it
+        if steps and not self.later:
+            piece = jitter_crop(picture, box, steps)
+        # pixel by pixel, as resize likes it
+        else:
+            piece = cut(picture, box).permute(1, 2, 0).contiguous().permute(2, 0, 1)
         patch_view = resize(piece, self.img_size, "bicubic")[:3]
-        views = [patch_view, patch_view if self.token_size == self.img_size else resize(piece, self.token_size, "lanczos")[:3]]
-        if self.flip and torch.rand(()) < self.flip: views = [v.flip(2) for v in views]
+        views = [
+            patch_view,
+            patch_view
+            if self.token_size == self.img_size
+            else resize(piece, self.token_size, "lanczos")[:3],
+        ]
+        if self.flip and torch.rand(()) < self.flip:
+            views = [v.flip(2) for v in views]
         return *views, *([colour_table(picture, steps)] if self.later else [])
 
 # %% ../../nbs/32_engine_augment.ipynb #jitter-batch
 def colour_table(picture: Tensor, steps) -> Tensor:
     "What `jitter_batch` needs for one picture: three steps of (f, a, g), (3, 3)."
     x = picture.flatten(1)[:, ::17, None].float()  # (3, n, 1)
-    for kind, f in steps[: [k for k, _ in steps].index("contrast")]: blend_(x, f, grey(x) if kind == "saturation" else torch.zeros(()))
+    for kind, f in steps[: [k for k, _ in steps].index("contrast")]:
+        blend_(x, f, grey(x) if kind == "saturation" else torch.zeros(()))
     a = {"brightness": 0, "contrast": float(grey(x).mean()) / 255, "saturation": 0}
     half = 0.5 / 255  # PIL cuts off fractions: half a level a step
-    return torch.tensor([[f, (1 - f) * a[kind] - half, (1 - f) * (kind == "saturation")] for kind, f in steps])
+    return torch.tensor(
+        [[f, (1 - f) * a[kind] - half, (1 - f) * (kind == "saturation")] for kind, f in steps]
+    )
 
 
 def jitter_batch(
-    images: Tensor,   # (B, 3, H, W), uint8 or floats in [0, 1]
+    images: Tensor,  # (B, 3, H, W), uint8 or floats in [0, 1]
     colours: Tensor,  # (B, steps, 3), from `colour_table`
-) -> Tensor:          # (B, 3, H, W) floats in [0, 1]
-    "The colour jitter of a whole batch, wherever it lies: x <- clip(f x + a + g grey(x)), step by step."
+) -> Tensor:  # (B, 3, H, W) floats in [0, 1]
+    """The colour jitter of a whole batch, wherever it lies.
+
+    x <- clip(f x + a + g grey(x)), step by step.
+    """
     x = images if images.is_floating_point() else images.float() / 255
-    for f, a, g in colours.permute(1, 2, 0)[..., None, None, None].to(x.dtype): x = (f * x + a + g * grey(x)[:, None]).clamp(0, 1)
+    for f, a, g in colours.permute(1, 2, 0)[..., None, None, None].to(x.dtype):
+        x = (f * x + a + g * grey(x)[:, None]).clamp(0, 1)
     return x

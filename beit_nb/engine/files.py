@@ -27,9 +27,13 @@ def class_folders(root: str | Path) -> list[str]:
 @contextmanager
 def writing(path: str | Path):
     "Says in one line which file could not be written, and why."
-    try: yield
+    try:
+        yield
     except (OSError, RuntimeError) as e:  # a full disk comes out of torch as a RuntimeError
-        raise ValueError(f"cannot write {path}: {getattr(e, 'strerror', None) or 'the disk may be full'}; make room, or choose another --out; the checkpoint before it is intact") from e
+        raise ValueError(
+            f"cannot write {path}: {getattr(e, 'strerror', None) or 'the disk may be full'}; make "
+            "room, or choose another --out; the checkpoint before it is intact"
+        ) from e
 
 # %% ../../nbs/21_engine_files.ipynb #extensions
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -37,7 +41,10 @@ EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff",
 # %% ../../nbs/21_engine_files.ipynb #whole-file
 @contextmanager
 def whole_file(path: str | Path):
-    "A file to write to, beside `path`; flushed and renamed at the end, so that `path` is the old one or the new one, never a part."
+    """A file to write to, beside `path`.
+
+    Flushed and renamed at the end, so that `path` is the old one or the new one, never a part.
+    """
     part = Path(f"{path}.part")
     try:
         with open(part, "wb") as f:
@@ -49,28 +56,45 @@ def whole_file(path: str | Path):
 
 # %% ../../nbs/21_engine_files.ipynb #list-images
 def walk_files(folder: str | Path, inside: str = "", above: tuple = ()) -> Iterator[str]:
-    "Names of all files below `folder`, relative to it, in the order of their paths; links are followed, but never in circles."
+    """Names of all files below `folder`, relative to it, in the order of their paths.
+
+    Links are followed, but never in circles.
+    """
     here = os.path.realpath(f"{folder}/{inside}")
-    if here in above: return
-    try: entries = sorted(os.scandir(f"{folder}/{inside}"), key=lambda e: e.name)
-    except PermissionError: return  # such as lost+found
+    if here in above:
+        return
+    try:
+        entries = sorted(os.scandir(f"{folder}/{inside}"), key=lambda e: e.name)
+    except PermissionError:
+        return  # such as lost+found
     for e in entries:
-        if e.is_dir(): yield from walk_files(folder, f"{inside}{e.name}/", (*above, here))
-        elif e.is_file(): yield inside + e.name
+        if e.is_dir():
+            yield from walk_files(folder, f"{inside}{e.name}/", (*above, here))
+        elif e.is_file():
+            yield inside + e.name
 
 
 def is_picture(name: str) -> bool:
-    "Does a relative name end like a picture's, and is neither the file nor a folder on the way to it hidden?"
+    """Does a relative name end like a picture's, and is neither the file nor a folder on the way to
+    it hidden?
+    """
     return os.path.splitext(name)[1].lower() in EXTENSIONS and "/." not in f"/{name}"
 
 
 def image_names(folder: str | Path) -> Iterator[str]:
     "Names of all pictures below `folder`, at any depth, in the order of their paths."
     if not os.path.isdir(folder):
-        raise ValueError(f"the folder {folder} does not exist; give a folder of pictures or the name of a known data set")
+        raise ValueError(
+            f"the folder {folder} does not exist; give a folder of pictures or the name of a "
+            "known data set"
+        )
     name = None
-    for name in filter(is_picture, walk_files(folder)): yield name
-    if name is None: raise ValueError(f"no pictures in {folder} (looked for {', '.join(sorted(EXTENSIONS))} at any depth)")
+    for name in filter(is_picture, walk_files(folder)):
+        yield name
+    if name is None:
+        raise ValueError(
+            f"no pictures in {folder} (looked for {', '.join(sorted(EXTENSIONS))} at any depth)"
+        )
 
 
 def list_images(folder: str | Path) -> list[Path]:
@@ -82,7 +106,9 @@ class Files(Sequence):
     "Paths below a folder by number; the names are packed into one piece of memory."
 
     def __init__(self, root: Path, names: Iterable[str]):
-        self.root, self.names, self.ends = root, bytearray(), array("q", [0])
+        self.root = root
+        self.names = bytearray()
+        self.ends = array("q", [0])
         for name in names:
             self.names += os.fsencode(name) + b"\0"  # which no name can hold
             self.ends.append(len(self.names))
@@ -103,7 +129,14 @@ def fingerprint(*things) -> str:
     "Sixteen letters that change when names, bytes, arrays or tensors do."
     h = hashlib.sha256()
     for x in things:
-        if isinstance(x, Tensor): x = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        data = x if isinstance(x, (bytes, bytearray)) else x.tobytes() if isinstance(x, np.ndarray) else str(x).encode("utf-8", "surrogateescape")
+        if isinstance(x, Tensor):
+            x = x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        data = (
+            x
+            if isinstance(x, (bytes, bytearray))
+            else x.tobytes()
+            if isinstance(x, np.ndarray)
+            else str(x).encode("utf-8", "surrogateescape")
+        )
         h.update(b"%d:" % len(data)), h.update(data)
     return h.hexdigest()[:16]

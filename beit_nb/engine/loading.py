@@ -20,17 +20,22 @@ from .sources import PictureSet
 
 # %% ../../nbs/33_engine_loading.ipynb #samples
 class Samples(Dataset):
-    "Transformed pictures by key: key = epoch * length + number. All randomness of a sample follows from (seed, epoch, number)."
+    """Transformed pictures by key.
+
+    key = epoch * length + number. All randomness of a sample follows from (seed, epoch, number).
+    """
 
     def __init__(
         self,
         pictures: PictureSet,
-        transform,             # (picture, number, rng) -> tuple
+        transform,  # (picture, number, rng) -> tuple
         seed: int = 0,
-        ids=None,              # use only these pictures
+        ids=None,  # use only these pictures
         pixels: bool = False,  # hand (3, H, W) uint8 tensors to the transform: the fast way
     ):
-        self.pictures, self.transform, self.seed = pictures, transform, seed
+        self.pictures = pictures
+        self.transform = transform
+        self.seed = seed
         self.ids = np.arange(len(pictures)) if ids is None else np.asarray(ids)
         self.get = pictures.pixels if pixels else pictures.__getitem__
 
@@ -38,74 +43,116 @@ class Samples(Dataset):
         return len(self.ids)
 
     def __getitem__(self, key: int):
-        "`transform(picture, number, rng)`, and the number of the unreadable picture that it stands in for (-1: none)."
+        """`transform(picture, number, rng)`, and the number of the unreadable picture that it
+        stands in for (-1: none).
+        """
         epoch, i = divmod(key, len(self))
         rng = np.random.default_rng([self.seed, epoch, i])
         state = int(rng.integers(2**31))  # for what draws from global generators: timm, torchvision
         random.seed(state), np.random.seed(state), torch.default_generator.manual_seed(state)
         for more in range(len(self)):
             number = int(self.ids[(i + more) % len(self)])
-            if number in self.pictures.aside: continue
-            try: return *self.transform(self.get(number), number, rng), int(self.ids[i]) if more else -1
+            if number in self.pictures.aside:
+                continue
+            try:
+                return *self.transform(self.get(number), number, rng), int(
+                    self.ids[i]
+                ) if more else -1
             except ValueError as e:
-                if not str(e).startswith("cannot read"): raise
-        raise ValueError(f"none of the {len(self)} pictures of {self.pictures.name} can be read: {fault(self.pictures, int(self.ids[i]))}")
+                if not str(e).startswith("cannot read"):
+                    raise
+        raise ValueError(
+            f"none of the {len(self)} pictures of {self.pictures.name} can be read: "
+            f"{fault(self.pictures, int(self.ids[i]))}"
+        )
 
 # %% ../../nbs/33_engine_loading.ipynb #pass-over
 def fault(pictures: PictureSet, i: int) -> str | None:
     "Why picture i cannot be used, in one line; None if it can."
-    if i in pictures.aside: return pictures.aside[i]
-    try: pictures.pixels(i)
-    except ValueError as e: return str(e)
+    if i in pictures.aside:
+        return pictures.aside[i]
+    try:
+        pictures.pixels(i)
+    except ValueError as e:
+        return str(e)
 
 
 def pass_over(pictures: PictureSet, numbers) -> None:
     "Name the unreadable pictures of those numbers on stderr, each once."
     for i in sorted(set(map(int, numbers)) - pictures.told):
-        print(f"beit: passed over: {fault(pictures, i) or f'cannot read the picture {pictures.where(i)} when it was wanted; now it can be read'}", file=sys.stderr, flush=True)
+        print(
+            "beit: passed over: "
+            f"{fault(pictures, i) or f'cannot read the picture {pictures.where(i)} when it was wanted; now it can be read'}",
+            file=sys.stderr,
+            flush=True,
+        )
         pictures.told.add(i)
 
 # %% ../../nbs/33_engine_loading.ipynb #order
 def shuffled(length: int, rng: np.random.Generator, runs=None, mix: int = 256) -> np.ndarray:
-    "The numbers below `length` in random order; with `runs` (their first numbers) those are shuffled, and mixed `mix` at a time."
-    if runs is None: return rng.permutation(length)
-    ends, order = np.append(runs[1:], length), rng.permutation(len(runs))
+    """The numbers below `length` in random order.
+
+    With `runs` (their first numbers) those are shuffled, and mixed `mix` at a time.
+    """
+    if runs is None:
+        return rng.permutation(length)
+    ends = np.append(runs[1:], length)
+    order = rng.permutation(len(runs))
     windows = (order[i : i + mix] for i in range(0, len(order), mix))
-    return np.concatenate([rng.permutation(np.concatenate([np.arange(runs[j], ends[j]) for j in w])) for w in windows])
+    return np.concatenate(
+        [rng.permutation(np.concatenate([np.arange(runs[j], ends[j]) for j in w])) for w in windows]
+    )
 
 
 def step_keys(
-    length: int,           # samples of an epoch
-    batch_size: int,       # over all processes
+    length: int,  # samples of an epoch
+    batch_size: int,  # over all processes
     seed: int,
-    first: int,            # steps [first, last)
+    first: int,  # steps [first, last)
     last: int,
-    rank: int = 0,         # this process
-    world: int = 1,        # of how many
-    runs=None,             # where neighbours on the disk begin, if that matters
+    rank: int = 0,  # this process
+    world: int = 1,  # of how many
+    runs=None,  # where neighbours on the disk begin, if that matters
 ):
-    "The keys of every batch of steps [first, last): a new shuffle each epoch, all samples once, the short rest dropped. A process takes every n-th."
-    per_epoch, now = length // batch_size, None
+    """The keys of every batch of steps [first, last).
+
+    A new shuffle each epoch, all samples once, the short rest dropped. A process takes every n-th.
+    """
+    per_epoch = length // batch_size
+    now = None
     for step in range(first, last):
         epoch, b = divmod(step, per_epoch)
-        if epoch != now: now, ids = epoch, shuffled(length, np.random.default_rng([3, seed, epoch]), runs)
+        if epoch != now:
+            now = epoch
+            ids = shuffled(length, np.random.default_rng([3, seed, epoch]), runs)
         yield (epoch * length + ids[b * batch_size : (b + 1) * batch_size][rank::world]).tolist()
 
 # %% ../../nbs/33_engine_loading.ipynb #ledger
 def check_damage(pictures: PictureSet, damaged: list[int], total: int, share: float) -> None:
-    "Stop when more of `total` pictures are unreadable than the share allows; one is always forgiven, unless the share is 0."
+    """Stop when more of `total` pictures are unreadable than the share allows.
+
+    One is always forgiven, unless the share is 0.
+    """
     if len(damaged) > (max(1, int(share * total)) if share else 0):
-        raise ValueError(f"more than max_damaged={share:g} of the {total} pictures of {pictures.name} are unreadable: {len(damaged)} so far, such as "
-                         f"{pictures.where(damaged[0])}; repair them, or raise --max-damaged; or delete them, and choose another --out")
+        raise ValueError(
+            f"more than max_damaged={share:g} of the {total} pictures of {pictures.name} are "
+            f"unreadable: {len(damaged)} so far, such as "
+            f"{pictures.where(damaged[0])}; repair them, or raise --max-damaged; or delete them, "
+            "and choose another --out"
+        )
 
 
 class Ledger:
     "Which pictures a run reads, and which of them nobody could."
 
     def __init__(self, pictures: PictureSet, total: int, share: float):
-        if not 0 <= share <= 1: raise ValueError(f"max_damaged {share:g} is no share; give 0 (none) to 1 (all)")
-        self.pictures, self.total, self.share = pictures, total, share
-        self.data, self.new = dict(damaged=[]), set()  # the book, and what this process has not told the others
+        if not 0 <= share <= 1:
+            raise ValueError(f"max_damaged {share:g} is no share; give 0 (none) to 1 (all)")
+        self.pictures = pictures
+        self.total = total
+        self.share = share
+        self.data = dict(damaged=[])
+        self.new = set()  # the book, and what this process has not told the others
 
     @property
     def found(self) -> int:
@@ -114,52 +161,111 @@ class Ledger:
 
     def note(self, damaged: Tensor) -> None:
         "What `Samples` said about a batch: numbers, and -1 for nothing."
-        if lost := damaged[damaged >= 0].tolist(): self.new |= set(lost) - set(self.data["damaged"])
+        if lost := damaged[damaged >= 0].tolist():
+            self.new |= set(lost) - set(self.data["damaged"])
 
     def agree(self) -> dict:
-        "All processes pool what they found; rank 0 names it; the row for the log. Too much, and all stop."
+        """All processes pool what they found.
+
+        Rank 0 names it; the row for the log. Too much, and all stop.
+        """
         new = sorted(set().union(*gather_over_ranks(self.new)) - set(self.data["damaged"]))
-        self.data["damaged"], self.new = sorted([*self.data["damaged"], *new]), set()
-        if rank() == 0: pass_over(self.pictures, new)
+        self.data["damaged"] = sorted([*self.data["damaged"], *new])
+        self.new = set()
+        if rank() == 0:
+            pass_over(self.pictures, new)
         check_damage(self.pictures, self.data["damaged"], self.total, self.share)
-        return dict(damaged=len(self.data["damaged"]), passed_over=[self.pictures.where(i) for i in new]) if new else {}
+        return (
+            dict(
+                damaged=len(self.data["damaged"]), passed_over=[self.pictures.where(i) for i in new]
+            )
+            if new
+            else {}
+        )
 
 # %% ../../nbs/33_engine_loading.ipynb #batches
 def leave_signals(_worker: int) -> None:
     "Ctrl-C reaches every process of a terminal; stopping is the main one's business."
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
 
 
 class Batches(Ledger):
-    "(first, last) -> the batches of those steps: lists of tensors, the same whatever stopped in between and however many workers load."
+    """(first, last) -> the batches of those steps.
+
+    Lists of tensors, the same whatever stopped in between and however many workers load.
+    """
 
     def __init__(self, samples: Samples, recipe, rank: int = 0, world: int = 1):
-        n, size = len(samples), recipe.batch_size
-        if n < size: raise ValueError(f"batch_size {size} is larger than the data set of {n} pictures; lower --batch-size")
-        if size % world: raise ValueError(f"batch_size {size} is not divisible by {world} processes; choose a multiple of {world}")
+        n = len(samples)
+        size = recipe.batch_size
+        if n < size:
+            raise ValueError(
+                f"batch_size {size} is larger than the data set of {n} pictures; lower --batch-size"
+            )
+        if size % world:
+            raise ValueError(
+                f"batch_size {size} is not divisible by {world} processes; choose a multiple of "
+                f"{world}"
+            )
         super().__init__(samples.pictures, n, recipe.max_damaged)
-        self.samples, self.recipe, self.rank, self.world = samples, recipe, rank, world
+        self.samples = samples
+        self.recipe = recipe
+        self.rank = rank
+        self.world = world
         self.runs = self.pictures.runs if n == len(self.pictures) else None
 
     def resume(self, data: dict) -> dict:
-        "The book as a checkpoint left it, without what was repaired; refused when the pictures are others."
+        """The book as a checkpoint left it, without what was repaired.
+
+        Refused when the pictures are others.
+        """
         now = dict(pictures=len(self.pictures), names=self.pictures.fingerprint())
         if any(data.get(k, v) != v for k, v in now.items()):
-            raise ValueError(f"{self.pictures.name} has changed since this run began ({data['pictures']} pictures then, {len(self.pictures)} now, by name and order); bring the old ones back, or choose another --out")
-        self.data = data | now | dict(damaged=rank_0_first(lambda: [i for i in data.get("damaged", ()) if fault(self.pictures, i)]))
+            raise ValueError(
+                f"{self.pictures.name} has changed since this run began ({data['pictures']} "
+                f"pictures then, {len(self.pictures)} now, by name and order); bring the old ones "
+                "back, or choose another --out"
+            )
+        self.data = (
+            data
+            | now
+            | dict(
+                damaged=rank_0_first(
+                    lambda: [i for i in data.get("damaged", ()) if fault(self.pictures, i)]
+                )
+            )
+        )
         return self.data
 
     def keys(self, first: int, last: int, rank: int, world: int):
-        return step_keys(self.total, self.recipe.batch_size, self.recipe.seed, first, last, rank, world, self.runs)
+        return step_keys(
+            self.total,
+            self.recipe.batch_size,
+            self.recipe.seed,
+            first,
+            last,
+            rank,
+            world,
+            self.runs,
+        )
 
     def __call__(self, first: int, last: int):
-        if self.runs is not None: self.pictures.ahead = True  # neighbours will be wanted soon
-        for *batch, damaged in DataLoader(self.samples, batch_sampler=self.keys(first, last, self.rank, self.world), num_workers=self.recipe.workers,
-                                          pin_memory=torch.cuda.is_available(), worker_init_fn=leave_signals):
+        if self.runs is not None:
+            self.pictures.ahead = True  # neighbours will be wanted soon
+        for *batch, damaged in DataLoader(
+            self.samples,
+            batch_sampler=self.keys(first, last, self.rank, self.world),
+            num_workers=self.recipe.workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_signals,
+        ):
             self.note(damaged)
             yield batch
 
     def sources(self, step: int) -> list[dict]:
         "The pictures of the whole batch of a step, over all processes: their numbers and files."
-        numbers = [int(self.samples.ids[key % self.total]) for key in next(self.keys(step, step + 1, 0, 1))]
+        numbers = [
+            int(self.samples.ids[key % self.total]) for key in next(self.keys(step, step + 1, 0, 1))
+        ]
         return [dict(number=n, path=self.pictures.where(n)) for n in numbers]

@@ -24,12 +24,15 @@ def cosine_schedule(
     total = round(epochs * steps_per_epoch)
     warm = warmup_steps if warmup_steps is not None else round(warmup_epochs * steps_per_epoch)
     t = np.arange(total - warm) / max(1, total - warm)
-    return np.concatenate([np.linspace(0, base, warm)[:total], final + (base - final) * (1 + np.cos(np.pi * t)) / 2])
+    return np.concatenate(
+        [np.linspace(0, base, warm)[:total], final + (base - final) * (1 + np.cos(np.pi * t)) / 2]
+    )
 
 # %% ../../nbs/25_engine_optim.ipynb #layer-id
 def layer_id(name: str, depth: int) -> int:
     "0 for the embeddings, i + 1 for block i, depth + 1 for all that stands behind (official code)."
-    if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed")): return 0
+    if name.startswith(("cls_token", "mask_token", "pos_embed", "patch_embed")):
+        return 0
     block = re.match(r"blocks\.(\d+)\.", name)
     return int(block[1]) + 1 if block else depth + 1
 
@@ -40,26 +43,48 @@ def param_groups(
     layer_decay: float | None = None,  # learning rate of a layer over that of the next
 ) -> list[dict]:  # params, weight_decay, lr_scale: ready for AdamW
     "Parameters by what they share: weight decay or not, and how far below the head they lie."
-    depth, groups = len(getattr(model, "blocks", [])), {}
+    depth = len(getattr(model, "blocks", []))
+    groups = {}
     for name, p in model.named_parameters():
-        if not p.requires_grad: continue
-        decay = 0.0 if p.ndim < 2 or name.endswith(".bias") or name in ("pos_embed", "cls_token") else weight_decay
-        scale = layer_decay ** (depth + 1 - layer_id(name, depth)) if layer_decay is not None else 1.0
-        groups.setdefault((scale, decay), dict(params=[], weight_decay=decay, lr_scale=scale))["params"].append(p)
+        if not p.requires_grad:
+            continue
+        decay = (
+            0.0
+            if p.ndim < 2 or name.endswith(".bias") or name in ("pos_embed", "cls_token")
+            else weight_decay
+        )
+        scale = (
+            layer_decay ** (depth + 1 - layer_id(name, depth)) if layer_decay is not None else 1.0
+        )
+        groups.setdefault((scale, decay), dict(params=[], weight_decay=decay, lr_scale=scale))[
+            "params"
+        ].append(p)
     return list(groups.values())
 
 # %% ../../nbs/25_engine_optim.ipynb #bite-size
 def bite_size(recipe, world: int = 1) -> int:
-    "How many pictures a process takes at once: `device_batch_size`, or its whole share of the batch."
+    """How many pictures a process takes at once.
+
+    `device_batch_size`, or its whole share of the batch.
+    """
     share = recipe.batch_size // world
     size = min(recipe.device_batch_size or share, share)
     if not size or recipe.batch_size % (world * size):
         size = max(1, size)
-        raise ValueError(f"batch_size {recipe.batch_size} cannot be reached with {world} process{'es' * (world > 1)} that take{'s' * (world == 1)} {size} pictures at once; "
-                         f"set --batch-size {max(1, recipe.batch_size // (world * size)) * world * size}, or another --device-batch-size")
+        raise ValueError(
+            f"batch_size {recipe.batch_size} cannot be reached with {world} "
+            f"process{'es' * (world > 1)} that take{'s' * (world == 1)} {size} pictures at once; "
+            f"set --batch-size {max(1, recipe.batch_size // (world * size)) * world * size}, or "
+            "another --device-batch-size"
+        )
     return size
 
 # %% ../../nbs/25_engine_optim.ipynb #bite-weights
-def bite_weights(counts: list[int], total: float, world: int = 1, loss_mean: str = "global") -> list[float]:
-    "The weight of each bite in this process's loss; `total` counts all processes. 'process': as the official code, a mean of the processes' means."
+def bite_weights(
+    counts: list[int], total: float, world: int = 1, loss_mean: str = "global"
+) -> list[float]:
+    """The weight of each bite in this process's loss.
+
+    `total` counts all processes. 'process': as the official code, a mean of the processes' means.
+    """
     return [n * world / total if loss_mean == "global" else n / sum(counts) for n in counts]

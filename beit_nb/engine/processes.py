@@ -29,7 +29,8 @@ def world_size() -> int:
 
 def sum_over_ranks(x: Tensor) -> Tensor:
     "The sum of `x` over all processes; `x` itself when alone."
-    if world_size() > 1: dist.all_reduce(x := x.clone())
+    if world_size() > 1:
+        dist.all_reduce(x := x.clone())
     return x
 
 
@@ -40,66 +41,106 @@ def mean_over_ranks(x: Tensor) -> Tensor:
 
 def gather_over_ranks(x) -> list:
     "What every process has, in the order of ranks; [x] when alone."
-    if world_size() == 1: return [x]
+    if world_size() == 1:
+        return [x]
     dist.all_gather_object(all := [None] * world_size(), x)
     return all
 
 
 def rank_0_first(work):
-    "What `work()` gives on rank 0, which alone does it; if it fails there, all stop with its exit status, and only rank 0 says why."
-    gives, failed = [None, 0], None
+    """What `work()` gives on rank 0, which alone does it.
+
+    If it fails there, all stop with its exit status, and only rank 0 says why.
+    """
+    gives = [None, 0]
+    failed = None
     if rank() == 0:
-        try: gives[0] = work()
-        except BaseException as e: failed, gives[1] = e, {KeyboardInterrupt: 130, FloatingPointError: 1}.get(type(e), 2)
-    if world_size() > 1: dist.broadcast_object_list(gives)
-    if failed: raise failed
-    if gives[1]: raise SystemExit(gives[1])
+        try:
+            gives[0] = work()
+        except BaseException as e:
+            failed = e
+            gives[1] = {KeyboardInterrupt: 130, FloatingPointError: 1}.get(type(e), 2)
+    if world_size() > 1:
+        dist.broadcast_object_list(gives)
+    if failed:
+        raise failed
+    if gives[1]:
+        raise SystemExit(gives[1])
     return gives[0]
 
 # %% ../../nbs/23_engine_processes.ipynb #shards
 def whole(x):
-    "Tensors that lie in shards, whole again on the CPU of rank 0; dictionaries of them too; anything else as it is."
-    if isinstance(x, dict): return {k: whole(v) for k, v in x.items()}
-    if not hasattr(x, "full_tensor"): return x
+    """Tensors that lie in shards, whole again on the CPU of rank 0.
+
+    Dictionaries of them too; anything else as it is.
+    """
+    if isinstance(x, dict):
+        return {k: whole(v) for k, v in x.items()}
+    if not hasattr(x, "full_tensor"):
+        return x
     x = x.full_tensor()  # all take part
     return x.cpu() if rank() == 0 else None
 
 
 def shard_like(x, p):
     "The tensor `x` in shards as `p` is; anything else as it is."
-    if not hasattr(p, "full_tensor") or getattr(x, "shape", None) != p.shape: return x
+    if not hasattr(p, "full_tensor") or getattr(x, "shape", None) != p.shape:
+        return x
     from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(x.to(p.device), p.device_mesh, p.placements)
 
 # %% ../../nbs/23_engine_processes.ipynb #join-processes
 def refused_by_rank_0(store: dist.Store) -> bool:
     "Has rank 0 met the same fault, so that it has been said? It has a few seconds."
-    try: store.wait(["refused"], timedelta(seconds=5))
-    except dist.DistStoreError: return False  # it is well
-    except dist.DistNetworkError: return True  # it is gone
+    try:
+        store.wait(["refused"], timedelta(seconds=5))
+    except dist.DistStoreError:
+        return False  # it is well
+    except dist.DistNetworkError:
+        return True  # it is gone
     return True
 
 
 @contextmanager
 def join_processes():
-    "Inside, the processes that torchrun started are a company; alone, or joined already, nothing happens."
+    """Inside, the processes that torchrun started are a company.
+
+    Alone, or joined already, nothing happens.
+    """
     if dist.is_initialized() or not dist.is_torchelastic_launched():
         yield
         return
-    if cuda := torch.cuda.is_available(): torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if cuda := torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, number, count = next(dist.rendezvous("env://"))
-    alone = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]  # on one machine; several may count their restarts differently
-    life = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else ""  # the store survives a restart, with the addresses of the dead: each life writes under keys of its own
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=dist.PrefixStore(f"life-{life}", store), rank=number, world_size=count)
-    try: yield
+    # on one machine; several may count their restarts differently
+    alone = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
+    # the store survives a restart, with the addresses of the dead: each life writes under keys of
+    # its own
+    life = os.environ["TORCHELASTIC_RESTART_COUNT"] if alone else ""
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=dist.PrefixStore(f"life-{life}", store),
+        rank=number,
+        world_size=count,
+    )
+    try:
+        yield
     except (ValueError, OSError):
-        if rank() == 0: store.set("refused", "")
-        elif refused_by_rank_0(store): raise SystemExit(2) from None
+        if rank() == 0:
+            store.set("refused", "")
+        elif refused_by_rank_0(store):
+            raise SystemExit(2) from None
         raise
     except RuntimeError as e:
-        if not isinstance(e, dist.DistError) and "gloo" not in str(e): raise
-        raise ConnectionError("another process of this run ended; the same command continues from the last checkpoint") from e
-    finally: dist.destroy_process_group()
+        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+            raise
+        raise ConnectionError(
+            "another process of this run ended; the same command continues from the last checkpoint"
+        ) from e
+    finally:
+        dist.destroy_process_group()
 
 # %% ../../nbs/23_engine_processes.ipynb #forward
 class Forward(nn.Module):
@@ -107,7 +148,8 @@ class Forward(nn.Module):
 
     def __init__(self, model: nn.Module, loss_of):
         super().__init__()
-        self.model, self.loss_of = model, loss_of
+        self.model = model
+        self.loss_of = loss_of
 
     def forward(self, bite: list[Tensor], step: int):
         return self.loss_of(self.model, bite, step)
@@ -117,20 +159,29 @@ def shard(model: nn.Module, device: torch.device) -> nn.Module:
     "FSDP2: every block, and the rest of the model, in equal parts over all processes."
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
-    if not hasattr(model, "blocks"): raise ValueError("parallel 'fsdp' needs a transformer with blocks; set --parallel ddp")
+
+    if not hasattr(model, "blocks"):
+        raise ValueError("parallel 'fsdp' needs a transformer with blocks; set --parallel ddp")
     mesh = init_device_mesh(device.type, (world_size(),))
-    for block in model.blocks: fully_shard(block, mesh=mesh)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
 def parallel(t, loss_of) -> nn.Module:
     "The forward pass of a `Trainer`, whose gradients are averaged over all processes."
     forward = Forward(t.model, loss_of)
-    return DDP(forward, gradient_as_bucket_view=True, broadcast_buffers=False) if world_size() > 1 and not t.sharded else forward
+    return (
+        DDP(forward, gradient_as_bucket_view=True, broadcast_buffers=False)
+        if world_size() > 1 and not t.sharded
+        else forward
+    )
 
 
 def travel_once(forward: nn.Module, last: bool):
     "Gradients leave this process only with the `last` bite."
-    if isinstance(forward, DDP): return nullcontext() if last else forward.no_sync()
-    if hasattr(forward.model, "set_requires_gradient_sync"): forward.model.set_requires_gradient_sync(last)
+    if isinstance(forward, DDP):
+        return nullcontext() if last else forward.no_sync()
+    if hasattr(forward.model, "set_requires_gradient_sync"):
+        forward.model.set_requires_gradient_sync(last)
     return nullcontext()

@@ -34,23 +34,33 @@ def save_checkpoint(path: str | Path, state: dict) -> None:
     path = Path(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as f: torch.save(state, f)
+        with whole_file(path) as f:
+            torch.save(state, f)
 
 # %% ../../nbs/24_engine_runs.ipynb #read-checkpoint
-REASONS = {UnpicklingError: "it holds code, which loading would run", BadZipFile: "it was cut short, or torch.save never wrote it",
-           KeyError: "there is no recipe in it", TypeError: "there is no recipe in it"}
+REASONS = {
+    UnpicklingError: "it holds code, which loading would run",
+    BadZipFile: "it was cut short, or torch.save never wrote it",
+    KeyError: "there is no recipe in it",
+    TypeError: "there is no recipe in it",
+}
 
 
 def read_checkpoint(path: str | Path) -> dict:
     "What is in one checkpoint file; nothing in it is run, and every checksum is looked at."
     try:
         with ZipFile(path) as z:
-            if broken := z.testzip(): raise ValueError(f"the checksum of {broken} is wrong")  # torch does not look
+            # torch does not look
+            if broken := z.testzip():
+                raise ValueError(f"the checksum of {broken} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"]["command"]
     except Exception as e:
         why = REASONS.get(type(e), (str(e) or type(e).__name__).splitlines()[0][:120])
-        raise ValueError(f"{path} is damaged, or not a beit_nb checkpoint ({why}); give another file, or delete it to start over") from e
+        raise ValueError(
+            f"{path} is damaged, or not a beit_nb checkpoint ({why}); give another file, or "
+            "delete it to start over"
+        ) from e
     return state
 
 # %% ../../nbs/24_engine_runs.ipynb #keep-newest
@@ -60,15 +70,20 @@ def keep_newest(
     keep: int = 2,  # how many of the newest stay
     milestone_every: int | None = None,  # multiples of it stay for good
 ) -> None:
-    "Name `last` after its step too, and take away what is older than the newest `keep` and no milestone."
+    """Name `last` after its step too, and take away what is older than the newest `keep` and no
+    milestone.
+    """
     named = last.with_name(f"step-{step:07d}.pt")
     named.unlink(missing_ok=True)
-    try: os.link(last, named)
-    except OSError: shutil.copyfile(last, named)  # a file system without hard links
+    try:
+        os.link(last, named)
+    except OSError:
+        shutil.copyfile(last, named)  # a file system without hard links
     steps = {int(p.stem[5:]): p for p in last.parent.glob("step-*.pt")}
     newest = sorted(n for n in steps if n <= step)[-keep:]
     for n, p in steps.items():  # one from beyond `step` is of a future that was lost
-        if n not in newest and (n > step or not milestone_every or n % milestone_every): p.unlink()
+        if n not in newest and (n > step or not milestone_every or n % milestone_every):
+            p.unlink()
 
 
 def run_checkpoints(out: str | Path) -> list[Path]:
@@ -79,112 +94,210 @@ def run_checkpoints(out: str | Path) -> list[Path]:
 
 # %% ../../nbs/24_engine_runs.ipynb #load-checkpoint
 def load_checkpoint(path: str | Path, command: str | tuple | None = None) -> dict:
-    "Read a checkpoint file, or the newest sound one of a run's folder; `command` says which training(s) it must come from."
-    path, wanted = Path(path), (command,) if isinstance(command, str) else command
+    """Read a checkpoint file, or the newest sound one of a run's folder.
+
+    `command` says which training(s) it must come from.
+    """
+    path = Path(path)
+    wanted = (command,) if isinstance(command, str) else command
     files = run_checkpoints(path) if path.is_dir() else [path]
-    if not files or not files[0].is_file(): raise ValueError(f"no checkpoint at {path}; give a .pt file or the --out folder of a run")
+    if not files or not files[0].is_file():
+        raise ValueError(f"no checkpoint at {path}; give a .pt file or the --out folder of a run")
     for file, older in zip(files, [*files[1:], None]):
-        try: state = read_checkpoint(file)
+        try:
+            state = read_checkpoint(file)
         except ValueError as e:
-            if older is None: raise
-            if rank() == 0: print(f"beit: {str(e).split(';')[0]}; going on from the one before, {older}", file=sys.stderr, flush=True)
-        else: break
+            if older is None:
+                raise
+            if rank() == 0:
+                print(
+                    f"beit: {str(e).split(';')[0]}; going on from the one before, {older}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        else:
+            break
     kind = state["config"]["command"]
-    if wanted and kind not in wanted: raise ValueError(f"{file} comes from `beit {kind}`, but a checkpoint of `beit {' or '.join(wanted)}` is needed here")
+    if wanted and kind not in wanted:
+        raise ValueError(
+            f"{file} comes from `beit {kind}`, but a checkpoint of `beit {' or '.join(wanted)}` "
+            "is needed here"
+        )
     return state
 
 # %% ../../nbs/24_engine_runs.ipynb #own-folder
 def run_config(out: Path) -> dict | None:
-    "The recipe of the run in a folder: config.json's, or its newest checkpoint's where that is gone; None where there is no run."
-    try: return json.loads(file.read_text()) if (file := out / "config.json").exists() else load_checkpoint(out)["config"] if run_checkpoints(out) else None
-    except json.JSONDecodeError as e: raise ValueError(f"{file} is damaged; choose another --out, or delete {'that file' if run_checkpoints(out) else 'that folder'}") from e
+    """The recipe of the run in a folder.
+
+    Config.json's, or its newest checkpoint's where that is gone; None where there is no run.
+    """
+    try:
+        return (
+            json.loads(file.read_text())
+            if (file := out / "config.json").exists()
+            else load_checkpoint(out)["config"]
+            if run_checkpoints(out)
+            else None
+        )
+    except json.JSONDecodeError as e:
+        raise ValueError(
+            f"{file} is damaged; choose another --out, or delete "
+            f"{'that file' if run_checkpoints(out) else 'that folder'}"
+        ) from e
 
 
 @contextmanager
 def own_folder(command: str, recipe):
     "The run's folder, ours alone while we are in it; refuses a folder that holds another run."
     check_recipe(recipe)
-    out, config = Path(recipe.out or f"runs/{command}"), as_config(command, recipe)
-    if out.is_file(): raise ValueError(f"--out {out} is a file; choose a folder")
+    out = Path(recipe.out or f"runs/{command}")
+    config = as_config(command, recipe)
+    if out.is_file():
+        raise ValueError(f"--out {out} is a file; choose a folder")
     out.mkdir(parents=True, exist_ok=True)
     file = out / "config.json"
     with open(out / ".lock", "w") as lock:
         os.register_at_fork(after_in_child=lock.close)
-        try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise ValueError(f"another run is at work in {out}; wait for it, or choose another --out") from None
-        except OSError: print(f"beit: the file system of {out} knows no locks; nothing stops a second run there", file=sys.stderr)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another run is at work in {out}; wait for it, or choose another --out"
+            ) from None
+        except OSError:
+            print(
+                f"beit: the file system of {out} knows no locks; nothing stops a second run there",
+                file=sys.stderr,
+            )
         if old := run_config(out):
             check_same_run(old, config, out)
-            if not getattr(recipe, "resume", True): raise ValueError(f"{out} holds a run already, and --no-resume was given; choose another --out, or delete that folder")
-        with writing(file), whole_file(file) as f: f.write(json.dumps(config, indent=1).encode())
-        try: yield out
-        except BaseException:  # failed before its first checkpoint: leave the folder free for a corrected try
-            if not old and not run_checkpoints(out): file.unlink(missing_ok=True)
+            if not getattr(recipe, "resume", True):
+                raise ValueError(
+                    f"{out} holds a run already, and --no-resume was given; choose another --out, "
+                    "or delete that folder"
+                )
+        with writing(file), whole_file(file) as f:
+            f.write(json.dumps(config, indent=1).encode())
+        try:
+            yield out
+        # failed before its first checkpoint: leave the folder free for a corrected try
+        except BaseException:
+            if not old and not run_checkpoints(out):
+                file.unlink(missing_ok=True)
             raise
 
 
 @contextmanager
 def open_run(command: str, recipe):
-    "Where every training begins: the processes are joined, and rank 0 has the folder ready for all."
-    with join_processes(), ExitStack() as stack: yield rank_0_first(lambda: stack.enter_context(own_folder(command, recipe)))
+    """Where every training begins.
+
+    The processes are joined, and rank 0 has the folder ready for all.
+    """
+    with join_processes(), ExitStack() as stack:
+        yield rank_0_first(lambda: stack.enter_context(own_folder(command, recipe)))
 
 # %% ../../nbs/24_engine_runs.ipynb #read-log
 def read_log(out: str | Path) -> list[dict]:
     "The lines of a run's log.jsonl; a last line that a kill cut short is passed over."
-    file, rows = Path(out) / "log.jsonl", []
+    file = Path(out) / "log.jsonl"
+    rows = []
     for line in file.read_text().splitlines() if file.exists() else []:
-        with suppress(json.JSONDecodeError): rows.append(json.loads(line))
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
     return rows
 
 # %% ../../nbs/24_engine_runs.ipynb #log
 class Log:
-    "OUT/log.jsonl, and what a person sees meanwhile: a bar on a terminal, a plain line now and then elsewhere."
+    """OUT/log.jsonl, and what a person sees meanwhile.
 
-    def __init__(self, out: Path, start: int, total: int, label: str = "", tensorboard: bool = False, quiet: bool = False):
-        self.file, self.total, self.label, self.quiet, self.said, self.tb = out / "log.jsonl", total, label, quiet or rank() > 0, time.time(), None
-        kept = [r for r in read_log(out) if r["step"] <= start]  # a killed run may have logged past its last checkpoint
+    A bar on a terminal, a plain line now and then elsewhere.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        start: int,
+        total: int,
+        label: str = "",
+        tensorboard: bool = False,
+        quiet: bool = False,
+    ):
+        self.file = out / "log.jsonl"
+        self.total = total
+        self.label = label
+        self.quiet = quiet or rank() > 0
+        self.said = time.time()
+        self.tb = None
+        # a killed run may have logged past its last checkpoint
+        kept = [r for r in read_log(out) if r["step"] <= start]
         if rank() == 0:
-            with writing(self.file), whole_file(self.file) as f: f.write("".join(json.dumps(r) + "\n" for r in kept).encode())
-        self.bar = tqdm(total=total, initial=start, desc=label, dynamic_ncols=True) if sys.stderr.isatty() and not self.quiet else None
+            with writing(self.file), whole_file(self.file) as f:
+                f.write("".join(json.dumps(r) + "\n" for r in kept).encode())
+        self.bar = (
+            tqdm(total=total, initial=start, desc=label, dynamic_ncols=True)
+            if sys.stderr.isatty() and not self.quiet
+            else None
+        )
         if tensorboard and rank() == 0:
             from torch.utils.tensorboard import SummaryWriter
+
             self.tb = SummaryWriter(out / "tb", purge_step=start + 1)
 
     def write(self, step: int, values: dict) -> None:
-        if rank() > 0: return
+        if rank() > 0:
+            return
         pictures = {k: v for k, v in values.items() if isinstance(v, np.ndarray)}  # (H, W, 3) uint8
         values = {k: v for k, v in values.items() if k not in pictures}
         if values:
-            with writing(self.file), open(self.file, "a") as f: f.write(json.dumps({"step": step, **values}) + "\n")
+            with writing(self.file), open(self.file, "a") as f:
+                f.write(json.dumps({"step": step, **values}) + "\n")
         for k, v in values.items() if self.tb else ():
-            if isinstance(v, (int, float)): self.tb.add_scalar(k, v, step)
-        for k, v in pictures.items() if self.tb else (): self.tb.add_image(k, v, step, dataformats="HWC")
-        text = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k in ("loss", "mlm_acc", "mse", "accuracy", "images_per_s", "memory_mb"))
-        if "seconds_left" in values: text += f", {timedelta(seconds=round(values['seconds_left']))} left"
+            if isinstance(v, (int, float)):
+                self.tb.add_scalar(k, v, step)
+        for k, v in pictures.items() if self.tb else ():
+            self.tb.add_image(k, v, step, dataformats="HWC")
+        text = ", ".join(
+            f"{k} {v:.4g}"
+            for k, v in values.items()
+            if k in ("loss", "mlm_acc", "mse", "accuracy", "images_per_s", "memory_mb")
+        )
+        if "seconds_left" in values:
+            text += f", {timedelta(seconds=round(values['seconds_left']))} left"
         if self.bar is not None:
             self.bar.update(step - self.bar.n)
-            if text: self.bar.set_postfix_str(text)
+            if text:
+                self.bar.set_postfix_str(text)
         elif text and not self.quiet and (time.time() - self.said > 5 or step == self.total):
             print(f"{self.label} {step}/{self.total}: {text}", flush=True)
             self.said = time.time()
 
     def close(self) -> None:
-        if self.bar is not None: self.bar.close()
-        if self.tb: self.tb.close()
+        if self.bar is not None:
+            self.bar.close()
+        if self.tb:
+            self.tb.close()
 
 # %% ../../nbs/24_engine_runs.ipynb #finish
 def memory(what: str = "VmHWM") -> float:
-    "MB that this process held at most (VmHWM) or holds now (VmRSS); elsewhere than on Linux always the most."
-    status = Path("/proc/self/status")  # getrusage would not do here: a child inherits its parent's peak
-    if status.exists(): return int(status.read_text().split(f"{what}:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    """MB that this process held at most (VmHWM) or holds now (VmRSS).
+
+    Elsewhere than on Linux always the most.
+    """
+    # getrusage would not do here: a child inherits its parent's peak
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split(f"{what}:")[1].split()[0]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
 
 
 def finish(out: Path, metrics: dict) -> dict:
     "Write OUT/metrics.json, the final figures of a run and the memory that it took; returns them."
     metrics = dict(peak_rss_mb=memory()) | metrics
     if rank() == 0:
-        with writing(out / "metrics.json"), whole_file(out / "metrics.json") as f: f.write(json.dumps(metrics, indent=1).encode())
+        with writing(out / "metrics.json"), whole_file(out / "metrics.json") as f:
+            f.write(json.dumps(metrics, indent=1).encode())
     return metrics
 
 

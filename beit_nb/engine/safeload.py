@@ -16,8 +16,25 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 # %% ../../nbs/22_engine_safeload.ipynb #stubs
-STUBBED = {f"dall_e.{n}" for n in ("encoder.Encoder", "encoder.EncoderBlock", "decoder.Decoder", "decoder.DecoderBlock", "utils.Conv2d")} | {
-    f"torch.nn.modules.{n}" for n in ("container.Sequential", "activation.ReLU", "linear.Identity", "pooling.MaxPool2d", "upsampling.Upsample")}
+STUBBED = {
+    f"dall_e.{n}"
+    for n in (
+        "encoder.Encoder",
+        "encoder.EncoderBlock",
+        "decoder.Decoder",
+        "decoder.DecoderBlock",
+        "utils.Conv2d",
+    )
+} | {
+    f"torch.nn.modules.{n}"
+    for n in (
+        "container.Sequential",
+        "activation.ReLU",
+        "linear.Identity",
+        "pooling.MaxPool2d",
+        "upsampling.Upsample",
+    )
+}
 
 
 class Stub:
@@ -26,48 +43,95 @@ class Stub:
 
 def flatten(x, name: str = "") -> dict[str, Tensor]:
     "All tensors in nested dicts and stubs, by dotted name."
-    if isinstance(x, Tensor): return {name: x}
-    children = {**vars(x).get("_parameters", {}), **vars(x).get("_modules", {})} if isinstance(x, Stub) else x if isinstance(x, dict) else {}
-    return {k: v for key, child in children.items() for k, v in flatten(child, f"{name}.{key}" if name else str(key)).items()}
+    if isinstance(x, Tensor):
+        return {name: x}
+    children = (
+        {**vars(x).get("_parameters", {}), **vars(x).get("_modules", {})}
+        if isinstance(x, Stub)
+        else x
+        if isinstance(x, dict)
+        else {}
+    )
+    return {
+        k: v
+        for key, child in children.items()
+        for k, v in flatten(child, f"{name}.{key}" if name else str(key)).items()
+    }
 
 # %% ../../nbs/22_engine_safeload.ipynb #read-old
 class OldUnpickler(pickle.Unpickler):
-    "Reads the pickles in a file of torch < 1.6; knows tensors, containers and `Stub`, and nothing else."
-    known = {"collections.OrderedDict": OrderedDict, "builtins.set": set, "__builtin__.set": set, "torch.device": torch.device,
-             "torch.FloatStorage": torch.float32, "torch.HalfStorage": torch.float16, "torch._utils._rebuild_parameter": lambda data, *_: data,
-             "torch._utils._rebuild_tensor_v2": lambda data, offset, size, stride, *_: data.as_strided(size, stride, offset)} | dict.fromkeys(STUBBED, Stub)
+    """Reads the pickles in a file of torch < 1.6.
+
+    Knows tensors, containers and `Stub`, and nothing else.
+    """
+
+    known = {
+        "collections.OrderedDict": OrderedDict,
+        "builtins.set": set,
+        "__builtin__.set": set,
+        "torch.device": torch.device,
+        "torch.FloatStorage": torch.float32,
+        "torch.HalfStorage": torch.float16,
+        "torch._utils._rebuild_parameter": lambda data, *_: data,
+        "torch._utils._rebuild_tensor_v2": lambda data, offset, size, stride, *_: data.as_strided(
+            size, stride, offset
+        ),
+    } | dict.fromkeys(STUBBED, Stub)
 
     def find_class(self, module: str, name: str):
-        if (full := f"{module}.{name}") not in self.known: raise pickle.UnpicklingError(f"GLOBAL {full}")
+        if (full := f"{module}.{name}") not in self.known:
+            raise pickle.UnpicklingError(f"GLOBAL {full}")
         return self.known[full]
 
     def persistent_load(self, pid: tuple):
-        if pid[0] == "module": return pid[1]  # a class, with its source code beside it
+        if pid[0] == "module":
+            return pid[1]  # a class, with its source code beside it
         return self.storages.setdefault(pid[2], torch.empty(pid[4], dtype=pid[1]))
 
 
 def read_old(path: Path):
-    "The content of a file that `torch.save` wrote before torch 1.6: five pickles, then the numbers."
+    """The content of a file that `torch.save` wrote before torch 1.6.
+
+    Five pickles, then the numbers.
+    """
     with open(path, "rb") as f:
         reader = OldUnpickler(f)
         reader.storages = {}
         _, _, _, content, keys = (reader.load() for _ in range(5))
         for numbers in (reader.storages[k].numpy() for k in keys):
-            if int.from_bytes(f.read(8), "little") != len(numbers) or f.readinto(numbers) != numbers.nbytes: raise EOFError
+            if (
+                int.from_bytes(f.read(8), "little") != len(numbers)
+                or f.readinto(numbers) != numbers.nbytes
+            ):
+                raise EOFError
     return content
 
 # %% ../../nbs/22_engine_safeload.ipynb #read-weights
 def read_weights(path: Path) -> dict[str, Tensor]:
-    "The tensors of a pickled module, a state dict or a safetensors file, by name; nothing in the file is run."
-    with open(path, "rb") as f: head = f.read(80)
+    """The tensors of a pickled module, a state dict or a safetensors file, by name.
+
+    Nothing in the file is run.
+    """
+    with open(path, "rb") as f:
+        head = f.read(80)
     if all(c in b"\r\n\t" or 32 <= c < 127 for c in head):
-        raise ValueError(f"{path} is {f'text ({head[:50].decode()!r})' if head else 'empty'}, not weights; with `wget -o` it is wget's log: take `-O`, or curl -O")
+        raise ValueError(
+            f"{path} is {f'text ({head[:50].decode()!r})' if head else 'empty'}, not weights; "
+            "with `wget -o` it is wget's log: take `-O`, or curl -O"
+        )
     try:
-        if head[8:9] == b"{": return load_file(path)
-        if head[:2] != b"PK": return flatten(read_old(path))
+        if head[8:9] == b"{":
+            return load_file(path)
+        if head[:2] != b"PK":
+            return flatten(read_old(path))
         with torch.serialization.safe_globals([(Stub, name) for name in STUBBED]):
             return flatten(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:
         if asks := re.search(r"GLOBAL (\S+)", str(e)):
-            raise ValueError(f"{path} asks for {asks[1]}, which no weights need: refused, nothing in it was run") from None
-        raise ValueError(f"{path} is damaged or no file of weights ({type(e).__name__}, {path.stat().st_size:,} bytes); download it again") from e
+            raise ValueError(
+                f"{path} asks for {asks[1]}, which no weights need: refused, nothing in it was run"
+            ) from None
+        raise ValueError(
+            f"{path} is damaged or no file of weights ({type(e).__name__}, "
+            f"{path.stat().st_size:,} bytes); download it again"
+        ) from e

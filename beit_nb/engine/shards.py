@@ -25,35 +25,55 @@ from .sources import Encoded, Folder, decode
 
 # %% ../../nbs/31_engine_shards.ipynb #shard-index
 def checksum(t: tarfile.TarFile, m: tarfile.TarInfo) -> int:
-    "What tells a picture in a tar from others: its name and its last bytes, which differ where sizes do not."
+    """What tells a picture in a tar from others.
+
+    Its name and its last bytes, which differ where sizes do not.
+    """
     with t.extractfile(m) as f:
         f.seek(max(0, m.size - 512))
         return crc32(f.read(), crc32(m.name.encode("utf-8", "surrogateescape")))
 
 
-def shard_index(tar: Path) -> np.ndarray:  # (n, 4) int64: first byte, length in bytes, class (-1: none), checksum
-    "Where the pictures of a tar lie: found once, by going from header to header, then kept beside it."
-    beside, stat = Path(f"{tar}.index.npy"), tar.stat()
+# (n, 4) int64: first byte, length in bytes, class (-1: none), checksum
+def shard_index(tar: Path) -> np.ndarray:
+    """Where the pictures of a tar lie.
+
+    Found once, by going from header to header, then kept beside it.
+    """
+    beside = Path(f"{tar}.index.npy")
+    stat = tar.stat()
     stamp = np.array([[stat.st_size, stat.st_mtime_ns, 0, 0]])
     with suppress(OSError, ValueError, EOFError):  # not there, or of no use
         known = np.load(beside)
-        if np.array_equal(known[:1], stamp): return known[1:]
+        if np.array_equal(known[:1], stamp):
+            return known[1:]
     rows = {}
     try:
         with tarfile.open(tar, "r:") as t:
             for m in t:
                 folder, _, name = m.name.rpartition("/")
                 stem, _, kind = name.partition(".")
-                if not (stem and m.isreg()): continue
+                if not (stem and m.isreg()):
+                    continue
                 row = rows.setdefault((folder, stem), [0, 0, -1, 0])
-                if f".{kind.lower()}" in EXTENSIONS: row[:] = m.offset_data, m.size, row[2], checksum(t, m)
+                if f".{kind.lower()}" in EXTENSIONS:
+                    row[:] = m.offset_data, m.size, row[2], checksum(t, m)
                 if kind == "cls":
-                    with suppress(ValueError): row[2] = int(t.extractfile(m).read())  # or a word, which only who wants labels minds
-        if stat.st_size < t.offset + 512: raise EOFError("the end is missing")  # cut off between two members, which tarfile forgives
+                    # or a word, which only who wants labels minds
+                    with suppress(ValueError):
+                        row[2] = int(t.extractfile(m).read())
+        # cut off between two members, which tarfile forgives
+        if stat.st_size < t.offset + 512:
+            raise EOFError("the end is missing")
     except (tarfile.TarError, EOFError, ValueError) as e:
-        raise ValueError(f"cannot read the shard {tar}: {e}; shards are uncompressed .tar files; make it again with `beit shard`") from e
+        raise ValueError(
+            f"cannot read the shard {tar}: {e}; shards are uncompressed .tar files; make it again "
+            "with `beit shard`"
+        ) from e
     found = np.array([row for row in rows.values() if row[1]], np.int64).reshape(-1, 4)
-    with suppress(OSError), whole_file(beside) as f: np.save(f, np.concatenate([stamp, found]))  # read-only folders do without
+    # read-only folders do without
+    with suppress(OSError), whole_file(beside) as f:
+        np.save(f, np.concatenate([stamp, found]))
     return found
 
 # %% ../../nbs/31_engine_shards.ipynb #shard-labels
@@ -65,14 +85,23 @@ def class_names(root: str | Path) -> list[str]:
 
 def shard_labels(
     root: Path,
-    y: np.ndarray,              # (n,) classes as the shards number them
+    y: np.ndarray,  # (n,) classes as the shards number them
     classes: list[str] | None,  # the names in the order that is wanted
 ) -> tuple[np.ndarray, list[str]]:
     "Class numbers in the wanted order, and the names in it."
-    names = class_names(root) or classes or [str(c) for c in range(y.max() + 1)]  # other people's shards may not name them
+    # other people's shards may not name them
+    names = class_names(root) or classes or [str(c) for c in range(y.max() + 1)]
     number = {c: i for i, c in enumerate(classes or names)}
-    if len(bad := y[(y < 0) | (y >= len(names))]): raise ValueError(f"the shards of {root} have a picture of class {bad[0]} (-1: no number given), of {len(names)} classes; make them again from class folders")
-    if alien := set(names) - set(number): raise ValueError(f"{root} has a class {min(alien)!r} that the training pictures lack; there are: {', '.join(list(number)[:10])}")
+    if len(bad := y[(y < 0) | (y >= len(names))]):
+        raise ValueError(
+            f"the shards of {root} have a picture of class {bad[0]} (-1: no number given), of "
+            f"{len(names)} classes; make them again from class folders"
+        )
+    if alien := set(names) - set(number):
+        raise ValueError(
+            f"{root} has a class {min(alien)!r} that the training pictures lack; there are: "
+            f"{', '.join(list(number)[:10])}"
+        )
     return np.array([number[c] for c in names])[y], list(number)
 
 # %% ../../nbs/31_engine_shards.ipynb #pieces
@@ -80,26 +109,43 @@ class Pieces:
     "Reads pieces out of many files, and keeps the last ones open."
 
     def __init__(self, most: int = 250):
-        self.most, self.open, self.told = most, {}, {}
+        self.most = most
+        self.open = {}
+        self.told = {}
 
     def file(self, path: Path) -> int:
         if path not in self.open:
-            if len(self.open) >= self.most: self.open.pop(next(iter(self.open)))
+            if len(self.open) >= self.most:
+                self.open.pop(next(iter(self.open)))
             self.open[path] = open(path, "rb", buffering=0)
         return self.open[path].fileno()
 
     def read(self, path: Path, start: int, length: int) -> bytes:
-        try: data = os.pread(self.file(path), length, start)
-        except OSError as e: raise ValueError(f"cannot read the picture at byte {start} of {path}: {e.strerror}") from e
-        if len(data) < length: raise ValueError(f"cannot read the picture at byte {start} of {path}: the file is shorter than it was")
+        try:
+            data = os.pread(self.file(path), length, start)
+        except OSError as e:
+            raise ValueError(
+                f"cannot read the picture at byte {start} of {path}: {e.strerror}"
+            ) from e
+        if len(data) < length:
+            raise ValueError(
+                f"cannot read the picture at byte {start} of {path}: the file is shorter than it "
+                "was"
+            )
         return data
 
     def ahead(self, path: Path, start: int, length: int) -> None:
-        "Let the system fetch a long piece that will be read in short ones; said once, as long as it is among the last thousand."
-        if (path, start) in self.told: return
-        if len(self.told) >= 1000: self.told.pop(next(iter(self.told)))
+        """Let the system fetch a long piece that will be read in short ones.
+
+        Said once, as long as it is among the last thousand.
+        """
+        if (path, start) in self.told:
+            return
+        if len(self.told) >= 1000:
+            self.told.pop(next(iter(self.told)))
         self.told[path, start] = length
-        with suppress(AttributeError, OSError): os.posix_fadvise(self.file(path), start, length, os.POSIX_FADV_WILLNEED)
+        with suppress(AttributeError, OSError):
+            os.posix_fadvise(self.file(path), start, length, os.POSIX_FADV_WILLNEED)
 
     def __getstate__(self):  # open files do not travel to other processes
         return dict(most=self.most, open={}, told={})
@@ -113,16 +159,27 @@ class Shards(Encoded):
         root: str | Path,
         labels: bool = False,
         classes: list[str] | None = None,  # their order, where other shards (train) decide it
-        run: int = 64,                     # neighbours that are best read together
+        run: int = 64,  # neighbours that are best read together
     ):
-        self.tars, self.pieces, plan = sorted(Path(root).glob("*.tar")), Pieces(), Path(root) / "shards.json"
+        self.tars = sorted(Path(root).glob("*.tar"))
+        self.pieces = Pieces()
+        plan = Path(root) / "shards.json"
         if plan.exists() and len(self.tars) < (due := json.loads(plan.read_text())["shards"]):
-            raise ValueError(f"{root} holds {len(self.tars)} of {due} shards; let `beit shard` finish")
+            raise ValueError(
+                f"{root} holds {len(self.tars)} of {due} shards; let `beit shard` finish"
+            )
         parts = [shard_index(t) for t in self.tars]
-        if not sum(map(len, parts)): raise ValueError(f"no pictures in the shards of {root} (*.tar)")
-        self.ends, table = np.cumsum([len(p) for p in parts]), np.concatenate(parts)
-        self.start, self.size, self.sums = table[:, 0].copy(), table[:, 1].astype(np.int32), table[:, 3].astype(np.uint32)
-        self.runs, self.ahead = np.concatenate([np.arange(end - len(p), end, run) for p, end in zip(parts, self.ends)]), False
+        if not sum(map(len, parts)):
+            raise ValueError(f"no pictures in the shards of {root} (*.tar)")
+        self.ends = np.cumsum([len(p) for p in parts])
+        table = np.concatenate(parts)
+        self.start = table[:, 0].copy()
+        self.size = table[:, 1].astype(np.int32)
+        self.sums = table[:, 3].astype(np.uint32)
+        self.runs = np.concatenate(
+            [np.arange(end - len(p), end, run) for p, end in zip(parts, self.ends)]
+        )
+        self.ahead = False
         y, names = shard_labels(Path(root), table[:, 2], classes) if labels else (None, ())
         super().__init__(len(table), self.read, y, names, str(root))
 
@@ -133,13 +190,21 @@ class Shards(Encoded):
         "The file of picture i, as it was."
         if self.ahead:  # bring its neighbours along
             run = int(np.searchsorted(self.runs, i, "right"))
-            first, last = int(self.runs[run - 1]), int(self.runs[run] if run < len(self.runs) else len(self)) - 1
-            self.pieces.ahead(self.tar(i), int(self.start[first]), int(self.start[last] + self.size[last] - self.start[first]))
+            first = int(self.runs[run - 1])
+            last = int(self.runs[run] if run < len(self.runs) else len(self)) - 1
+            self.pieces.ahead(
+                self.tar(i),
+                int(self.start[first]),
+                int(self.start[last] + self.size[last] - self.start[first]),
+            )
         return self.pieces.read(self.tar(i), int(self.start[i]), int(self.size[i]))
 
     def where(self, i: int) -> str:
-        try: header = self.pieces.read(self.tar(i), int(self.start[i]) - 512, 512)
-        except ValueError: return f"{self.tar(i)} at byte {self.start[i]}"  # the tar has changed: too late for the name
+        try:
+            header = self.pieces.read(self.tar(i), int(self.start[i]) - 512, 512)
+        # the tar has changed: too late for the name
+        except ValueError:
+            return f"{self.tar(i)} at byte {self.start[i]}"
         return f"{self.tar(i)}/{tarfile.TarInfo.frombuf(header, 'utf-8', 'surrogateescape').name}"
 
     def fingerprint(self) -> str:
@@ -147,7 +212,10 @@ class Shards(Encoded):
 
 # %% ../../nbs/31_engine_shards.ipynb #shard-part
 def shard_name(number: int, file: Path) -> str:
-    "A key that every tar can hold: the number, and the letters of the file's name; no dot, for a dot ends a key."
+    """A key that every tar can hold.
+
+    The number, and the letters of the file's name; no dot, for a dot ends a key.
+    """
     return f"{number:08d}_{re.sub('[^A-Za-z0-9-]+', '_', file.stem)[:60]}"
 
 
@@ -162,36 +230,64 @@ def shard_part(
     with whole_file(tar) as f, TarWriter(f, mtime=0) as t:
         for i in map(int, numbers):
             file = pictures.files[i]
-            try: decode(data := pictures.bytes(i), partial(pictures.where, i))
-            except ValueError as e: print(f"beit: left out: {e}", file=sys.stderr, flush=True)
-            else: t.write({"__key__": shard_name(i, file), file.suffix[1:].lower(): data} | ({} if pictures.labels is None else {"cls": int(pictures.labels[i])}))
+            try:
+                decode(data := pictures.bytes(i), partial(pictures.where, i))
+            except ValueError as e:
+                print(f"beit: left out: {e}", file=sys.stderr, flush=True)
+            else:
+                t.write(
+                    {"__key__": shard_name(i, file), file.suffix[1:].lower(): data}
+                    | ({} if pictures.labels is None else {"cls": int(pictures.labels[i])})
+                )
     shard_index(tar)
 
 # %% ../../nbs/31_engine_shards.ipynb #shard-folder
 def shard_folder(
     source: str | Path,
     out: str | Path,
-    per_shard: int = 4096,             # pictures in a tar: with ImageNet's sizes, 450 MB
+    per_shard: int = 4096,  # pictures in a tar: with ImageNet's sizes, 450 MB
     classes: list[str] | None = None,  # their order, where another folder (train) decides it
-) -> dict:                             # how many pictures, shards, damaged and other files
-    "A folder of pictures to tar shards; goes on where it was stopped. Of train/, val/ and test/ each gets its own folder."
-    source, out = Path(source), Path(out)
-    if per_shard < 1: raise ValueError(f"per_shard {per_shard} is not a number of pictures; give 1 or more")
+) -> dict:  # how many pictures, shards, damaged and other files
+    """A folder of pictures to tar shards.
+
+    Goes on where it was stopped. Of train/, val/ and test/ each gets its own folder.
+    """
+    source = Path(source)
+    out = Path(out)
+    if per_shard < 1:
+        raise ValueError(f"per_shard {per_shard} is not a number of pictures; give 1 or more")
     if (source / "train").is_dir():
-        each = [shard_folder(source / s, out / s, per_shard, class_folders(source / "train")) for s in ("train", "val", "test") if (source / s).is_dir()]
+        each = [
+            shard_folder(source / s, out / s, per_shard, class_folders(source / "train"))
+            for s in ("train", "val", "test")
+            if (source / s).is_dir()
+        ]
         return {k: sum(e[k] for e in each) for k in each[0]}
     pictures = Folder(source)
-    if all(f.parent != source for f in pictures.files): pictures = Folder(source, labels=True, classes=classes)
+    if all(f.parent != source for f in pictures.files):
+        pictures = Folder(source, labels=True, classes=classes)
     order = np.random.default_rng(0).permutation(len(pictures))
-    plan = dict(pictures=len(pictures), per_shard=per_shard, shards=-(-len(pictures) // per_shard), names=crc32(pictures.files.names))
+    plan = dict(
+        pictures=len(pictures),
+        per_shard=per_shard,
+        shards=-(-len(pictures) // per_shard),
+        names=crc32(pictures.files.names),
+    )
     out.mkdir(parents=True, exist_ok=True)
     file = out / "shards.json"
     if any(out.glob("*.tar")) and (not file.exists() or json.loads(file.read_text()) != plan):
-        raise ValueError(f"{out} holds shards of something else; choose another --out, or delete that folder")
+        raise ValueError(
+            f"{out} holds shards of something else; choose another --out, or delete that folder"
+        )
     for name, content in (("shards.json", plan), ("classes.json", pictures.classes)):
-        with whole_file(out / name) as f: f.write(json.dumps(content, indent=1).encode())
+        with whole_file(out / name) as f:
+            f.write(json.dumps(content, indent=1).encode())
     tars = [out / f"{k:06d}.tar" for k in range(plan["shards"])]
     for k, tar in enumerate(tqdm(tars, "shards", disable=not sys.stderr.isatty())):
-        if not tar.exists(): shard_part(tar, pictures, order[k * per_shard : (k + 1) * per_shard])
-    kept, seen = sum(len(shard_index(t)) for t in tars), sum(1 for _ in walk_files(source))
-    return dict(pictures=kept, shards=len(tars), damaged=len(pictures) - kept, others=seen - len(pictures))
+        if not tar.exists():
+            shard_part(tar, pictures, order[k * per_shard : (k + 1) * per_shard])
+    kept = sum(len(shard_index(t)) for t in tars)
+    seen = sum(1 for _ in walk_files(source))
+    return dict(
+        pictures=kept, shards=len(tars), damaged=len(pictures) - kept, others=seen - len(pictures)
+    )

@@ -24,23 +24,32 @@ from ..images import load_image, photos
 
 # %% ../../nbs/30_engine_sources.ipynb #picture-set
 class PictureSet:
-    "What every source of pictures looks like: a length, pictures by number, labels (or None) and the names of the classes."
+    """What every source of pictures looks like.
+
+    A length, pictures by number, labels (or None) and the names of the classes.
+    """
 
     runs = None  # where neighbours on the disk begin, if reading them together is much cheaper
 
     def __init__(
         self,
         length: int,
-        get,             # number -> PIL image, or (3, H, W) uint8 tensor
-        labels=None,     # (length,) class numbers
-        classes=(),      # their names
+        get,  # number -> PIL image, or (3, H, W) uint8 tensor
+        labels=None,  # (length,) class numbers
+        classes=(),  # their names
         name: str = "",  # for messages
     ):
-        self.length, self.get, self.classes, self.name = length, get, list(classes), name
+        self.length = length
+        self.get = get
+        self.classes = list(classes)
+        self.name = name
         self.labels = None if labels is None else np.asarray(labels)
-        self.aside, self.told = {}, set()  # pictures not to be used (number -> why); those that were complained about
+        # pictures not to be used (number -> why); those that were complained about
+        self.aside = {}
+        self.told = set()
 
-    def __len__(self) -> int: return self.length
+    def __len__(self) -> int:
+        return self.length
 
     def __getitem__(self, i: int):
         "Picture i: a PIL image, or a (3, H, W) uint8 tensor."
@@ -50,7 +59,8 @@ class PictureSet:
         "Picture i as (3, H, W) uint8, by the fastest way there is."
         return x if isinstance(x := self[i], Tensor) else TF.pil_to_tensor(x)
 
-    def where(self, i: int) -> str | None: "The file of picture i, for people."
+    def where(self, i: int) -> str | None:
+        "The file of picture i, for people."
 
     def fingerprint(self) -> str:
         "Changes when the pictures or their order do; the place where they lie does not count."
@@ -65,24 +75,41 @@ def read_digits() -> tuple[np.ndarray, np.ndarray]:
 
 # %% ../../nbs/30_engine_sources.ipynb #digits
 class Digits(PictureSet):
-    "Handwritten digits, each at a random place of a 32x32 picture. 3,600 for train, 400 for val, 1,000 for test; fixed."
+    """Handwritten digits, each at a random place of a 32x32 picture.
+
+    3,600 for train, 400 for val, 1,000 for test; fixed.
+    """
 
     def __init__(
         self,
         split: str = "train",  # train, val, test, or train+val
-        places: int = 4,       # pictures of each training digit
+        places: int = 4,  # pictures of each training digit
     ):
         ink, labels = read_digits()
-        order = np.random.default_rng(0).permutation(len(ink))            # the split must never change
-        part = {"train": order[:3600], "val": order[3600:4000], "test": order[4000:], "train+val": order[:4000]}[split]
+        # the split must never change
+        order = np.random.default_rng(0).permutation(len(ink))
+        part = {
+            "train": order[:3600],
+            "val": order[3600:4000],
+            "test": order[4000:],
+            "train+val": order[:4000],
+        }[split]
         ids = np.tile(part, places if split.startswith("train") else 1)
         rng = np.random.default_rng([1, len(part)])
         canvas = np.zeros((len(ids), 32, 32), np.uint8)
         for picture, digit, (top, left) in zip(canvas, ink[ids], rng.integers(0, 5, (len(ids), 2))):
             picture[top : top + 28, left : left + 28] = digit
-        self.images = torch.from_numpy(canvas)[:, None].expand(-1, 3, -1, -1)  # (N, 3, 32, 32), light ink on dark paper
-        self.masks = self.images[:, 0] > 100                                   # (N, 32, 32) where the ink is
-        super().__init__(len(ids), self.images.__getitem__, labels[ids], [str(i) for i in range(10)], f"digits/{split}")
+        # (N, 3, 32, 32), light ink on dark paper
+        self.images = torch.from_numpy(canvas)[:, None].expand(-1, 3, -1, -1)
+        # (N, 32, 32) where the ink is
+        self.masks = self.images[:, 0] > 100
+        super().__init__(
+            len(ids),
+            self.images.__getitem__,
+            labels[ids],
+            [str(i) for i in range(10)],
+            f"digits/{split}",
+        )
 
 # %% ../../nbs/30_engine_sources.ipynb #decode
 class Blob(io.BytesIO):
@@ -100,31 +127,49 @@ def jpeg_pixels(data: bytes) -> int:
     "How many pixels a JPEG's header says that there are; 0 if it is not found where it should be."
     i = 2
     while i + 9 < len(data) and data[i] == 0xFF:
-        kind, length = data[i + 1], int.from_bytes(data[i + 2 : i + 4])
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC): return int.from_bytes(data[i + 5 : i + 7]) * int.from_bytes(data[i + 7 : i + 9])
+        kind = data[i + 1]
+        length = int.from_bytes(data[i + 2 : i + 4])
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[i + 5 : i + 7]) * int.from_bytes(data[i + 7 : i + 9])
         i += 2 + length  # to the next piece
     return 0
 
 
 def decode(
     data: bytes,
-    where,       # () -> its name, for messages
-) -> Tensor:     # (3, H, W) uint8
+    where,  # () -> its name, for messages
+) -> Tensor:  # (3, H, W) uint8
     "The bytes of a picture file to its pixels, upright; equal to what `load_image` gives."
-    if data[:2] == b"\xff\xd8" and 0 < jpeg_pixels(data) <= Image.MAX_IMAGE_PIXELS:  # a JPEG of sane size
-        with suppress(AttributeError, RuntimeError):  # no such decoder, or damage, which load_image will name
-            x = torch.ops.image.decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, True)  # as it is, upright by its EXIF
-            if len(x) != 4: return x.expand(3, -1, -1)  # one channel of grey serves for three; four are printing inks
+    # a JPEG of sane size
+    if data[:2] == b"\xff\xd8" and 0 < jpeg_pixels(data) <= Image.MAX_IMAGE_PIXELS:
+        # no such decoder, or damage, which load_image will name
+        with suppress(AttributeError, RuntimeError):
+            # as it is, upright by its EXIF
+            x = torch.ops.image.decode_jpeg(
+                torch.frombuffer(bytearray(data), dtype=torch.uint8), 0, True
+            )
+            # one channel of grey serves for three; four are printing inks
+            if len(x) != 4:
+                return x.expand(3, -1, -1)
     return TF.pil_to_tensor(load_image(Blob(data, where)))
 
 # %% ../../nbs/30_engine_sources.ipynb #folder-labels
 def folder_labels(files: Files, classes: list[str]) -> tuple[np.ndarray, list[str]]:
     "The class number of every file, by the folder at the top of its name; and the classes."
-    number, y = {c: i for i, c in enumerate(classes)}, np.empty(len(files), np.int64)
+    number = {c: i for i, c in enumerate(classes)}
+    y = np.empty(len(files), np.int64)
     for i in range(len(files)):
         top, inside, _ = files.name(i).partition("/")
-        if not inside: raise ValueError(f"{files.root} has pictures outside of class folders ({top}); lay it out as {files.root}/<class>/<picture>")
-        if top not in number: raise ValueError(f"{files.root} has a class {top!r} that the training pictures lack; there are: {', '.join(classes[:10])}")
+        if not inside:
+            raise ValueError(
+                f"{files.root} has pictures outside of class folders ({top}); lay it out as "
+                f"{files.root}/<class>/<picture>"
+            )
+        if top not in number:
+            raise ValueError(
+                f"{files.root} has a class {top!r} that the training pictures lack; there are: "
+                f"{', '.join(classes[:10])}"
+            )
         y[i] = number[top]
     return y, classes
 
@@ -148,13 +193,17 @@ class Folder(Encoded):
         labels: bool = False,
         classes: list[str] | None = None,  # their order, where another folder (train) decides it
     ):
-        self.files, y = Files(Path(root), image_names(root)), None
-        if labels: y, classes = folder_labels(self.files, classes or class_folders(root))
+        self.files = Files(Path(root), image_names(root))
+        y = None
+        if labels:
+            y, classes = folder_labels(self.files, classes or class_folders(root))
         super().__init__(len(self.files), self.read, y, classes or (), str(root))
 
     def bytes(self, i: int) -> bytes:
-        try: return self.files[i].read_bytes()
-        except OSError as e: raise ValueError(f"cannot read the picture {self.files[i]}: {e.strerror}") from e
+        try:
+            return self.files[i].read_bytes()
+        except OSError as e:
+            raise ValueError(f"cannot read the picture {self.files[i]}: {e.strerror}") from e
 
     def where(self, i: int) -> str:
         return str(self.files[i])
@@ -164,7 +213,10 @@ class Folder(Encoded):
 
 # %% ../../nbs/30_engine_sources.ipynb #photos
 class Photos(PictureSet):
-    "The photographs that scikit-image carries, over and over: a training cuts another piece out of them every time."
+    """The photographs that scikit-image carries, over and over.
+
+    A training cuts another piece out of them every time.
+    """
 
     def __init__(self, repeats: int = 512):
         self.album = list(photos().items())

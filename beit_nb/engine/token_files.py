@@ -27,83 +27,162 @@ from ..tokenizer import load_tokenizer
 from ..tokens import Tokenizer
 
 # %% ../../nbs/35_engine_token_files.ipynb #describe-tokens
-def describe_tokens(tokenizer: Tokenizer, pictures, img_size: int, token_size: int, per_part: int) -> dict:
+def describe_tokens(
+    tokenizer: Tokenizer, pictures, img_size: int, token_size: int, per_part: int
+) -> dict:
     "What tokens.json says: the pictures, the tokenizer, and the way from one to the other."
     weights = [v.reshape(-1) for _, v in sorted(tokenizer.state_dict().items())]
     side = token_size // tokenizer.downsample
-    if token_size % tokenizer.downsample: raise ValueError(f"token_size {token_size} does not divide into tokens of {tokenizer.downsample} pixels; choose a multiple")
+    if token_size % tokenizer.downsample:
+        raise ValueError(
+            f"token_size {token_size} does not divide into tokens of {tokenizer.downsample} "
+            "pixels; choose a multiple"
+        )
     how = f"centre square; {'bicubic' if token_size == img_size else 'Lanczos'} to {token_size} pixels, antialiased; [0, 1]"
-    return dict(pictures=len(pictures), names=pictures.fingerprint(), tokenizer=fingerprint(*weights), vocab_size=tokenizer.vocab_size,
-                downsample=tokenizer.downsample, grid=[side, side], img_size=img_size, token_size=token_size, transform=how, per_part=per_part)
+    return dict(
+        pictures=len(pictures),
+        names=pictures.fingerprint(),
+        tokenizer=fingerprint(*weights),
+        vocab_size=tokenizer.vocab_size,
+        downsample=tokenizer.downsample,
+        grid=[side, side],
+        img_size=img_size,
+        token_size=token_size,
+        transform=how,
+        per_part=per_part,
+    )
 
 # %% ../../nbs/35_engine_token_files.ipynb #tokenize-part
 def read_part(file: Path, shape: tuple[int, ...]):
-    "The ids of a part, uint16 or uint32 of that shape, and its damaged pictures; None if it is missing or broken."
-    if not file.exists(): return None
+    """The ids of a part, uint16 or uint32 of that shape, and its damaged pictures.
+
+    None if it is missing or broken.
+    """
+    if not file.exists():
+        return None
     try:
-        with np.load(file) as part: ids, damaged = part["ids"], part["damaged"]
+        with np.load(file) as part:
+            ids = part["ids"]
+            damaged = part["damaged"]
         return (ids, damaged) if ids.shape == shape else None
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile): return None
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        return None
 
 
-def write_part(file: Path, tokenizer: Tokenizer, samples: Samples, numbers: range, batch_size: int, workers: int) -> list[int]:
+def write_part(
+    file: Path,
+    tokenizer: Tokenizer,
+    samples: Samples,
+    numbers: range,
+    batch_size: int,
+    workers: int,
+) -> list[int]:
     "Tokenize the pictures of those numbers into one packed file; the numbers of the damaged ones."
-    device, ids, damaged = next(tokenizer.parameters()).device, [], []
+    device = next(tokenizer.parameters()).device
+    ids = []
+    damaged = []
     small = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    for x, lost in DataLoader(samples, batch_size, sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda"):
-        ids.append(tokenizer.get_codebook_indices(x.to(device, non_blocking=True).float() / 255).cpu().numpy().astype(small))
+    for x, lost in DataLoader(
+        samples, batch_size, sampler=numbers, num_workers=workers, pin_memory=device.type == "cuda"
+    ):
+        ids.append(
+            tokenizer.get_codebook_indices(x.to(device, non_blocking=True).float() / 255)
+            .cpu()
+            .numpy()
+            .astype(small)
+        )
         damaged += lost[lost >= 0].tolist()
-    with whole_file(file) as f: np.savez_compressed(f, ids=np.concatenate(ids), damaged=np.array(damaged, np.int64))
+    with whole_file(file) as f:
+        np.savez_compressed(f, ids=np.concatenate(ids), damaged=np.array(damaged, np.int64))
     return damaged
 
 
 def sound_part(file: Path, shape: tuple[int, ...], pictures) -> list[int] | None:
-    "The damaged pictures of a part that need not be made again: it is whole, and those still cannot be read."
+    """The damaged pictures of a part that need not be made again.
+
+    It is whole, and those still cannot be read.
+    """
     found = read_part(file, shape)
-    if found and all(fault(pictures, int(i)) for i in found[1]): return found[1].tolist()
+    if found and all(fault(pictures, int(i)) for i in found[1]):
+        return found[1].tolist()
 
 # %% ../../nbs/35_engine_token_files.ipynb #tokenize
 def tokenize(
-    data: str,              # a known data set, or a folder
+    data: str,  # a known data set, or a folder
     tokenizer: str | Path,  # what `load_tokenizer` takes
-    out: str | Path,        # where the parts go
-    img_size: int | None = None,    # of BEiT's view; none: as the tokenizer was trained (DALL-E: 224)
+    out: str | Path,  # where the parts go
+    # of BEiT's view; none: as the tokenizer was trained (DALL-E: 224)
+    img_size: int | None = None,
     token_size: int | None = None,  # of the tokenizer's view; none: as it was trained (DALL-E: 112)
     batch_size: int = 64,
     workers: int = 0,
-    per_part: int = 4096,   # pictures a file
+    per_part: int = 4096,  # pictures a file
     max_damaged: float = 0.01,  # largest share of unreadable pictures
 ) -> dict:
-    "Write the token ids of every picture of a data set under `out`; goes on where it stopped. Returns what tokens.json says."
-    out, t, pictures = Path(out), load_tokenizer(tokenizer).to(default_device()), open_data(data)
+    """Write the token ids of every picture of a data set under `out`.
+
+    Goes on where it stopped. Returns what tokens.json says.
+    """
+    out = Path(out)
+    t = load_tokenizer(tokenizer).to(default_device())
+    pictures = open_data(data)
     token_size = token_size or t.img_size or 112
     img_size = img_size or (token_size if t.img_size else 2 * token_size)
-    described, file, views = describe_tokens(t, pictures, img_size, token_size, per_part), out / "tokens.json", TwoViews(img_size, token_size)
+    described = describe_tokens(t, pictures, img_size, token_size, per_part)
+    file = out / "tokens.json"
+    views = TwoViews(img_size, token_size)
     out.mkdir(parents=True, exist_ok=True)
-    if file.exists() and (other := [f"{k} {v!r} there, {described[k]!r} now" for k, v in json.loads(file.read_text()).items() if v != described[k]]):
-        raise ValueError(f"{out} holds other tokens ({'; '.join(other[:3])}); choose another --out, or delete that folder")
-    with whole_file(file) as f: f.write(json.dumps(described, indent=1).encode())
+    if file.exists() and (
+        other := [
+            f"{k} {v!r} there, {described[k]!r} now"
+            for k, v in json.loads(file.read_text()).items()
+            if v != described[k]
+        ]
+    ):
+        raise ValueError(
+            f"{out} holds other tokens ({'; '.join(other[:3])}); choose another --out, or delete "
+            "that folder"
+        )
+    with whole_file(file) as f:
+        f.write(json.dumps(described, indent=1).encode())
     samples = Samples(pictures, lambda picture, number, rng: views(picture)[1:], pixels=True)
-    parts = range(0, len(pictures), per_part)[int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))]
-    mine, lost = [range(start, min(start + per_part, len(pictures))) for start in parts], []
+    parts = range(0, len(pictures), per_part)[
+        int(os.environ.get("RANK", 0)) :: int(os.environ.get("WORLD_SIZE", 1))
+    ]
+    mine = [range(start, min(start + per_part, len(pictures))) for start in parts]
+    lost = []
     for numbers in tqdm(mine, desc="tokenize", unit="part", disable=not sys.stderr.isatty()):
         part = out / f"part-{numbers.start // per_part:05d}.npz"
         known = sound_part(part, (len(numbers), *described["grid"]), pictures)
-        lost += write_part(part, t, samples, numbers, batch_size, workers) if known is None else known
+        lost += (
+            write_part(part, t, samples, numbers, batch_size, workers) if known is None else known
+        )
         pass_over(pictures, lost)
         check_damage(pictures, lost, len(pictures), max_damaged)
     return described | dict(damaged=lost)
 
 # %% ../../nbs/35_engine_token_files.ipynb #load-tokens
 def load_tokens(path: str | Path) -> tuple[Tensor, dict]:
-    "Ids (N, h, w) of a whole data set, int16 where they fit, and their description with the numbers of damaged pictures."
+    """Ids (N, h, w) of a whole data set, int16 where they fit, and their description with the
+    numbers of damaged pictures.
+    """
     path = Path(path)
-    if not (path / "tokens.json").is_file(): raise ValueError(f"there are no tokens at {path}; write them with `beit tokenize DATA --tokenizer T --out {path}`")
+    if not (path / "tokens.json").is_file():
+        raise ValueError(
+            f"there are no tokens at {path}; write them with `beit tokenize DATA --tokenizer T "
+            f"--out {path}`"
+        )
     d = json.loads((path / "tokens.json").read_text()) | dict(damaged=[])
-    ids = torch.empty(d["pictures"], *d["grid"], dtype=torch.int16 if d["vocab_size"] <= 2**15 else torch.int32)
+    ids = torch.empty(
+        d["pictures"], *d["grid"], dtype=torch.int16 if d["vocab_size"] <= 2**15 else torch.int32
+    )
     for start in range(0, d["pictures"], d["per_part"]):
-        n, part = min(d["per_part"], d["pictures"] - start), path / f"part-{start // d['per_part']:05d}.npz"
-        if (found := read_part(part, (n, *d["grid"]))) is None: raise ValueError(f"{part} is missing or damaged; the same `beit tokenize` command writes it again")
+        n = min(d["per_part"], d["pictures"] - start)
+        part = path / f"part-{start // d['per_part']:05d}.npz"
+        if (found := read_part(part, (n, *d["grid"]))) is None:
+            raise ValueError(
+                f"{part} is missing or damaged; the same `beit tokenize` command writes it again"
+            )
         ids[start : start + n] = torch.from_numpy(found[0].astype(np.int32))
         d["damaged"] += found[1].tolist()
     return ids, d

@@ -44,21 +44,30 @@ from ..recipes import as_config, check_same_run
 
 # %% ../../nbs/26_engine_training.ipynb #stop-signal
 class Stop:
-    "Turns SIGINT and SIGTERM into a flag that is read between two steps; another Ctrl-C, a second later, stops at once."
+    """Turns SIGINT and SIGTERM into a flag that is read between two steps.
+
+    Another Ctrl-C, a second later, stops at once.
+    """
 
     def __enter__(self):
-        self.asked, self.before = False, {}
+        self.asked = False
+        self.before = {}
         with suppress(ValueError):  # not the main thread: leave signals alone
-            for s in (signal.SIGINT, signal.SIGTERM): self.before[s] = signal.signal(s, self.ask)
+            for s in (signal.SIGINT, signal.SIGTERM):
+                self.before[s] = signal.signal(s, self.ask)
         return self
 
     def ask(self, number, frame):
         now = time.monotonic()
-        if self.asked and number == signal.SIGINT and now - self.since > 1: raise KeyboardInterrupt
-        if not self.asked: self.asked, self.since = True, now
+        if self.asked and number == signal.SIGINT and now - self.since > 1:
+            raise KeyboardInterrupt
+        if not self.asked:
+            self.asked = True
+            self.since = now
 
     def __exit__(self, *_):
-        for s, old in self.before.items(): signal.signal(s, old)
+        for s, old in self.before.items():
+            signal.signal(s, old)
 
 # %% ../../nbs/26_engine_training.ipynb #update-weights
 def update_weights(model, optimizer, scaler, clip_grad: float | None) -> Tensor:
@@ -68,48 +77,124 @@ def update_weights(model, optimizer, scaler, clip_grad: float | None) -> Tensor:
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of shards: the norm of all
+    # of shards: the norm of all
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 # %% ../../nbs/26_engine_training.ipynb #trainer
 class Trainer:
     "A model on its way through a run: `fit` trains it, and any stop in between loses nothing."
 
-    def __init__(self, command: str, recipe, out: Path, model: nn.Module, total: int, per_epoch: int, layer_decay: float | None = None, quiet: bool = False, extra: dict | None = None):
-        self.command, self.recipe, self.out, self.total, self.per_epoch, self.quiet, self.extra = command, recipe, Path(out), total, per_epoch, quiet, {} if extra is None else extra
-        self.device, self.bite = default_device(), bite_size(recipe, world_size())
-        self.dtype, self.sharded = pick_precision(recipe.precision, self.device), recipe.parallel == "fsdp" and world_size() > 1
-        if self.sharded and self.dtype == torch.float16: raise ValueError("parallel 'fsdp' does not go with fp16; set --precision bf16 or --parallel ddp")
-        self.model = shard(model.to(self.device), self.device) if self.sharded else model.to(self.device)
-        self.optimizer = torch.optim.AdamW(param_groups(model, recipe.weight_decay, layer_decay), lr=recipe.lr, betas=(0.9, recipe.beta2), eps=1e-8, fused=True)
+    def __init__(
+        self,
+        command: str,
+        recipe,
+        out: Path,
+        model: nn.Module,
+        total: int,
+        per_epoch: int,
+        layer_decay: float | None = None,
+        quiet: bool = False,
+        extra: dict | None = None,
+    ):
+        self.command = command
+        self.recipe = recipe
+        self.out = Path(out)
+        self.total = total
+        self.per_epoch = per_epoch
+        self.quiet = quiet
+        self.extra = {} if extra is None else extra
+        self.device = default_device()
+        self.bite = bite_size(recipe, world_size())
+        self.dtype = pick_precision(recipe.precision, self.device)
+        self.sharded = recipe.parallel == "fsdp" and world_size() > 1
+        if self.sharded and self.dtype == torch.float16:
+            raise ValueError(
+                "parallel 'fsdp' does not go with fp16; set --precision bf16 or --parallel ddp"
+            )
+        self.model = (
+            shard(model.to(self.device), self.device) if self.sharded else model.to(self.device)
+        )
+        self.optimizer = torch.optim.AdamW(
+            param_groups(model, recipe.weight_decay, layer_decay),
+            lr=recipe.lr,
+            betas=(0.9, recipe.beta2),
+            eps=1e-8,
+            fused=True,
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.lr = cosine_schedule(recipe.lr, recipe.min_lr, total / per_epoch, per_epoch, recipe.warmup_epochs, recipe.warmup_steps)
-        if 0 < total - 1 == self.lr.argmax() and rank() == 0: print(f"beit: the warm-up is as long as the {total:,} steps of the training, so the learning rate only rises; set --warmup-steps", file=sys.stderr)
-        self.step, self.saved, self.data, self.last = 0, 0, {}, self.out / "checkpoints" / "last.pt"
-        if run_checkpoints(out): self.restore(load_checkpoint(out, command))
-        self.end = max(self.step, min(total, 2 if recipe.dry_run else recipe.max_steps or total))  # where this call stops
-        if sum_over_ranks(torch.tensor(self.step)) != self.step * world_size(): raise ValueError(f"the processes find different checkpoints in {out}; --out must lie on a disk that all of them share")
+        self.lr = cosine_schedule(
+            recipe.lr,
+            recipe.min_lr,
+            total / per_epoch,
+            per_epoch,
+            recipe.warmup_epochs,
+            recipe.warmup_steps,
+        )
+        if 0 < total - 1 == self.lr.argmax() and rank() == 0:
+            print(
+                f"beit: the warm-up is as long as the {total:,} steps of the training, so the "
+                "learning rate only rises; set --warmup-steps",
+                file=sys.stderr,
+            )
+        self.step = 0
+        self.saved = 0
+        self.data = {}
+        self.last = self.out / "checkpoints" / "last.pt"
+        if run_checkpoints(out):
+            self.restore(load_checkpoint(out, command))
+        # where this call stops
+        self.end = max(self.step, min(total, 2 if recipe.dry_run else recipe.max_steps or total))
+        if sum_over_ranks(torch.tensor(self.step)) != self.step * world_size():
+            raise ValueError(
+                f"the processes find different checkpoints in {out}; --out must lie on a disk "
+                "that all of them share"
+            )
 
     def state(self) -> dict:
         "What a checkpoint holds. All processes take part; rank 0's is whole."
-        return dict(**self.extra, model=whole(self.model.state_dict()), optimizer=whole(self.optimizer.state_dict()), scaler=self.scaler.state_dict(), step=self.step,
-                    epoch=self.step // self.per_epoch, data=self.data | dict(next_batch=self.step), random=torch.get_rng_state(), config=as_config(self.command, self.recipe))
+        return dict(
+            **self.extra,
+            model=whole(self.model.state_dict()),
+            optimizer=whole(self.optimizer.state_dict()),
+            scaler=self.scaler.state_dict(),
+            step=self.step,
+            epoch=self.step // self.per_epoch,
+            data=self.data | dict(next_batch=self.step),
+            random=torch.get_rng_state(),
+            config=as_config(self.command, self.recipe),
+        )
 
     def restore(self, state: dict) -> None:
-        check_same_run(state["config"], as_config(self.command, self.recipe), self.out)  # config.json may be gone
-        own, params = self.model.state_dict(), [p for g in self.optimizer.param_groups for p in g["params"]]
-        moments = {i: {k: shard_like(v, params[i]) for k, v in m.items()} for i, m in state["optimizer"]["state"].items()}
-        self.model.load_state_dict({k: shard_like(v, own.get(k)) for k, v in state["model"].items()})
+        # config.json may be gone
+        check_same_run(state["config"], as_config(self.command, self.recipe), self.out)
+        own = self.model.state_dict()
+        params = [p for g in self.optimizer.param_groups for p in g["params"]]
+        moments = {
+            i: {k: shard_like(v, params[i]) for k, v in m.items()}
+            for i, m in state["optimizer"]["state"].items()
+        }
+        self.model.load_state_dict(
+            {k: shard_like(v, own.get(k)) for k, v in state["model"].items()}
+        )
         self.optimizer.load_state_dict(state["optimizer"] | dict(state=moments))
         self.scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
-        self.step, self.saved, self.data = state["step"], state["step"], state["data"]
+        self.step = state["step"]
+        self.saved = state["step"]
+        self.data = state["data"]
 
     def save(self) -> None:
         "Write last.pt, and keep older ones as the recipe says."
+
         def write():
             save_checkpoint(self.last, state)
-            with writing(self.last): keep_newest(self.last, self.step, self.recipe.keep_checkpoints, self.recipe.milestone_every)
-        state, self.saved = self.state(), self.step
+            with writing(self.last):
+                keep_newest(
+                    self.last, self.step, self.recipe.keep_checkpoints, self.recipe.milestone_every
+                )
+
+        state = self.state()
+        self.saved = self.step
         rank_0_first(write)
 
 # %% ../../nbs/26_engine_training.ipynb #train-step
@@ -119,16 +204,23 @@ def train_step(
     bites: list,  # of lists of tensors
     weights: list[float],  # of the bites
 ) -> dict[str, Tensor]:  # on the device: reading them means waiting
-    "One step of this process; its part of the loss and the metrics, and the norm of the whole gradient."
+    """One step of this process.
+
+    Its part of the loss and the metrics, and the norm of the whole gradient.
+    """
     sums = {}
-    for g in t.optimizer.param_groups: g["lr"] = float(t.lr[t.step]) * g["lr_scale"]
+    for g in t.optimizer.param_groups:
+        g["lr"] = float(t.lr[t.step]) * g["lr_scale"]
     for i, (bite, weight) in enumerate(zip(bites, weights)):
-        torch.manual_seed(hash((t.recipe.seed, t.step, rank(), i)) % 2**63)  # numbers hash alike in every process
+        # numbers hash alike in every process
+        torch.manual_seed(hash((t.recipe.seed, t.step, rank(), i)) % 2**63)
         bite = [x.to(t.device, non_blocking=True) for x in bite]
         with travel_once(forward, last=i == len(bites) - 1):
-            with torch.autocast(t.device.type, t.dtype, enabled=t.dtype is not None): loss, metrics = forward(bite, t.step)
+            with torch.autocast(t.device.type, t.dtype, enabled=t.dtype is not None):
+                loss, metrics = forward(bite, t.step)
             t.scaler.scale(loss * weight).backward()
-        for k, v in dict(loss=loss, **metrics).items(): sums[k] = sums.get(k, 0) + v.detach() * weight
+        for k, v in dict(loss=loss, **metrics).items():
+            sums[k] = sums.get(k, 0) + v.detach() * weight
     norm = update_weights(t.model, t.optimizer, t.scaler, t.recipe.clip_grad)
     t.step += 1
     return sums | dict(grad_norm=norm)
@@ -142,72 +234,153 @@ class Window:
         self.restart()
 
     def restart(self) -> None:
-        self.rows, self.waited, self.began = [], 0.0, time.perf_counter()
+        self.rows = []
+        self.waited = 0.0
+        self.began = time.perf_counter()
 
     def timed(self, batches):
         "The same batches; how long we waited for them is remembered."
-        batches, began = iter(batches), time.perf_counter()
+        batches = iter(batches)
+        began = time.perf_counter()
         while (batch := next(batches, None)) is not None:
             self.waited += time.perf_counter() - began
             yield batch
             began = time.perf_counter()
 
     def read(self, sources=None) -> dict[str, float]:
-        "Means over these steps and all processes: the only place where the device is waited for. Stops the run at a number that is none."
-        t, n, fp16 = self.t, len(self.rows), self.t.scaler.is_enabled()  # fp16's scaler skips steps whose gradient overflows
-        table = {k: mean_over_ranks(torch.stack([torch.as_tensor(row[k], dtype=torch.float32) for row in self.rows])).tolist() for k in self.rows[0]}
+        """Means over these steps and all processes.
+
+        The only place where the device is waited for. Stops the run at a number that is none.
+        """
+        # fp16's scaler skips steps whose gradient overflows
+        t = self.t
+        n = len(self.rows)
+        fp16 = self.t.scaler.is_enabled()
+        table = {
+            k: mean_over_ranks(
+                torch.stack([torch.as_tensor(row[k], dtype=torch.float32) for row in self.rows])
+            ).tolist()
+            for k in self.rows[0]
+        }
         for i, (loss, norm) in enumerate(zip(table["loss"], table["grad_norm"])):
-            if not math.isfinite(loss) or not (fp16 or math.isfinite(norm)): rank_0_first(lambda: give_up(t, t.step - n + i, loss, norm, sources))
-        if fp16: table |= dict(grad_norm=[x for x in table["grad_norm"] if math.isfinite(x)], loss_scale=[t.scaler.get_scale()])
-        if fp16 and t.scaler.get_scale() < 1: rank_0_first(lambda: give_up(t, t.step - 1, loss, norm, sources))  # it has halved and halved, and still no gradient is finite
+            if not math.isfinite(loss) or not (fp16 or math.isfinite(norm)):
+                rank_0_first(lambda: give_up(t, t.step - n + i, loss, norm, sources))
+        if fp16:
+            table |= dict(
+                grad_norm=[x for x in table["grad_norm"] if math.isfinite(x)],
+                loss_scale=[t.scaler.get_scale()],
+            )
+        # it has halved and halved, and still no gradient is finite
+        if fp16 and t.scaler.get_scale() < 1:
+            rank_0_first(lambda: give_up(t, t.step - 1, loss, norm, sources))
         seconds = max(1e-9, time.perf_counter() - self.began)
-        held = torch.cuda.max_memory_allocated() / 2**20 if t.device.type == "cuda" else memory("VmRSS")
+        held = (
+            torch.cuda.max_memory_allocated() / 2**20
+            if t.device.type == "cuda"
+            else memory("VmRSS")
+        )
         share, held = mean_over_ranks(torch.tensor([self.waited / seconds, held])).tolist()
         return {k: sum(v) / len(v) for k, v in table.items() if v} | dict(
-            epoch=t.step / t.per_epoch, lr=float(t.lr[t.step - 1]), weight_decay=t.recipe.weight_decay, images_per_s=n * t.recipe.batch_size / seconds,
-            data_share=share, memory_mb=held, seconds_left=(t.end - t.step) * seconds / n)
+            epoch=t.step / t.per_epoch,
+            lr=float(t.lr[t.step - 1]),
+            weight_decay=t.recipe.weight_decay,
+            images_per_s=n * t.recipe.batch_size / seconds,
+            data_share=share,
+            memory_mb=held,
+            seconds_left=(t.end - t.step) * seconds / n,
+        )
 
 # %% ../../nbs/26_engine_training.ipynb #give-up
 def give_up(t: Trainer, step: int, loss: float, norm: float, sources=None) -> None:
     "Leave the numbers and paths of the guilty batch in a file, and stop the run."
     file = t.out / f"nonfinite-step-{step + 1}.json"
-    record = dict(step=step + 1, loss=str(loss), grad_norm=str(norm), samples=sources(step) if sources else [])
-    with writing(file), whole_file(file) as f: f.write(json.dumps(record, indent=1).encode())
-    kept = f"{t.last} has sound weights, of step {t.saved}" if t.saved else "there is no checkpoint yet"
-    raise FloatingPointError(f"in step {step + 1} the loss is {loss:.4g} and the gradient norm {norm:.4g}; what it was made of is in {file}; "
-                             f"lower --lr, or set a smaller --clip-grad, in another --out ({kept})")
+    record = dict(
+        step=step + 1, loss=str(loss), grad_norm=str(norm), samples=sources(step) if sources else []
+    )
+    with writing(file), whole_file(file) as f:
+        f.write(json.dumps(record, indent=1).encode())
+    kept = (
+        f"{t.last} has sound weights, of step {t.saved}"
+        if t.saved
+        else "there is no checkpoint yet"
+    )
+    raise FloatingPointError(
+        f"in step {step + 1} the loss is {loss:.4g} and the gradient norm {norm:.4g}; what it was "
+        f"made of is in {file}; "
+        f"lower --lr, or set a smaller --clip-grad, in another --out ({kept})"
+    )
 
 # %% ../../nbs/26_engine_training.ipynb #fit-loop
 def fit(
     t: Trainer,
     batches,  # (first, last) -> iterable of this process's share of those steps; more in lesson 10
     loss_of,  # (model, bite, step) -> loss, dict of scalar tensors; runs under autocast
-    after_step=None,  # (step, model) -> dict to log, or None; runs in every process between two steps
-    prepare=lambda bite: (bite, len(bite[0])),  # the last touch to a bite on the CPU, and over how many things its loss is a mean
+    # (step, model) -> dict to log, or None; runs in every process between two steps
+    after_step=None,
+    # the last touch to a bite on the CPU, and over how many things its loss is a mean
+    prepare=lambda bite: (bite, len(bite[0])),
 ) -> nn.Module:
-    "Train from where `t` stands to its last step. Every random number follows from seed, step, process and bite, so a resumed run is the run."
-    def leave(): raise KeyboardInterrupt(f"stopped after step {t.step} of {t.total} and saved; the same command continues")
-    r, sources = t.recipe, getattr(batches, "sources", None)
-    if hasattr(batches, "resume"): t.data = batches.resume(t.data)  # which pictures, and which of them cannot be read
-    if r.compile: t.model.compile()  # in place: names in checkpoints stay
-    forward, window = parallel(t, loss_of), Window(t)
+    """Train from where `t` stands to its last step.
+
+    Every random number follows from seed, step, process and bite, so a resumed run is the run.
+    """
+
+    def leave():
+        raise KeyboardInterrupt(
+            f"stopped after step {t.step} of {t.total} and saved; the same command continues"
+        )
+
+    r = t.recipe
+    sources = getattr(batches, "sources", None)
+    # which pictures, and which of them cannot be read
+    if hasattr(batches, "resume"):
+        t.data = batches.resume(t.data)
+    if r.compile:
+        t.model.compile()  # in place: names in checkpoints stay
+    forward = parallel(t, loss_of)
+    window = Window(t)
     t.model.train()
-    with closing(Log(t.out, t.step, t.end, t.command, r.tensorboard, t.quiet)) as log, Stop() as stop:
+    with (
+        closing(Log(t.out, t.step, t.end, t.command, r.tensorboard, t.quiet)) as log,
+        Stop() as stop,
+    ):
         for batch in window.timed(batches(t.step, t.end)):
             bites, counts = zip(*(prepare(bite) for bite in zip(*(x.split(t.bite) for x in batch))))
-            total, asked, found = sum_over_ranks(torch.tensor([sum(counts), stop.asked, getattr(batches, "found", 0)], dtype=torch.float64)).tolist()
-            if asked: break
-            if found and (damage := batches.agree()): rank_0_first(lambda: log.write(t.step, damage))
-            window.rows.append(train_step(t, forward, bites, bite_weights(counts, total, world_size(), getattr(r, "loss_mean", "global"))))
-            due, save = (t.step == t.end or any(n and t.step % n == 0 for n in every) for every in ([r.log_every], [r.checkpoint_every, r.milestone_every]))
-            if due or save: values = window.read(sources)
+            total, asked, found = sum_over_ranks(
+                torch.tensor(
+                    [sum(counts), stop.asked, getattr(batches, "found", 0)], dtype=torch.float64
+                )
+            ).tolist()
+            if asked:
+                break
+            if found and (damage := batches.agree()):
+                rank_0_first(lambda: log.write(t.step, damage))
+            window.rows.append(
+                train_step(
+                    t,
+                    forward,
+                    bites,
+                    bite_weights(counts, total, world_size(), getattr(r, "loss_mean", "global")),
+                )
+            )
+            due, save = (
+                t.step == t.end or any(n and t.step % n == 0 for n in every)
+                for every in ([r.log_every], [r.checkpoint_every, r.milestone_every])
+            )
+            if due or save:
+                values = window.read(sources)
             if due:
                 rank_0_first(lambda: log.write(t.step, values))
                 window.restart()
-            if after_step and (more := after_step(t.step, t.model)): rank_0_first(lambda: log.write(t.step, more))
-            if save: t.save()
-        if sum_over_ranks(torch.tensor(float(stop.asked))):  # agreed: all save the same step, if it is sound
-            if t.step > t.saved and window.rows: window.read(sources)
-            if t.step > t.saved: t.save()
+            if after_step and (more := after_step(t.step, t.model)):
+                rank_0_first(lambda: log.write(t.step, more))
+            if save:
+                t.save()
+        # agreed: all save the same step, if it is sound
+        if sum_over_ranks(torch.tensor(float(stop.asked))):
+            if t.step > t.saved and window.rows:
+                window.read(sources)
+            if t.step > t.saved:
+                t.save()
             rank_0_first(leave)
     return t.model.eval()

@@ -15,26 +15,37 @@ from ..dalle import DalleBlock, DalleConv, DalleVAE
 # %% ../../nbs/34_engine_winograd.ipynb #winograd
 def winograd_weights(w: Tensor) -> Tensor:
     "A kernel (n_out, n_in, 3, 3) to its 16 matrices, (16, n_in, n_out)."
-    G = torch.tensor([[1, 0, 0], [.5, .5, .5], [.5, -.5, .5], [0, 0, 1]], dtype=torch.float64)
+    G = torch.tensor([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]], dtype=torch.float64)
     return torch.einsum("ai,ocij,bj->baco", G, w.double(), G).flatten(0, 1).float()
 
 
 def winograd(x: Tensor, u: Tensor, b: Tensor, room: int = 2**23) -> Tensor:
-    "The 3x3 convolution of x (B, n_in, h, w), h and w even, with `winograd_weights` u and bias b, in 16/36 of the products."
+    """The 3x3 convolution of x (B, n_in, h, w), h and w even, with `winograd_weights` u and bias b,
+    in 16/36 of the products.
+    """
+
     def four(x, dim, out):
         d0, d1, d2, d3 = x.unfold(dim, 4, 2).unbind(-1)
-        torch.sub(d0, d2, out=out[0]), torch.add(d2, d1, out=out[1]), torch.sub(d2, d1, out=out[2]), torch.sub(d1, d3, out=out[3])
+        (
+            torch.sub(d0, d2, out=out[0]),
+            torch.add(d2, d1, out=out[1]),
+            torch.sub(d2, d1, out=out[2]),
+            torch.sub(d1, d3, out=out[3]),
+        )
         return out
 
     B, C, h, w = x.shape
-    if (n := max(1, room // (4 * C * h * w))) < B: return torch.cat([winograd(part, u, b) for part in x.split(n)])
-    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))                      # (B, h+2, w+2, n_in)
+    if (n := max(1, room // (4 * C * h * w))) < B:
+        return torch.cat([winograd(part, u, b) for part in x.split(n)])
+    x = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))  # (B, h+2, w+2, n_in)
     rows = four(x, 1, x.new_empty(4, B, h // 2, w + 2, C))
     d = four(rows, 3, x.new_empty(4, 4, B, h // 2, w // 2, C))
-    m = torch.bmm(d.view(16, -1, C), u).view(4, 4, B, h // 2, w // 2, -1)     # all the multiplications
+    # all the multiplications
+    m = torch.bmm(d.view(16, -1, C), u).view(4, 4, B, h // 2, w // 2, -1)
     y = x.new_empty(B, h // 2, 2, w // 2, 2, len(b))
     for j, col in enumerate((m[0] + m[1] + m[2], m[1] - m[2] - m[3])):
-        for i, cell in enumerate((col[0] + col[1] + col[2], col[1] - col[2] - col[3])): torch.add(cell, b, out=y[:, :, i, :, j])
+        for i, cell in enumerate((col[0] + col[1] + col[2], col[1] - col[2] - col[3])):
+            torch.add(cell, b, out=y[:, :, i, :, j])
     return y.view(B, h, w, -1).permute(0, 3, 1, 2)
 
 # %% ../../nbs/34_engine_winograd.ipynb #winograd-conv
@@ -43,14 +54,25 @@ class WinogradConv(DalleConv):
 
     def __init__(self, conv: DalleConv):
         nn.Module.__init__(self)
-        self.w, self.b, self.made_for = conv.w, conv.b, None
+        self.w = conv.w
+        self.b = conv.b
+        self.made_for = None
 
     def forward(self, x: Tensor) -> Tensor:
         h, w = x.shape[-2:]
-        fits = x.is_cpu and x.dtype == torch.float32 and h % 2 == w % 2 == 0 and 4 * x[0].numel() <= 2**23
-        if not fits or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"): return super().forward(x)
+        fits = (
+            x.is_cpu
+            and x.dtype == torch.float32
+            and h % 2 == w % 2 == 0
+            and 4 * x[0].numel() <= 2**23
+        )
+        if not fits or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
         version = id(self.w), None if self.w.is_inference() else self.w._version
-        if version != self.made_for: self.made_for, self.u = version, winograd_weights(self.w)  # at first, and when weights were loaded
+        # at first, and when weights were loaded
+        if version != self.made_for:
+            self.made_for = version
+            self.u = winograd_weights(self.w)
         return winograd(x, self.u, self.b)
 
 # %% ../../nbs/34_engine_winograd.ipynb #arrange
@@ -64,6 +86,8 @@ def optimize_for_inference(dvae: DalleVAE, dtype: torch.dtype | None = None) -> 
     encoder = [] if dvae.encoder is None else dvae.encoder.modules()
     for block in [m for m in encoder if isinstance(m, DalleBlock)]:
         for name, conv in block.res_path.named_children():
-            if type(conv) is DalleConv and conv.w.shape[1] >= 128 and conv.w.shape[-1] == 3: setattr(block.res_path, name, WinogradConv(conv))
-        if dtype: block.res_path.to(dtype)
+            if type(conv) is DalleConv and conv.w.shape[1] >= 128 and conv.w.shape[-1] == 3:
+                setattr(block.res_path, name, WinogradConv(conv))
+        if dtype:
+            block.res_path.to(dtype)
     return dvae

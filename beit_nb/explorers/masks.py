@@ -31,12 +31,18 @@ from beit_nb.masking import (
 )
 
 # %% ../../nbs/61_explorers_masks.ipynb #mask-rule
-ALGORITHMS = ("blockwise, official code", "blockwise, Algorithm 1", "blockwise, exact count", "random patches")
+ALGORITHMS = (
+    "blockwise, official code",
+    "blockwise, Algorithm 1",
+    "blockwise, exact count",
+    "random patches",
+)
 
 
 @dataclass(frozen=True)
 class MaskRule:
     "An algorithm and its settings: everything about a mask but the dice."
+
     algorithm: str = ALGORITHMS[0]
     grid_size: tuple[int, int] = (14, 14)
     num_mask_patches: int = 75
@@ -45,16 +51,26 @@ class MaskRule:
 
     def steps(self, rng: Generator) -> Iterator[Block]:
         "The game, move by move; single patches count as blocks of 1 x 1."
-        size, n, least, aspect = self.grid_size, self.num_mask_patches, self.min_mask_patches_per_block, self.min_aspect
-        single = lambda mask: (Block(int(r), int(c), 1, 1, 1, True) for r, c in rng.permutation(np.argwhere(mask)))
-        if self.algorithm == ALGORITHMS[3]: return single(random_mask(size, n, rng))
+        size = self.grid_size
+        n = self.num_mask_patches
+        least = self.min_mask_patches_per_block
+        aspect = self.min_aspect
+        single = lambda mask: (
+            Block(int(r), int(c), 1, 1, 1, True) for r, c in rng.permutation(np.argwhere(mask))
+        )
+        if self.algorithm == ALGORITHMS[3]:
+            return single(random_mask(size, n, rng))
         _check_rule(size, n, least, n, aspect)
-        if self.algorithm == ALGORITHMS[1]: return iter(list(paper_steps(size, n, least, aspect, rng)))
+        if self.algorithm == ALGORITHMS[1]:
+            return iter(list(paper_steps(size, n, least, aspect, rng)))
         moves = []
-        while not any(b.accepted for b in moves):              # the rare empty game is played again
+        while not any(b.accepted for b in moves):  # the rare empty game is played again
             moves += blockwise_steps(size, n, least, None, aspect, rng)
-            if len(moves) >= 1000: blockwise_mask(size, n, least, None, aspect, rng=rng)      # says what is wrong
-        if self.algorithm == ALGORITHMS[2]: moves += single(set_count(mask := mask_of(moves, size), n, rng) & ~mask)
+            # says what is wrong
+            if len(moves) >= 1000:
+                blockwise_mask(size, n, least, None, aspect, rng=rng)
+        if self.algorithm == ALGORITHMS[2]:
+            moves += single(set_count(mask := mask_of(moves, size), n, rng) & ~mask)
         return iter(moves)
 
     def mask(self, rng: Generator) -> np.ndarray:
@@ -63,72 +79,119 @@ class MaskRule:
 
     def call(self, seed: int) -> str:
         "The line of Python that gives the mask of this seed."
-        size, n, dice = self.grid_size, self.num_mask_patches, f"rng=default_rng({seed})"
-        if self.algorithm == ALGORITHMS[3]: return f"random_mask({size}, {n}, {dice})"
+        size = self.grid_size
+        n = self.num_mask_patches
+        dice = f"rng=default_rng({seed})"
+        if self.algorithm == ALGORITHMS[3]:
+            return f"random_mask({size}, {n}, {dice})"
         block = f"{size}, {n}, {self.min_mask_patches_per_block}, min_aspect={self.min_aspect:.3g}"
-        if self.algorithm == ALGORITHMS[1]: return f"mask_of(paper_steps({block}, {dice}), {size})"
+        if self.algorithm == ALGORITHMS[1]:
+            return f"mask_of(paper_steps({block}, {dice}), {size})"
         return f"blockwise_mask({block}{', exact=True' if self.algorithm == ALGORITHMS[2] else ''}, {dice})"
 
 # %% ../../nbs/61_explorers_masks.ipynb #describe
 def describe(block: Block, missing: int, grid_size: tuple[int, int]) -> str:
     "A move in words, given how many patches were missing before it."
     what = f"{block.height} × {block.width}" if block.height * block.width > 1 else "a single patch"
-    if block.accepted: return f"{what}: hides {block.new} more"
-    if block.height >= grid_size[0] or block.width >= grid_size[1]: return f"{what} refused: a block may not span the grid"
-    return f"{what} refused: " + (f"would hide {block.new} more, only {missing} may be" if block.new else "hides nothing new")
+    if block.accepted:
+        return f"{what}: hides {block.new} more"
+    if block.height >= grid_size[0] or block.width >= grid_size[1]:
+        return f"{what} refused: a block may not span the grid"
+    return f"{what} refused: " + (
+        f"would hide {block.new} more, only {missing} may be" if block.new else "hides nothing new"
+    )
 
 # %% ../../nbs/61_explorers_masks.ipynb #panel
 def _widgets():
-    try: from beit_nb import widgets
-    except ImportError as e: raise ImportError(f"MaskExplorer needs {e.name}: pip install ipywidgets anywidget") from e
+    try:
+        from beit_nb import widgets
+    except ImportError as e:
+        raise ImportError(f"MaskExplorer needs {e.name}: pip install ipywidgets anywidget") from e
     return widgets
 
 
 def habits_panel(stats: dict, rule: MaskRule, draws: int) -> str:
     "The habits of a rule as HTML: a heat map of the grid, and the distribution of counts."
-    w, f = _widgets(), stats["frequency"]
-    often, top = w.heat(f, f.shape[1], max(0.75, f.max())), rule.num_mask_patches
-    number = lambda share, place: f'<span style="position:absolute;{place};color:#fff;font-weight:600;text-shadow:0 0 3px #000">{share:.0%}</span>'
+    w = _widgets()
+    f = stats["frequency"]
+    often = w.heat(f, f.shape[1], max(0.75, f.max()))
+    top = rule.num_mask_patches
+    number = lambda share, place: (
+        f'<span style="position:absolute;{place};color:#fff;font-weight:600;text-shadow:0 0 3px '
+        f'#000">{share:.0%}</span>'
+    )
     values, n = np.unique(stats["counts"], return_counts=True)
-    low, high, most = min(values[0], top) - 1.5, max(values[-1], top) + 1.5, n.max() / draws * 100
+    low = min(values[0], top) - 1.5
+    high = max(values[-1], top) + 1.5
+    most = n.max() / draws * 100
     ticks = sorted({values[0], top, values[-1]}, key=lambda v: v != top)
-    ticks = [v for i, v in enumerate(ticks) if i == 0 or abs(v - top) > (high - low) / 12]        # no two numbers over each other
-    bars = w.chart({"share of draws": (values, n / draws * 100, w.PALETTE["blue"])}, bars=True, size=(430, 160), xlim=(low, high), ylim=(0, most),
-                   xlabel="patches masked", ticks=(ticks, [0, most]), yunit="%", mark=top)
-    return f'''<div class="beit-words" style="display:flex;gap:28px"><div><h4>how often each patch is masked</h4>
+    # no two numbers over each other
+    ticks = [v for i, v in enumerate(ticks) if i == 0 or abs(v - top) > (high - low) / 12]
+    bars = w.chart(
+        {"share of draws": (values, n / draws * 100, w.PALETTE["blue"])},
+        bars=True,
+        size=(430, 160),
+        xlim=(low, high),
+        ylim=(0, most),
+        xlabel="patches masked",
+        ticks=(ticks, [0, most]),
+        yunit="%",
+        mark=top,
+    )
+    return f"""<div class="beit-words" style="display:flex;gap:28px"><div><h4>how often each patch is masked</h4>
 <div style="position:relative;width:150px">{w.gallery({"": often}, 150)}{number(stats["centre"], "left:50%;top:50%;transform:translate(-50%,-50%)")}{number(stats["corner"], "left:4px;top:1px")}</div></div>
-<div><h4>how many are masked: {stats["mean"]:.1f} on average, exactly {top} in {stats["exactly"]:.0%} of {draws:,} draws</h4>{bars}</div></div>'''
+<div><h4>how many are masked: {stats["mean"]:.1f} on average, exactly {top} in {stats["exactly"]:.0%} of {draws:,} draws</h4>{bars}</div></div>"""
 
 # %% ../../nbs/61_explorers_masks.ipynb #habits
 class MaskHabits:
     "The charts below the explorer: a thousand draws of the rule beside the mask on the screen."
 
     def __init__(self, trouble, draws: int = 1000):
-        self.w, self.draws, self.known, self.mask = _widgets(), draws, {}, np.zeros((14, 14), bool)
-        self.charts, self.clumps, self.later = *(self.w.W.HTML(layout=self.w.W.Layout(margin="8px 0 0 0")) for _ in range(2)), self.w.Later(trouble)
+        self.w = _widgets()
+        self.draws = draws
+        self.known = {}
+        self.mask = np.zeros((14, 14), bool)
+        self.charts, self.clumps, self.later = (
+            *(self.w.W.HTML(layout=self.w.W.Layout(margin="8px 0 0 0")) for _ in range(2)),
+            self.w.Later(trouble),
+        )
 
     def start(self, rule: MaskRule) -> None:
         self.rule = rule
-        self.later.start(self.count(rule), after=0.15)         # while a slider moves, nothing is counted
+        # while a slider moves, nothing is counted
+        self.later.start(self.count(rule), after=0.15)
 
     def count(self, rule: MaskRule) -> Iterator[None]:
         "Draw a few masks at a time, then show the charts."
-        rng, masks = default_rng(0), []
+        rng = default_rng(0)
+        masks = []
         while rule not in self.known:
             end = perf_counter() + 0.005
-            while perf_counter() < end and len(masks) < self.draws: masks.append(rule.mask(rng))
-            if len(masks) == self.draws: self.known[rule] = mask_statistics(np.stack(masks), rule.num_mask_patches)
+            while perf_counter() < end and len(masks) < self.draws:
+                masks.append(rule.mask(rng))
+            if len(masks) == self.draws:
+                self.known[rule] = mask_statistics(np.stack(masks), rule.num_mask_patches)
             yield
         self.charts.value = habits_panel(self.known[rule], rule, self.draws)
         self.compare(self.mask)
 
     def compare(self, mask: np.ndarray) -> None:
         "The clumps of one mask beside those of the rule, and of chance."
-        self.mask, s = mask, self.known.get(self.rule)
+        self.mask = mask
+        s = self.known.get(self.rule)
         rows = [("this mask", follows(mask[None]), PALETTE["orange"])]
-        if s: rows += [("this rule", s["follows"], PALETTE["blue"]), ("by chance", s["chance"], PALETTE["grey"])]
-        self.clumps.value = ('<div class="beit-words"><h4>how often masked, if the left neighbour is</h4>'
-                             + self.w.meters([(name, share, f"{share:.2f}", colour) for name, share, colour in rows], 240) + "</div>")
+        if s:
+            rows += [
+                ("this rule", s["follows"], PALETTE["blue"]),
+                ("by chance", s["chance"], PALETTE["grey"]),
+            ]
+        self.clumps.value = (
+            '<div class="beit-words"><h4>how often masked, if the left neighbour is</h4>'
+            + self.w.meters(
+                [(name, share, f"{share:.2f}", colour) for name, share, colour in rows], 240
+            )
+            + "</div>"
+        )
 
 # %% ../../nbs/61_explorers_masks.ipynb #controls
 class MaskControls:
@@ -136,25 +199,66 @@ class MaskControls:
 
     def __init__(self, picture, rule: MaskRule, seed: int, img_size: int, patch_sizes: list[int]):
         w = _widgets()
-        W, control, self.img_size = w.W, partial(w.control, width=412), img_size
-        n, (rows, cols) = rule.num_mask_patches, rule.grid_size
+        W = w.W
+        control = partial(w.control, width=412)
+        self.img_size = img_size
+        n = rule.num_mask_patches
+        (rows, cols) = rule.grid_size
         self.picture = w.PictureMenu(picture, 412)
         self.algorithm = control(W.Dropdown, "algorithm", options=ALGORITHMS, value=rule.algorithm)
-        self.ratio = control(W.FloatSlider, "target ratio", value=round(200 * n / (rows * cols)) / 200, min=0.05, max=0.9, step=0.005, readout_format=".1%")
-        self.least = control(W.IntSlider, "smallest block", value=rule.min_mask_patches_per_block, min=1, max=64)
-        self.aspect = control(W.FloatSlider, "aspect ratio ≥", value=rule.min_aspect, min=0.1, max=1, step=0.05)
-        self.patch = control(W.SelectionSlider, "patch size", options=patch_sizes, value=img_size // rows, disabled=len(patch_sizes) == 1)
+        self.ratio = control(
+            W.FloatSlider,
+            "target ratio",
+            value=round(200 * n / (rows * cols)) / 200,
+            min=0.05,
+            max=0.9,
+            step=0.005,
+            readout_format=".1%",
+        )
+        self.least = control(
+            W.IntSlider, "smallest block", value=rule.min_mask_patches_per_block, min=1, max=64
+        )
+        self.aspect = control(
+            W.FloatSlider, "aspect ratio ≥", value=rule.min_aspect, min=0.1, max=1, step=0.05
+        )
+        self.patch = control(
+            W.SelectionSlider,
+            "patch size",
+            options=patch_sizes,
+            value=img_size // rows,
+            disabled=len(patch_sizes) == 1,
+        )
         self.dice = control(W.BoundedIntText, "seed", width=196, value=seed, min=0, max=2**31 - 1)
-        button = lambda name, icon: W.Button(description=name, icon=icon, layout=W.Layout(width="104px", margin="1px 0 1px 4px"))
-        self.again, self.play = button("Resample", "refresh"), button("Play", "play")
+        button = lambda name, icon: W.Button(
+            description=name, icon=icon, layout=W.Layout(width="104px", margin="1px 0 1px 4px")
+        )
+        self.again = button("Resample", "refresh")
+        self.play = button("Play", "play")
         self.again.on_click(lambda button: self.dice.set_trait("value", self.seed + 1))
-        self.watched = [self.picture, self.algorithm, self.ratio, self.least, self.aspect, self.patch, self.dice]
-        self.box = W.VBox([*self.watched[:-1], W.HBox([self.dice, self.again, self.play])], layout=W.Layout(overflow="hidden"))
+        self.watched = [
+            self.picture,
+            self.algorithm,
+            self.ratio,
+            self.least,
+            self.aspect,
+            self.patch,
+            self.dice,
+        ]
+        self.box = W.VBox(
+            [*self.watched[:-1], W.HBox([self.dice, self.again, self.play])],
+            layout=W.Layout(overflow="hidden"),
+        )
 
     @property
     def rule(self) -> MaskRule:
         grid = (self.img_size // self.patch.value,) * 2
-        return MaskRule(self.algorithm.value, grid, max(1, round(self.ratio.value * grid[0] * grid[1])), self.least.value, round(self.aspect.value, 2))
+        return MaskRule(
+            self.algorithm.value,
+            grid,
+            max(1, round(self.ratio.value * grid[0] * grid[1])),
+            self.least.value,
+            round(self.aspect.value, 2),
+        )
 
     @property
     def seed(self) -> int:
@@ -165,22 +269,33 @@ class MaskBoard:
     "The picture under a mask that can be painted, and the words beside it."
 
     def __init__(self, width: int):
-        self.w, self.moves, self.caption = _widgets(), [], ""
-        self.pad = self.w.PatchPad(width=width, label="patches of the picture; space masks and unmasks")
-        self.words, self.source = self.w.W.HTML(layout=self.w.W.Layout(margin="6px 0 0 0")), None
+        self.w = _widgets()
+        self.moves = []
+        self.caption = ""
+        self.pad = self.w.PatchPad(
+            width=width, label="patches of the picture; space masks and unmasks"
+        )
+        self.words = self.w.W.HTML(layout=self.w.W.Layout(margin="6px 0 0 0"))
+        self.source = None
 
     def lay(self, source) -> None:
         "Another picture on the board."
-        if source is self.source: return
+        if source is self.source:
+            return
         self.pad.show(self.w.read_picture(source))
         self.source = source
 
     def deal(self, rule: MaskRule, seed: int) -> None:
         "Play the game of a rule and a seed, and show how it ends."
-        self.rule, self.seed, self.caption, self.pad.boxes = rule, seed, "", []
-        try: self.moves = list(rule.steps(default_rng(seed)))
+        self.rule = rule
+        self.seed = seed
+        self.caption = ""
+        self.pad.boxes = []
+        try:
+            self.moves = list(rule.steps(default_rng(seed)))
         except ValueError:
-            self.moves, self.drawn = [], np.zeros(rule.grid_size, bool)
+            self.moves = []
+            self.drawn = np.zeros(rule.grid_size, bool)
             self.pad.mask = self.drawn
             raise
         self.drawn = mask_of(self.moves, rule.grid_size)
@@ -189,25 +304,37 @@ class MaskBoard:
 
     def tell(self) -> None:
         "Count aloud."
-        mask, kept = self.pad.mask, sum(b.accepted for b in self.moves)
-        n, more, less = mask.sum(), (mask & ~self.drawn).sum(), (self.drawn & ~mask).sum()
+        mask = self.pad.mask
+        kept = sum(b.accepted for b in self.moves)
+        n = mask.sum()
+        more = (mask & ~self.drawn).sum()
+        less = (self.drawn & ~mask).sum()
         hand = f" · by hand: {more} more, {less} fewer" if more or less else ""
-        self.words.value = (f'''<div class="beit-words"><span style="font-size:22px;line-height:30px"><b>{n}</b></span> of {self.rule.num_mask_patches} wanted · {n / mask.size:.1%} of {mask.size} patches<br>
-{self.caption or f"{kept} {'patches one by one' if 'random' in self.rule.algorithm else 'blocks'} in {len(self.moves)} attempts{hand}"}<br><code style="font-size:11px;user-select:all">{self.rule.call(self.seed)}</code></div>''')
+        self.words.value = f"""<div class="beit-words"><span style="font-size:22px;line-height:30px"><b>{n}</b></span> of {self.rule.num_mask_patches} wanted · {n / mask.size:.1%} of {mask.size} patches<br>
+{self.caption or f"{kept} {'patches one by one' if 'random' in self.rule.algorithm else 'blocks'} in {len(self.moves)} attempts{hand}"}<br><code style="font-size:11px;user-select:all">{self.rule.call(self.seed)}</code></div>"""
 
 # %% ../../nbs/61_explorers_masks.ipynb #film
 def film(board: MaskBoard) -> Iterator[float]:
     "The game on a board move by move; yields how many seconds to look at each."
-    (H, W), hidden, kept = board.rule.grid_size, np.zeros(board.rule.grid_size, bool), []
+    (H, W) = board.rule.grid_size
+    hidden = np.zeros(board.rule.grid_size, bool)
+    kept = []
     for b in board.moves:
-        frame, missing = [b.top, b.left, min(b.height, H), min(b.width, W)], board.rule.num_mask_patches - hidden.sum()
-        if b.accepted: hidden[b.cells] = True
-        board.caption, board.drawn = describe(b, missing, (H, W)), hidden.copy()
-        with board.pad.hold_sync(): board.pad.mask, board.pad.boxes = hidden, [*kept, [*frame, PALETTE["green" if b.accepted else "red"]]]
-        if b.accepted: kept.append([*frame, "#ffffff"])
+        frame = [b.top, b.left, min(b.height, H), min(b.width, W)]
+        missing = board.rule.num_mask_patches - hidden.sum()
+        if b.accepted:
+            hidden[b.cells] = True
+        board.caption = describe(b, missing, (H, W))
+        board.drawn = hidden.copy()
+        with board.pad.hold_sync():
+            board.pad.mask = hidden
+            board.pad.boxes = [*kept, [*frame, PALETTE["green" if b.accepted else "red"]]]
+        if b.accepted:
+            kept.append([*frame, "#ffffff"])
         board.tell()
         yield min(0.6, 8 / len(board.moves))
-    board.caption, board.pad.boxes = "", kept
+    board.caption = ""
+    board.pad.boxes = kept
     board.tell()
 
 # %% ../../nbs/61_explorers_masks.ipynb #guess
@@ -215,46 +342,75 @@ class MaskGuess:
     "What a `predict` makes of the holes, asked again after every click."
 
     def __init__(self, predict, img_size: int, trouble):
-        self.w, self.predict, self.size, self.pictures = _widgets(), predict, img_size, {}
-        self.seen, self.later = self.w.W.HTML(layout=self.w.W.Layout(margin="0")), self.w.Later(trouble)
+        self.w = _widgets()
+        self.predict = predict
+        self.size = img_size
+        self.pictures = {}
+        self.seen = self.w.W.HTML(layout=self.w.W.Layout(margin="0"))
+        self.later = self.w.Later(trouble)
 
     def start(self, image: Image.Image, mask: np.ndarray) -> None:
-        if self.predict: self.later.start(self.ask(image, mask))
+        if self.predict:
+            self.later.start(self.ask(image, mask))
 
     def ask(self, image: Image.Image, mask: np.ndarray) -> Iterator[None]:
         "Predict, then show; a piece of work for `Later`."
-        guess = self.predict(to_tensor(image.resize((self.size, self.size), Image.Resampling.BOX)), mask)
-        self.pictures = {k: to_pil(x) for k, x in (guess if isinstance(guess, dict) else {"what the model makes of it": guess}).items()}
+        guess = self.predict(
+            to_tensor(image.resize((self.size, self.size), Image.Resampling.BOX)), mask
+        )
+        self.pictures = {
+            k: to_pil(x)
+            for k, x in (
+                guess if isinstance(guess, dict) else {"what the model makes of it": guess}
+            ).items()
+        }
         self.seen.value = self.w.gallery(self.pictures, 128)
         yield
 
 # %% ../../nbs/61_explorers_masks.ipynb #mask-explorer
 class MaskExplorer:
-    "Blockwise masking to touch; shows itself at the end of a cell. `mask` is the mask on the screen, `widget` fits into boxes."
+    """Blockwise masking to touch.
+
+    Shows itself at the end of a cell. `mask` is the mask on the screen, `widget` fits into boxes.
+    """
 
     def __init__(
         self,
-        picture="chelsea",            # a name of the album, a path, a tensor, a PIL picture, or a dict of them
+        # a name of the album, a path, a tensor, a PIL picture, or a dict of them
+        picture="chelsea",
         rule: MaskRule = MaskRule(),  # the settings to begin with
         seed: int = 0,
-        predict=None,                 # (3, S, S) in [0, 1] and (h, w) bool -> (3, H, W), or {name: (3, H, W)}; S is its img_size
+        # (3, S, S) in [0, 1] and (h, w) bool -> (3, H, W), or {name: (3, H, W)}; S is its img_size
+        predict=None,
     ):
-        self.w, size, trouble = _widgets(), getattr(predict, "img_size", 224), lambda words: self.widget.say(words)
-        self.controls = c = MaskControls(picture, rule, seed, size, [size // rule.grid_size[0]] if predict else [8, 14, 16, 28, 32])
-        self.board, self.habits, self.guess = MaskBoard(320 if predict else 392), MaskHabits(trouble), MaskGuess(predict, size, trouble)
+        self.w = _widgets()
+        size = getattr(predict, "img_size", 224)
+        trouble = lambda words: self.widget.say(words)
+        self.controls = c = MaskControls(
+            picture,
+            rule,
+            seed,
+            size,
+            [size // rule.grid_size[0]] if predict else [8, 14, 16, 28, 32],
+        )
+        self.board = MaskBoard(320 if predict else 392)
+        self.habits = MaskHabits(trouble)
+        self.guess = MaskGuess(predict, size, trouble)
         self.player = self.w.Later(trouble)
         self.widget = self.w.Explorer(_rows(self), c.watched, self.update, lambda: still(self))
         self.board.pad.observe(self.widget.safely(self.touched), "marked")
         c.play.on_click(lambda button: self.player.start(film(self.board)))
 
     @property
-    def mask(self) -> np.ndarray: return self.board.pad.mask
+    def mask(self) -> np.ndarray:
+        return self.board.pad.mask
 
     def update(self, change=None) -> None:
         "A control moved: deal again."
         self.player.stop()
-        try: self.board.lay(self.controls.picture.value)
-        finally:                                           # a bad picture spoils no game
+        try:
+            self.board.lay(self.controls.picture.value)
+        finally:  # a bad picture spoils no game
             self.board.deal(self.controls.rule, self.controls.seed)
             self.habits.start(self.controls.rule)
             self.touched()
@@ -268,20 +424,39 @@ class MaskExplorer:
         self.habits.compare(self.mask)
         self.guess.start(self.board.pad.image, self.mask)
 
-    def _repr_mimebundle_(self, **kwargs): return self.widget._repr_mimebundle_(**kwargs)
+    def _repr_mimebundle_(self, **kwargs):
+        return self.widget._repr_mimebundle_(**kwargs)
 
 # %% ../../nbs/61_explorers_masks.ipynb #rows
 def _rows(explorer: MaskExplorer) -> list:
     "Board and controls side by side, guesses and habits below."
-    x, W = explorer, explorer.w.W
-    right = W.VBox([x.controls.box, x.board.words, x.habits.clumps], layout=W.Layout(margin="0 0 0 16px", overflow="hidden"))
-    return [W.HBox([x.board.pad, right]), *([x.guess.seen] if x.guess.predict else []), x.habits.charts]
+    x = explorer
+    W = explorer.w.W
+    right = W.VBox(
+        [x.controls.box, x.board.words, x.habits.clumps],
+        layout=W.Layout(margin="0 0 0 16px", overflow="hidden"),
+    )
+    return [
+        W.HBox([x.board.pad, right]),
+        *([x.guess.seen] if x.guess.predict else []),
+        x.habits.charts,
+    ]
 
 
 def still(explorer: MaskExplorer) -> Image.Image:
     "The explorer on paper: the mask, and how often each patch is masked."
-    rule, known, mask = explorer.board.rule, explorer.habits.known, explorer.mask
-    for _ in explorer.habits.count(rule): pass
-    if explorer.guess.predict and not explorer.guess.pictures: next(explorer.guess.ask(explorer.board.pad.image, mask))
+    rule = explorer.board.rule
+    known = explorer.habits.known
+    mask = explorer.mask
+    for _ in explorer.habits.count(rule):
+        pass
+    if explorer.guess.predict and not explorer.guess.pictures:
+        next(explorer.guess.ask(explorer.board.pad.image, mask))
     often = explorer.w.heat(known[rule]["frequency"], top=0.75)
-    return explorer.w.strip({f"{mask.sum()} of {mask.size} patches masked": explorer.board.pad.still(), "how often, in 1,000 masks": often} | explorer.guess.pictures)
+    return explorer.w.strip(
+        {
+            f"{mask.sum()} of {mask.size} patches masked": explorer.board.pad.still(),
+            "how often, in 1,000 masks": often,
+        }
+        | explorer.guess.pictures
+    )

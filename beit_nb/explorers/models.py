@@ -48,10 +48,19 @@ from ..vit import VisionTransformer
 
 # %% ../../nbs/63_explorers_models.ipynb #ready
 def ready_tokenizer(runs: str | Path = "runs") -> tuple[Tokenizer, str]:
-    "The demo's tokenizer, or a quickly trained one that is kept in RUNS/explorers; and a line that says which."
-    for name, line in (("demo", "the tokenizer of <code>beit demo</code>"), ("explorers", "a tokenizer trained for 150 steps")):
-        if finished(folder := Path(runs, name, "tokenizer")): return load_tokenizer(folder), line
-    return train_tokenizer(recipe_named("tokenizer", "nano", out=str(folder), steps=150), quiet=True), line
+    """The demo's tokenizer, or a quickly trained one that is kept in RUNS/explorers.
+
+    And a line that says which.
+    """
+    for name, line in (
+        ("demo", "the tokenizer of <code>beit demo</code>"),
+        ("explorers", "a tokenizer trained for 150 steps"),
+    ):
+        if finished(folder := Path(runs, name, "tokenizer")):
+            return load_tokenizer(folder), line
+    return train_tokenizer(
+        recipe_named("tokenizer", "nano", out=str(folder), steps=150), quiet=True
+    ), line
 
 
 @cache
@@ -63,7 +72,8 @@ def some_digits(n: int = 16) -> Tensor:
 @torch.no_grad()
 def token_odds(tokenizer: Tokenizer, image: Tensor) -> Tensor:
     "A picture (3, H, W) to the probability of every token at every cell, (V, h, w)."
-    return tokenizer.dvae.logits(image[None])[0].double().softmax(0)    # in double, even the least likely keep their order
+    # in double, even the least likely keep their order
+    return tokenizer.dvae.logits(image[None])[0].double().softmax(0)
 
 
 def swatches(tokenizer: Tokenizer, ids: Tensor) -> Tensor:
@@ -74,7 +84,10 @@ def swatches(tokenizer: Tokenizer, ids: Tensor) -> Tensor:
 
 @torch.enable_grad()
 def sees(tokenizer: Tokenizer, image: Tensor, cell: tuple[int, int]) -> Tensor:
-    "How much each pixel matters to the best token of a cell, (H, W), at most 1; exactly 0 outside what the cell sees."
+    """How much each pixel matters to the best token of a cell, (H, W), at most 1.
+
+    Exactly 0 outside what the cell sees.
+    """
     x = image[None].clone().requires_grad_()
     best = tokenizer.dvae.logits(x)[0, :, cell[0], cell[1]].max()
     slope = torch.autograd.grad(best, x)[0][0].abs().sum(0)
@@ -82,33 +95,92 @@ def sees(tokenizer: Tokenizer, image: Tensor, cell: tuple[int, int]) -> Tensor:
 
 # %% ../../nbs/63_explorers_models.ipynb #token-drawings
 def tinted(image: Tensor, heat: Tensor, size: tuple[int, int]) -> Image.Image:
-    "A picture (3, H, W) with the places of a heat (H, W) in orange, enlarged to size (width, height)."
-    share, orange = .6 * heat.sqrt(), torch.tensor([.88, .50, .13])[:, None, None]
+    """A picture (3, H, W) with the places of a heat (H, W) in orange, enlarged to size (width,
+    height).
+    """
+    share = 0.6 * heat.sqrt()
+    orange = torch.tensor([0.88, 0.50, 0.13])[:, None, None]
     return to_pil((1 - share) * image + share * orange).resize(size, Image.Resampling.NEAREST)
 
 
 def bars(ids: list[int], odds: list[float], height: int = 32) -> str:
     "Token numbers with bars of their probability, a line each, as HTML."
-    line = ('<div style="display:flex;align-items:center;gap:6px;height:{0}px;white-space:nowrap"><span style="width:66px">token {1}</span>'
-            '<span style="width:{2:.0f}px;height:10px;border-radius:2px;background:{3}"></span><span>{4:.1%}</span></div>')
-    return words("".join(line.format(height, i, max(1, 76 * p), PALETTE["blue"], p) for i, p in zip(ids, odds)))
+    line = (
+        "<div "
+        'style="display:flex;align-items:center;gap:6px;height:{0}px;white-space:nowrap"><span '
+        'style="width:66px">token {1}</span>'
+        "<span "
+        'style="width:{2:.0f}px;height:10px;border-radius:2px;background:{3}"></span><span>{4:.1%}</span></div>'
+    )
+    return words(
+        "".join(
+            line.format(height, i, max(1, 76 * p), PALETTE["blue"], p) for i, p in zip(ids, odds)
+        )
+    )
 
 # %% ../../nbs/63_explorers_models.ipynb #token-explorer
 class TokenExplorer(Explorer):
-    "Click a cell: its best tokens, what it sees; write another token and see the picture change (lessons 04 and 11)."
+    """Click a cell: its best tokens, what it sees.
+
+    Write another token and see the picture change (lessons 04 and 11).
+    """
 
     def __init__(self, tokenizer: Tokenizer, line: str = "", images: Tensor | None = None):
-        self.tokenizer, self.images = tokenizer, some_digits() if images is None else images
+        self.tokenizer = tokenizer
+        self.images = some_digits() if images is None else images
         h, w = (n // tokenizer.downsample for n in self.images.shape[2:])
-        self.size, self.number = (256, 256 * h // w), control(W.IntSlider, "picture", WIDE, value=3, max=len(self.images) - 1)
-        self.token, self.again = control(W.BoundedIntText, "write token", width=220, max=tokenizer.vocab_size - 1), W.Button(description="As read", icon="undo", layout=W.Layout(width="110px"))
-        self.pad = PatchPad(rows=h, cols=w, mode="pick", width=256, unit="cell", label="cells of the picture", cursor=(h // 2 - 1) * w + w // 2 - 1)
-        self.list, self.odds, self.painted = PatchPad(rows=8, cols=1, mode="pick", width=32, unit="candidate", label="best tokens", layout=W.Layout(width="36px", height="256px", overflow="hidden")), W.HTML(), view()
-        for widget, trait, do in ((self.pad, "cursor", self.point), (self.list, "cursor", lambda c: self.best[c.new] == self.token.value or self.write(self.best[c.new])), (self.token, "value", lambda c: self.write(c.new))):
+        self.size = (256, 256 * h // w)
+        self.number = control(W.IntSlider, "picture", WIDE, value=3, max=len(self.images) - 1)
+        self.token = control(
+            W.BoundedIntText, "write token", width=220, max=tokenizer.vocab_size - 1
+        )
+        self.again = W.Button(description="As read", icon="undo", layout=W.Layout(width="110px"))
+        self.pad = PatchPad(
+            rows=h,
+            cols=w,
+            mode="pick",
+            width=256,
+            unit="cell",
+            label="cells of the picture",
+            cursor=(h // 2 - 1) * w + w // 2 - 1,
+        )
+        self.list = PatchPad(
+            rows=8,
+            cols=1,
+            mode="pick",
+            width=32,
+            unit="candidate",
+            label="best tokens",
+            layout=W.Layout(width="36px", height="256px", overflow="hidden"),
+        )
+        self.odds = W.HTML()
+        self.painted = view()
+        for widget, trait, do in (
+            (self.pad, "cursor", self.point),
+            (
+                self.list,
+                "cursor",
+                lambda c: self.best[c.new] == self.token.value or self.write(self.best[c.new]),
+            ),
+            (self.token, "value", lambda c: self.write(c.new)),
+        ):
             widget.observe(self.safely(do), trait)
         self.again.on_click(self.safely(self.update))
-        places = W.HBox([column("point at a cell", self.pad), column("its best tokens", W.HBox([self.list, self.odds])), column("painted from tokens", self.painted)])
-        super().__init__([W.HBox([self.number, self.token, self.again]), places, W.HTML(words(f'<span class="quiet">{line}</span>'))], [self.number])
+        places = W.HBox(
+            [
+                column("point at a cell", self.pad),
+                column("its best tokens", W.HBox([self.list, self.odds])),
+                column("painted from tokens", self.painted),
+            ]
+        )
+        super().__init__(
+            [
+                W.HBox([self.number, self.token, self.again]),
+                places,
+                W.HTML(words(f'<span class="quiet">{line}</span>')),
+            ],
+            [self.number],
+        )
 
     def update(self, change=None) -> None:
         self.all_odds = token_odds(self.tokenizer, self.images[self.number.value])
@@ -117,7 +189,8 @@ class TokenExplorer(Explorer):
 
     def point(self, change=None) -> None:
         "Ask the tokenizer about the chosen cell."
-        self.cell, image = divmod(self.pad.cursor, self.pad.cols), self.images[self.number.value]
+        self.cell = divmod(self.pad.cursor, self.pad.cols)
+        image = self.images[self.number.value]
         odds, self.best = (x.tolist() for x in self.all_odds[:, *self.cell].topk(8))
         self.pad.show(tinted(image, sees(self.tokenizer, image, self.cell), self.size))
         self.list.show(mosaic(as_tiles(swatches(self.tokenizer, torch.tensor(self.best))), 1, 30))
@@ -126,22 +199,38 @@ class TokenExplorer(Explorer):
 
     def write(self, token: int) -> None:
         "Put a token into the chosen cell and paint the picture anew."
-        if token != self.token.value: return self.token.set_trait("value", token)            # which calls us again
+        # which calls us again
+        if token != self.token.value:
+            return self.token.set_trait("value", token)
         self.ids[self.cell] = token
-        if token in self.best: self.list.cursor = self.best.index(token)
-        self.picture = to_pil(self.tokenizer.decode(self.ids[None])[0]).resize(self.size, Image.Resampling.NEAREST)
+        if token in self.best:
+            self.list.cursor = self.best.index(token)
+        self.picture = to_pil(self.tokenizer.decode(self.ids[None])[0]).resize(
+            self.size, Image.Resampling.NEAREST
+        )
         self.painted.value = png(self.picture)
 
     def still(self) -> Image.Image:
-        return strip({"point at a cell": self.pad.still(), "best": self.list.still(), "painted from tokens": self.picture}, 256)
+        return strip(
+            {
+                "point at a cell": self.pad.still(),
+                "best": self.list.still(),
+                "painted from tokens": self.picture,
+            },
+            256,
+        )
 
 # %% ../../nbs/63_explorers_models.ipynb #heads
-def heads_table(maps: list[Tensor], patch: tuple[int, int], grid_size: tuple[int, int], mass: float = .6) -> Tensor:
-    "Attention maps (1, heads, 1+N, 1+N) of all blocks to what a patch looks at, (blocks, heads + 1, h, w): brightest 1, outside `mass` dimmed, the mean last."
+def heads_table(
+    maps: list[Tensor], patch: tuple[int, int], grid_size: tuple[int, int], mass: float = 0.6
+) -> Tensor:
+    """Attention maps (1, heads, 1+N, 1+N) of all blocks to what a patch looks at, (blocks, heads +
+    1, h, w): brightest 1, outside `mass` dimmed, the mean last.
+    """
     a = torch.cat([patch_attention(m, patch, grid_size) for m in maps])
     a = torch.cat([a, a.mean(1, keepdim=True)], 1)
     bright = a / a.amax((2, 3), keepdim=True)
-    return torch.where(keep_mass(a, mass), bright, .3 * bright)
+    return torch.where(keep_mass(a, mass), bright, 0.3 * bright)
 
 
 def heads_picture(table: Tensor, size: int = 44) -> Image.Image:
@@ -150,33 +239,75 @@ def heads_picture(table: Tensor, size: int = 44) -> Image.Image:
     tiles = (colormaps["magma"](table.flatten(0, 1).numpy())[..., :3] * 255).astype(np.uint8)
     page = Image.new("RGBA", (54 + cols * (size + 2), 18 + blocks * (size + 2)), (255, 255, 255, 0))
     page.paste(mosaic(tiles, cols, size), (54, 18))
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
-    for i in range(blocks): draw.text((48, 19 + (i + .5) * (size + 2)), f"block {i + 1}", INK, font, anchor="rm")
-    for j in range(cols): draw.text((55 + (j + .5) * (size + 2), 14), "mean" if j == cols - 1 else f"head {j + 1}" if size >= 40 else f"{j + 1}", INK, font, anchor="ms")
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(11)
+    for i in range(blocks):
+        draw.text((48, 19 + (i + 0.5) * (size + 2)), f"block {i + 1}", INK, font, anchor="rm")
+    for j in range(cols):
+        draw.text(
+            (55 + (j + 0.5) * (size + 2), 14),
+            "mean" if j == cols - 1 else f"head {j + 1}" if size >= 40 else f"{j + 1}",
+            INK,
+            font,
+            anchor="ms",
+        )
     return page
 
 # %% ../../nbs/63_explorers_models.ipynb #attention-explorer
 def ready_mim(runs: str | Path = "runs"):
     "The demo's pre-trained network, or an untrained one; a line that says which; its mean and std."
-    if finished(folder := Path(runs, "demo", "pretrain")): return (net := load_mim(folder))[0], "pre-trained by <code>beit demo</code>", MEAN_STD[net[1].mean_std]
+    if finished(folder := Path(runs, "demo", "pretrain")):
+        return (
+            (net := load_mim(folder))[0],
+            "pre-trained by <code>beit demo</code>",
+            MEAN_STD[net[1].mean_std],
+        )
     torch.manual_seed(0)
-    return build_mim(recipe_named("pretrain", "nano")).eval(), "an untrained network: run <code>beit demo</code> for a trained one", BEIT_MEAN_STD
+    return (
+        build_mim(recipe_named("pretrain", "nano")).eval(),
+        "an untrained network: run <code>beit demo</code> for a trained one",
+        BEIT_MEAN_STD,
+    )
 
 
 class AttentionExplorer(Explorer):
     "Click a patch: where every head of every block looks from there (lesson 17)."
 
-    def __init__(self, model: VisionTransformer, line: str = "", mean_std=BEIT_MEAN_STD, images: Tensor | None = None):
-        self.model, self.line, self.mean_std, self.images = model, line, mean_std, some_digits() if images is None else images
+    def __init__(
+        self,
+        model: VisionTransformer,
+        line: str = "",
+        mean_std=BEIT_MEAN_STD,
+        images: Tensor | None = None,
+    ):
+        self.model = model
+        self.line = line
+        self.mean_std = mean_std
+        self.images = some_digits() if images is None else images
         self.grid = h, w = model.patch_embed.patch_shape
-        self.number, self.mass = control(W.IntSlider, "picture", WIDE, value=3, max=len(self.images) - 1), control(W.FloatSlider, "mass to keep", WIDE, value=.6, min=.05, max=1, step=.05)
-        self.pad, self.view, self.words = PatchPad(rows=h, cols=w, mode="pick", width=256, cursor=h // 2 * w + w // 2), view(), W.HTML()
-        for widget, trait in ((self.pad, "cursor"), (self.mass, "value")): widget.observe(self.safely(self.point), trait)
-        super().__init__([W.HBox([self.number, self.mass]), W.HBox([column("who asks?", self.pad), column("where it looks", self.view)]), self.words], [self.number])
+        self.number = control(W.IntSlider, "picture", WIDE, value=3, max=len(self.images) - 1)
+        self.mass = control(
+            W.FloatSlider, "mass to keep", WIDE, value=0.6, min=0.05, max=1, step=0.05
+        )
+        self.pad = PatchPad(rows=h, cols=w, mode="pick", width=256, cursor=h // 2 * w + w // 2)
+        self.view = view()
+        self.words = W.HTML()
+        for widget, trait in ((self.pad, "cursor"), (self.mass, "value")):
+            widget.observe(self.safely(self.point), trait)
+        super().__init__(
+            [
+                W.HBox([self.number, self.mass]),
+                W.HBox([column("who asks?", self.pad), column("where it looks", self.view)]),
+                self.words,
+            ],
+            [self.number],
+        )
 
     def update(self, change=None) -> None:
         image = self.images[self.number.value]
-        self.maps = [m.cpu() for m in attention_maps(self.model, normalize(image[None], self.mean_std))]
+        self.maps = [
+            m.cpu() for m in attention_maps(self.model, normalize(image[None], self.mean_std))
+        ]
         self.pad.show(to_pil(image).resize((256, 256), Image.Resampling.NEAREST))
         self.point()
 
@@ -185,51 +316,113 @@ class AttentionExplorer(Explorer):
         patch = divmod(self.pad.cursor, self.grid[1])
         table = heads_table(self.maps, patch, self.grid, self.mass.value)
         self.picture = heads_picture(table, max(self.grid[0], min(52, 480 // table.shape[1] - 2)))
-        kept = keep_mass(torch.cat([patch_attention(m, patch, self.grid) for m in self.maps]), self.mass.value).float().mean()
+        kept = (
+            keep_mass(
+                torch.cat([patch_attention(m, patch, self.grid) for m in self.maps]),
+                self.mass.value,
+            )
+            .float()
+            .mean()
+        )
         self.view.value = png(self.picture)
-        self.words.value = words(f'{self.mass.value:.0%} of the attention lies on <b>{kept:.0%}</b> of the patches; <span class="quiet">{self.line}</span>')
+        self.words.value = words(
+            f"{self.mass.value:.0%} of the attention lies on <b>{kept:.0%}</b> of the patches; "
+            f'<span class="quiet">{self.line}</span>'
+        )
 
     def still(self) -> Image.Image:
         return strip({"who asks?": self.pad.still(), "where it looks": on_white(self.picture)}, 226)
 
 # %% ../../nbs/63_explorers_models.ipynb #schedules
-IMAGES = dict(digits=14_400, photos=5_632, cifar100=45_000, imagenet=1_281_167, imagenet22k=14_197_122)  # training pictures
+# training pictures
+IMAGES = dict(
+    digits=14_400, photos=5_632, cifar100=45_000, imagenet=1_281_167, imagenet22k=14_197_122
+)
 
 
 def schedules(r, points: int = 201) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    "A recipe to its curves: (percent of the run, value), or (block, value) for what differs by depth."
+    """A recipe to its curves.
+
+    (percent of the run, value), or (block, value) for what differs by depth.
+    """
     per_epoch = max(1, IMAGES[r.data] // r.batch_size)
     total = r.steps or r.epochs * per_epoch
     at = np.linspace(0, total - 1, points).astype(int)
-    time, warm = 100 * at / max(1, total - 1), r.warmup_steps if r.warmup_steps is not None else round(r.warmup_epochs * per_epoch)
-    curves = {"learning rate": (time, cosine_schedule(r.lr, r.min_lr, 1, total, warmup_steps=warm)[at]), "weight decay": (time, np.full(points, r.weight_decay))}
+    time = 100 * at / max(1, total - 1)
+    warm = r.warmup_steps if r.warmup_steps is not None else round(r.warmup_epochs * per_epoch)
+    curves = {
+        "learning rate": (time, cosine_schedule(r.lr, r.min_lr, 1, total, warmup_steps=warm)[at]),
+        "weight decay": (time, np.full(points, r.weight_decay)),
+    }
     if isinstance(r, TokenizerRecipe):
-        curves["temperature"] = time, temperature_schedule(r.tau_start, r.tau_end, max(1, int(r.tau_share * total)), total)[at]
-        curves["KL weight"] = time, r.kl_weight * (1 - np.cos(np.pi * np.minimum(at / max(1, r.kl_steps), 1))) / 2
+        curves["temperature"] = (
+            time,
+            temperature_schedule(r.tau_start, r.tau_end, max(1, int(r.tau_share * total)), total)[
+                at
+            ],
+        )
+        curves["KL weight"] = (
+            time,
+            r.kl_weight * (1 - np.cos(np.pi * np.minimum(at / max(1, r.kl_steps), 1))) / 2,
+        )
     if isinstance(r, Backbone):
-        layers = np.arange(r.depth + 2)                               # embeddings, blocks, head
+        layers = np.arange(r.depth + 2)  # embeddings, blocks, head
         curves["drop path"] = layers[1:-1], np.linspace(0, r.drop_path_rate, r.depth)
-        curves["learning rate by layer"] = layers, (getattr(r, "layer_decay", None) or 1.) ** (r.depth + 1 - layers)
+        curves["learning rate by layer"] = (
+            layers,
+            (getattr(r, "layer_decay", None) or 1.0) ** (r.depth + 1 - layers),
+        )
     return curves
 
 # %% ../../nbs/63_explorers_models.ipynb #schedule-panels
-PANELS = {"learning rate": "% of the run", "weight decay": "% of the run", "temperature": "% of the run", "KL weight": "% of the run",
-          "drop path": "block", "learning rate by layer": "0: patches, last: head"}
+PANELS = {
+    "learning rate": "% of the run",
+    "weight decay": "% of the run",
+    "temperature": "% of the run",
+    "KL weight": "% of the run",
+    "drop path": "block",
+    "learning rate by layer": "0: patches, last: head",
+}
 PAIR = (PALETTE["blue"], PALETTE["orange"])
 
 
 def schedule_panels(curves: list[dict], when: float) -> str:
-    "The curves of two recipes as charts in HTML; each title tells their values at `when` percent, or of the last block, or of the first layer."
+    """The curves of two recipes as charts in HTML.
+
+    Each title tells their values at `when` percent, or of the last block, or of the first layer.
+    """
     out = []
     for panel, xlabel in PANELS.items():
-        lines = {str(i): (*c[panel], colour) for i, (c, colour) in enumerate(zip(curves, PAIR)) if panel in c}
-        if not lines: continue
-        top, end, over_time = max(y.max() for _, y, _ in lines.values()) or 1, max(x.max() for x, _, _ in lines.values()), "%" in xlabel
+        lines = {
+            str(i): (*c[panel], colour)
+            for i, (c, colour) in enumerate(zip(curves, PAIR))
+            if panel in c
+        }
+        if not lines:
+            continue
+        top = max(y.max() for _, y, _ in lines.values()) or 1
+        end = max(x.max() for x, _, _ in lines.values())
+        over_time = "%" in xlabel
         at = when if over_time else end * (panel == "drop path")
-        told = " ".join(f'<span style="color:{colour}">{np.interp(at, x, y):.3g}</span>' for x, y, colour in lines.values())
-        svg = chart(dict(reversed(lines.items())), size=(262, 128), xlim=(0, end), ylim=(0, 1.05 * top), xlabel=xlabel, ticks=([0, end], [0, top]), mark=when if over_time else None)
+        told = " ".join(
+            f'<span style="color:{colour}">{np.interp(at, x, y):.3g}</span>'
+            for x, y, colour in lines.values()
+        )
+        svg = chart(
+            dict(reversed(lines.items())),
+            size=(262, 128),
+            xlim=(0, end),
+            ylim=(0, 1.05 * top),
+            xlabel=xlabel,
+            ticks=([0, end], [0, top]),
+            mark=when if over_time else None,
+        )
         out.append(f"<div><h4>{panel} &ensp;{told}</h4>{svg}</div>")
-    return words(f'<div style="display:grid;grid-template-columns:repeat({3 if len(out) > 4 else 2},auto);justify-content:start;gap:10px 24px;margin-top:6px">{"".join(out)}</div>')
+    return words(
+        "<div "
+        f'style="display:grid;grid-template-columns:repeat({3 if len(out) > 4 else 2},auto);justify-content:start;gap:10px '
+        f'24px;margin-top:6px">{"".join(out)}</div>'
+    )
 
 
 @rc_context(LOOK)
@@ -239,33 +432,71 @@ def schedule_figure(curves: list[dict]) -> Image.Image:
     figure = Figure((8, 3.6), dpi=100, layout="constrained")
     for ax, (panel, xlabel) in zip(figure.subplots(2, -(-len(present) // 2)).flat, present.items()):
         for c, colour in reversed([*zip(curves, PAIR)]):
-            if panel in c: ax.plot(*c[panel], color=colour)
+            if panel in c:
+                ax.plot(*c[panel], color=colour)
         ax.set(title=panel, xlabel=xlabel)
         ax.set_ylim(bottom=0)
     return on_white(Backdrop(figure, []).picture())
 
 # %% ../../nbs/63_explorers_models.ipynb #schedule-explorer
 class ScheduleExplorer(Explorer):
-    "A recipe over its run (blue) beside another (orange); warm-up and layer decay can be turned (lessons 06, 08 and 18)."
+    """A recipe over its run (blue) beside another (orange).
+
+    Warm-up and layer decay can be turned (lessons 06, 08 and 18).
+    """
 
     def __init__(self):
-        self.recipes = {f"{command} {name}": r for command in ("tokenizer", "pretrain", "finetune") for name, (_, r) in RECIPES[command].items()}
-        self.recipe = control(W.Dropdown, "recipe (blue)", WIDE, options=list(self.recipes), value="finetune base-in1k")
-        self.other = control(W.Dropdown, "beside (orange)", WIDE, options=list(self.recipes), value="pretrain base-in1k")
+        self.recipes = {
+            f"{command} {name}": r
+            for command in ("tokenizer", "pretrain", "finetune")
+            for name, (_, r) in RECIPES[command].items()
+        }
+        self.recipe = control(
+            W.Dropdown,
+            "recipe (blue)",
+            WIDE,
+            options=list(self.recipes),
+            value="finetune base-in1k",
+        )
+        self.other = control(
+            W.Dropdown,
+            "beside (orange)",
+            WIDE,
+            options=list(self.recipes),
+            value="pretrain base-in1k",
+        )
         self.when = control(W.IntSlider, "% of the run", WIDE, value=25)
-        self.warm = control(W.FloatSlider, "warm-up", WIDE, value=20, max=40, step=.5, readout_format=".1f")
-        self.decay = control(W.FloatSlider, "layer decay", WIDE, value=.65, min=.4, max=1, step=.01)
+        self.warm = control(
+            W.FloatSlider, "warm-up", WIDE, value=20, max=40, step=0.5, readout_format=".1f"
+        )
+        self.decay = control(
+            W.FloatSlider, "layer decay", WIDE, value=0.65, min=0.4, max=1, step=0.01
+        )
         self.view = W.HTML()
-        super().__init__([W.HBox([W.VBox([self.recipe, self.other]), W.VBox([self.when, self.warm, self.decay])]), self.view],
-                         watch=(self.recipe, self.other, self.when, self.warm, self.decay))
+        super().__init__(
+            [
+                W.HBox(
+                    [W.VBox([self.recipe, self.other]), W.VBox([self.when, self.warm, self.decay])]
+                ),
+                self.view,
+            ],
+            watch=(self.recipe, self.other, self.when, self.warm, self.decay),
+        )
 
     def update(self, change=None) -> None:
         r = self.recipes[self.recipe.value]
-        if change is None or change["owner"] is self.recipe:          # the knobs go where the recipe has them
-            self.warm.disabled, self.decay.disabled = r.warmup_steps is not None, not getattr(r, "layer_decay", None)
-            self.warm.value, self.decay.value = r.warmup_epochs, getattr(r, "layer_decay", None) or 1
+        # the knobs go where the recipe has them
+        if change is None or change["owner"] is self.recipe:
+            self.warm.disabled = r.warmup_steps is not None
+            self.decay.disabled = not getattr(r, "layer_decay", None)
+            self.warm.value = r.warmup_epochs
+            self.decay.value = getattr(r, "layer_decay", None) or 1
         if change is None or change["owner"] is not self.when:
-            r = replace(r, warmup_epochs=self.warm.value, **{} if self.decay.disabled else dict(layer_decay=self.decay.value))
+            r = replace(
+                r,
+                warmup_epochs=self.warm.value,
+                **{} if self.decay.disabled else dict(layer_decay=self.decay.value),
+            )
             self.curves = [schedules(r), schedules(self.recipes[self.other.value])]
         self.view.value = schedule_panels(self.curves, self.when.value)
 
@@ -274,17 +505,36 @@ class ScheduleExplorer(Explorer):
 
 # %% ../../nbs/63_explorers_models.ipynb #predictor
 def mim_predictor(folder: str | Path = "runs/demo"):
-    "A run with tokenizer/ and pretrain/ to a function: picture (3, H, W) and mask (h, w) to what the network guesses, and to the truth, as tokens paint them."
-    if not finished(Path(folder, "pretrain")): raise ValueError(f"there is no pre-trained network in {folder}/pretrain; `beit demo` makes one")
-    (model, r), tokenizer = load_mim(Path(folder, "pretrain")), load_tokenizer(Path(folder, "tokenizer"))
+    """A run with tokenizer/ and pretrain/ to a function.
+
+    Picture (3, H, W) and mask (h, w) to what the network guesses, and to the truth, as tokens paint
+    them.
+    """
+    if not finished(Path(folder, "pretrain")):
+        raise ValueError(
+            f"there is no pre-trained network in {folder}/pretrain; `beit demo` makes one"
+        )
+    (model, r) = load_mim(Path(folder, "pretrain"))
+    tokenizer = load_tokenizer(Path(folder, "tokenizer"))
 
     @torch.no_grad()
     def predict(picture: Tensor, mask) -> dict[str, Tensor]:
         mask = torch.as_tensor(np.asarray(mask))[None]
-        patch_view, token_view = (F.interpolate(picture[None], (n, n), mode="bilinear", antialias=True) for n in (r.img_size, r.token_size))
+        patch_view, token_view = (
+            F.interpolate(picture[None], (n, n), mode="bilinear", antialias=True)
+            for n in (r.img_size, r.token_size)
+        )
         ids = tokenizer.get_codebook_indices(token_view)
-        guess = model(normalize(patch_view, MEAN_STD[r.mean_std]), mask, return_all_tokens=True).argmax(-1).view(ids.shape)
-        return {"the model's guess": tokenizer.decode(torch.where(mask, guess, ids))[0], "the true tokens": tokenizer.decode(ids)[0]}
+        guess = (
+            model(normalize(patch_view, MEAN_STD[r.mean_std]), mask, return_all_tokens=True)
+            .argmax(-1)
+            .view(ids.shape)
+        )
+        return {
+            "the model's guess": tokenizer.decode(torch.where(mask, guess, ids))[0],
+            "the true tokens": tokenizer.decode(ids)[0],
+        }
 
-    predict.img_size, predict.patch_size = r.img_size, r.patch_size   # so that an explorer knows the grid
+    predict.img_size = r.img_size
+    predict.patch_size = r.patch_size  # so that an explorer knows the grid
     return predict

@@ -28,10 +28,16 @@ from ..images import PALETTE, load_image, photos, to_pil
 # %% ../../nbs/60_explorers_pad.ipynb #png
 def square(image: Image.Image, size: int) -> Image.Image:
     "The centre square of a picture, resized to size x size."
-    if max(image.size) > 20 * min(image.size): raise ValueError(f"a picture of {image.width} x {image.height} has no useful centre square; crop it first")
+    if max(image.size) > 20 * min(image.size):
+        raise ValueError(
+            f"a picture of {image.width} x {image.height} has no useful centre square; crop it "
+            "first"
+        )
     side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    how = Image.Resampling.NEAREST if side < 64 else Image.Resampling.BILINEAR          # a tiny picture is its pixels
+    left = (image.width - side) // 2
+    top = (image.height - side) // 2
+    # a tiny picture is its pixels
+    how = Image.Resampling.NEAREST if side < 64 else Image.Resampling.BILINEAR
     return image.resize((size, size), how, (left, top, left + side, top + side), reducing_gap=2)
 
 
@@ -42,38 +48,59 @@ def png(image: Image.Image) -> bytes:
     return out.getvalue()
 
 # %% ../../nbs/60_explorers_pad.ipynb #paint
-HIDDEN = "#6b7078"                         # a covered patch: as far from white as from black
+HIDDEN = "#6b7078"  # a covered patch: as far from white as from black
 
 
 def cover(image: Image.Image, mask: np.ndarray, colour: str = HIDDEN) -> Image.Image:
     "The picture with the cells of a mask (rows, cols) painted over."
-    image, (rows, cols) = image.copy(), mask.shape
-    draw, (w, h) = ImageDraw.Draw(image), image.size
+    image = image.copy()
+    (rows, cols) = mask.shape
+    draw = ImageDraw.Draw(image)
+    (w, h) = image.size
     for r, c in np.argwhere(mask).tolist():
-        draw.rectangle((c * w // cols, r * h // rows, (c + 1) * w // cols - 1, (r + 1) * h // rows - 1), fill=colour)
+        draw.rectangle(
+            (c * w // cols, r * h // rows, (c + 1) * w // cols - 1, (r + 1) * h // rows - 1),
+            fill=colour,
+        )
     return image
 
 
 def framed(image: Image.Image, boxes: list, rows: int, cols: int) -> Image.Image:
     "The picture with frames [top, left, height, width, colour], counted in cells."
-    draw, h, w = ImageDraw.Draw(image), image.height / rows, image.width / cols
-    for r, c, down, right, colour in boxes: draw.rectangle((c * w, r * h, (c + right) * w - 1, (r + down) * h - 1), outline=colour, width=3)
+    draw = ImageDraw.Draw(image)
+    h = image.height / rows
+    w = image.width / cols
+    for r, c, down, right, colour in boxes:
+        draw.rectangle(
+            (c * w, r * h, (c + right) * w - 1, (r + down) * h - 1), outline=colour, width=3
+        )
     return image
 
 # %% ../../nbs/60_explorers_pad.ipynb #heat
-def heat(values: np.ndarray, size: int = 196, top: float | None = None, colours: str = "viridis") -> Image.Image:
+def heat(
+    values: np.ndarray, size: int = 196, top: float | None = None, colours: str = "viridis"
+) -> Image.Image:
     "A table (rows, cols) as a picture: dark is 0, light is `top` (default: the largest value)."
     values = np.asarray(values, float)
     scaled = np.clip(values / (top or values.max() or 1), 0, 1)
     rgb = (colormaps[colours](scaled)[..., :3] * 255).round().astype(np.uint8)
-    return Image.fromarray(rgb).resize((size, size * values.shape[0] // values.shape[1]), Image.Resampling.NEAREST)
+    return Image.fromarray(rgb).resize(
+        (size, size * values.shape[0] // values.shape[1]), Image.Resampling.NEAREST
+    )
 
 
 def strip(pictures: dict[str, Image.Image], height: int = 196) -> Image.Image:
     "Pictures side by side, all of one height, each under its name."
-    scaled = {k: p.convert("RGB").resize((max(1, round(p.width * height / p.height)), height)) for k, p in pictures.items()}
-    page, left = Image.new("RGB", (sum(p.width for p in scaled.values()) + 12 * len(scaled) + 12, height + 40), "white"), 12
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(12)
+    scaled = {
+        k: p.convert("RGB").resize((max(1, round(p.width * height / p.height)), height))
+        for k, p in pictures.items()
+    }
+    page = Image.new(
+        "RGB", (sum(p.width for p in scaled.values()) + 12 * len(scaled) + 12, height + 40), "white"
+    )
+    left = 12
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(12)
     for name, p in scaled.items():
         draw.text((left, 8), name, "#444444", font)
         page.paste(p, (left, 28))
@@ -213,25 +240,36 @@ export default { render };
 
 # %% ../../nbs/60_explorers_pad.ipynb #with-still
 def with_still(bundle, still) -> tuple[dict, dict]:
-    "A widget's description for Jupyter and, for pages that run no widgets, the picture that `still()` paints, if it can."
+    """A widget's description for Jupyter and, for pages that run no widgets, the picture that
+    `still()` paints, if it can.
+    """
     data, *rest = bundle if isinstance(bundle, tuple) else (bundle or {},)
-    try: data = {**data, "image/png": base64.b64encode(png(still())).decode()}
-    except Exception: pass                             # the widget itself says what is wrong
+    try:
+        data = {**data, "image/png": base64.b64encode(png(still())).decode()}
+    except Exception:
+        pass  # the widget itself says what is wrong
     return data, *(rest or [{}])
 
 # %% ../../nbs/60_explorers_pad.ipynb #pad
 class PatchPad(anywidget.AnyWidget):
-    "A picture under rows x cols cells: `mode` paint covers and uncovers cells, `mode` pick points at one of them, the `cursor`."
+    """A picture under rows x cols cells.
 
-    _esm, _css = DRAW + TOUCH + KEYS, STYLE
-    picture = T.Bytes().tag(sync=True)                 # PNG
-    rows, cols, width = (T.Int(n).tag(sync=True) for n in (14, 14, 392))       # width in pixels on the screen
-    marked = T.List(T.Int()).tag(sync=True)            # numbers of the painted cells, row by row
-    cursor = T.Int(0).tag(sync=True)                   # the cell that was touched last
+    `mode` paint covers and uncovers cells, `mode` pick points at one of them, the `cursor`.
+    """
+
+    _esm = DRAW + TOUCH + KEYS
+    _css = STYLE
+    picture = T.Bytes().tag(sync=True)  # PNG
+    # width in pixels on the screen
+    rows, cols, width = (T.Int(n).tag(sync=True) for n in (14, 14, 392))
+    marked = T.List(T.Int()).tag(sync=True)  # numbers of the painted cells, row by row
+    cursor = T.Int(0).tag(sync=True)  # the cell that was touched last
     mode = T.Enum(["paint", "pick"], "paint").tag(sync=True)
-    boxes = T.List().tag(sync=True)                    # frames [top, left, height, width, colour]
-    unit, label = T.Unicode("patch").tag(sync=True), T.Unicode("patches").tag(sync=True)
-    words, notes = T.List(T.Unicode(), ["shown", "masked"]).tag(sync=True), T.List(T.Unicode()).tag(sync=True)  # for unpainted and painted cells, or for each
+    boxes = T.List().tag(sync=True)  # frames [top, left, height, width, colour]
+    unit = T.Unicode("patch").tag(sync=True)
+    label = T.Unicode("patches").tag(sync=True)
+    words = T.List(T.Unicode(), ["shown", "masked"]).tag(sync=True)
+    notes = T.List(T.Unicode()).tag(sync=True)  # for unpainted and painted cells, or for each
 
     def __init__(self, image: Image.Image | None = None, **traits):
         super().__init__(**traits)
@@ -239,7 +277,8 @@ class PatchPad(anywidget.AnyWidget):
 
     def show(self, image: Image.Image) -> None:
         "Put another picture under the grid."
-        self.image, self.picture = image, png(image)
+        self.image = image
+        self.picture = png(image)
 
     @property
     def mask(self) -> np.ndarray:
@@ -248,63 +287,118 @@ class PatchPad(anywidget.AnyWidget):
 
     @mask.setter
     def mask(self, mask: np.ndarray) -> None:
-        with self.hold_sync():                         # one message, so that the screen never shows half of it
+        # one message, so that the screen never shows half of it
+        with self.hold_sync():
             self.rows, self.cols = mask.shape
             self.marked = np.flatnonzero(mask).tolist()
             self.cursor = min(self.cursor, mask.size - 1)
 
     def press(self, cell: int) -> None:
         "What a click on a cell does."
-        if self.mode == "paint": self.marked = sorted(set(self.marked) ^ {cell})
+        if self.mode == "paint":
+            self.marked = sorted(set(self.marked) ^ {cell})
         self.cursor = cell
 
     def still(self) -> Image.Image:
         "The pad as a picture."
-        boxes = [*self.boxes, *([[*divmod(self.cursor, self.cols), 1, 1, PALETTE["orange"]]] if self.mode == "pick" else [])]
-        return framed(cover(self.image.resize((self.width, self.width * self.rows // self.cols)), self.mask), boxes, self.rows, self.cols)
+        boxes = [
+            *self.boxes,
+            *(
+                [[*divmod(self.cursor, self.cols), 1, 1, PALETTE["orange"]]]
+                if self.mode == "pick"
+                else []
+            ),
+        ]
+        return framed(
+            cover(self.image.resize((self.width, self.width * self.rows // self.cols)), self.mask),
+            boxes,
+            self.rows,
+            self.cols,
+        )
 
-    def _repr_mimebundle_(self, **kwargs): return with_still(super()._repr_mimebundle_(**kwargs), self.still)
+    def _repr_mimebundle_(self, **kwargs):
+        return with_still(super()._repr_mimebundle_(**kwargs), self.still)
 
 # %% ../../nbs/60_explorers_pad.ipynb #chart
 def chart(
-    series: dict[str, tuple],              # name -> (x, y), or (x, y, colour)
-    bars: bool = False,                    # bars of width 1 instead of lines
-    size: tuple[int, int] = (280, 130),    # pixels, wide and high
+    series: dict[str, tuple],  # name -> (x, y), or (x, y, colour)
+    bars: bool = False,  # bars of width 1 instead of lines
+    size: tuple[int, int] = (280, 130),  # pixels, wide and high
     xlim: tuple[float, float] | None = None,
     ylim: tuple[float, float] | None = None,
     xlabel: str = "",
     ticks: tuple[list, list] | None = None,  # numbers at the x axis, at the y axis
-    mark: float | None = None,             # a dashed vertical line
-    yunit: str = "",                       # behind the numbers at the y axis
-) -> str:                                  # SVG, for an `ipywidgets.HTML`
+    mark: float | None = None,  # a dashed vertical line
+    yunit: str = "",  # behind the numbers at the y axis
+) -> str:  # SVG, for an `ipywidgets.HTML`
     "Lines or bars over two axes, in the colours of JupyterLab's theme."
     xs, ys = (np.concatenate([np.asarray(s[i], float) for s in series.values()]) for i in (0, 1))
-    (x0, x1), (y0, y1) = xlim or (xs.min(), xs.max()), ylim or (min(0, ys.min()), ys.max())
-    left, bottom, (w, h) = 38, 32, size
+    (x0, x1) = xlim or (xs.min(), xs.max())
+    (y0, y1) = ylim or (min(0, ys.min()), ys.max())
+    left = 38
+    bottom = 32
+    (w, h) = size
     X = lambda x: round(float(left + (x - x0) / ((x1 - x0) or 1) * (w - left - 8)), 1)
     Y = lambda y: round(float(h - bottom - (y - y0) / ((y1 - y0) or 1) * (h - bottom - 8)), 1)
-    out = [f'<svg class="beit-chart" width="{w}" height="{h}" role="img" aria-label="{", ".join(series)} against {xlabel}">']
+    out = [
+        f'<svg class="beit-chart" width="{w}" height="{h}" role="img" '
+        f'aria-label="{", ".join(series)} against {xlabel}">'
+    ]
     for (name, (x, y, *colour)), spare in zip(series.items(), [*PALETTE.values()] * len(series)):
         colour = colour[0] if colour else spare
-        if bars: out += [f'<rect x="{X(a - .45)}" y="{Y(b)}" width="{max(1, X(a + .45) - X(a - .45)):.1f}" height="{Y(y0) - Y(b):.1f}" fill="{colour}"/>' for a, b in zip(x, y) if b]
-        else: out += [f'<polyline points="{" ".join(f"{X(a)},{Y(b)}" for a, b in zip(x, y))}" fill="none" stroke="{colour}" stroke-width="1.8"/>']
-    if mark is not None: out += [f'<line class="axis" stroke-dasharray="3 3" x1="{X(mark)}" x2="{X(mark)}" y1="{Y(y0)}" y2="6"/>']
-    out += [f'<path class="axis" d="M{left} 6V{h - bottom}H{w - 6}"/>', f'<text x="{(left + w) / 2}" y="{h - 3}" text-anchor="middle">{xlabel}</text>']
-    for a in (ticks or ([x0, x1], []))[0]: out += [f'<text x="{X(a)}" y="{h - bottom + 13}" text-anchor="middle">{a:g}</text>']
-    for b in (ticks or ([], [y0, y1]))[1]: out += [f'<text x="{left - 5}" y="{Y(b) + 4}" text-anchor="end">{b:.3g}{yunit}</text>']
+        if bars:
+            out += [
+                f'<rect x="{X(a - 0.45)}" y="{Y(b)}" '
+                f'width="{max(1, X(a + 0.45) - X(a - 0.45)):.1f}" height="{Y(y0) - Y(b):.1f}" '
+                f'fill="{colour}"/>'
+                for a, b in zip(x, y)
+                if b
+            ]
+        else:
+            out += [
+                f'<polyline points="{" ".join(f"{X(a)},{Y(b)}" for a, b in zip(x, y))}" '
+                f'fill="none" stroke="{colour}" stroke-width="1.8"/>'
+            ]
+    if mark is not None:
+        out += [
+            f'<line class="axis" stroke-dasharray="3 3" x1="{X(mark)}" x2="{X(mark)}" '
+            f'y1="{Y(y0)}" y2="6"/>'
+        ]
+    out += [
+        f'<path class="axis" d="M{left} 6V{h - bottom}H{w - 6}"/>',
+        f'<text x="{(left + w) / 2}" y="{h - 3}" text-anchor="middle">{xlabel}</text>',
+    ]
+    for a in (ticks or ([x0, x1], []))[0]:
+        out += [f'<text x="{X(a)}" y="{h - bottom + 13}" text-anchor="middle">{a:g}</text>']
+    for b in (ticks or ([], [y0, y1]))[1]:
+        out += [f'<text x="{left - 5}" y="{Y(b) + 4}" text-anchor="end">{b:.3g}{yunit}</text>']
     return "".join(out) + "</svg>"
 
 # %% ../../nbs/60_explorers_pad.ipynb #meters
 def meters(rows: list[tuple], width: int = 120) -> str:
     "Named bars: rows of (name, share between 0 and 1, text, colour), as HTML."
     line = '<tr><td style="padding:0 8px 0 0">{}</td><td><div style="width:{}px"><div style="height:9px;border-radius:2px;background:{};width:{:.1%}"></div></div></td><td style="padding-left:6px">{}</td></tr>'
-    return '<table class="beit-words" style="border-spacing:0">' + "".join(line.format(name, width, colour, min(max(share, 0), 1), text) for name, share, text, colour in rows) + "</table>"
+    return (
+        '<table class="beit-words" style="border-spacing:0">'
+        + "".join(
+            line.format(name, width, colour, min(max(share, 0), 1), text)
+            for name, share, text, colour in rows
+        )
+        + "</table>"
+    )
 
 
 def gallery(pictures: dict[str, Image.Image], height: int = 150) -> str:
     "Small pictures side by side under their names, as HTML."
     figure = '<figure>{}<img alt="{}" height="{}" src="data:image/png;base64,{}"></figure>'
-    return '<div class="beit-words">' + "".join(figure.format(name, name, height, base64.b64encode(png(p)).decode()) for name, p in pictures.items()) + "</div>"
+    return (
+        '<div class="beit-words">'
+        + "".join(
+            figure.format(name, name, height, base64.b64encode(png(p)).decode())
+            for name, p in pictures.items()
+        )
+        + "</div>"
+    )
 
 # %% ../../nbs/60_explorers_pad.ipynb #read-picture
 @cache
@@ -314,39 +408,65 @@ def album() -> dict[str, Image.Image]:
 
 
 def read_picture(source, size: int = 448, most: int = 80_000_000) -> Image.Image:
-    "A name of the album, a path, the bytes of a file, a (3, H, W) tensor in [0, 1] or a PIL picture, as size x size RGB."
-    if isinstance(source, Image.Image): return square(source.convert("RGB"), size)
-    if hasattr(source, "detach"): return square(to_pil(source), size)
-    if source in album(): return square(album()[source], size)
-    file, name = (io.BytesIO(source), "this file") if isinstance(source, bytes) else (source, source)
+    """A name of the album, a path, the bytes of a file, a (3, H, W) tensor in [0, 1] or a PIL
+    picture, as size x size RGB.
+    """
+    if isinstance(source, Image.Image):
+        return square(source.convert("RGB"), size)
+    if hasattr(source, "detach"):
+        return square(to_pil(source), size)
+    if source in album():
+        return square(album()[source], size)
+    file, name = (
+        (io.BytesIO(source), "this file") if isinstance(source, bytes) else (source, source)
+    )
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(file) as im: pixels = im.width * im.height
-    except Image.DecompressionBombError: pixels = 2 * Image.MAX_IMAGE_PIXELS
+        with warnings.catch_warnings(action="ignore"), Image.open(file) as im:
+            pixels = im.width * im.height
+    except Image.DecompressionBombError:
+        pixels = 2 * Image.MAX_IMAGE_PIXELS
     except (OSError, ValueError, SyntaxError) as e:
-        raise ValueError(f"{name} is not a picture that can be read; take a PNG or JPEG, or one of {', '.join(album())}") from e
-    if pixels > most: raise ValueError(f"{name} has {pixels / 1e6:.2g} million pixels or more, {most / 1e6:.2g} are allowed; make it smaller first")
-    if isinstance(source, bytes): file.seek(0)
+        raise ValueError(
+            f"{name} is not a picture that can be read; take a PNG or JPEG, or one of "
+            f"{', '.join(album())}"
+        ) from e
+    if pixels > most:
+        raise ValueError(
+            f"{name} has {pixels / 1e6:.2g} million pixels or more, {most / 1e6:.2g} are allowed; "
+            "make it smaller first"
+        )
+    if isinstance(source, bytes):
+        file.seek(0)
     return square(load_image(file), size)
 
 # %% ../../nbs/60_explorers_pad.ipynb #later
-TURN = threading.RLock()                               # Lab may answer two messages in two threads: one callback at a time
+# Lab may answer two messages in two threads: one callback at a time
+TURN = threading.RLock()
 
 
 class Later:
     "Runs a generator piece by piece between the kernel's messages; a new start drops the old one."
 
     def __init__(self, trouble=print):
-        self.trouble, self.task, self.now = trouble, None, None    # who hears of an error; what runs, and on which pieces
+        # who hears of an error; what runs, and on which pieces
+        self.trouble = trouble
+        self.task = None
+        self.now = None
 
     def start(self, pieces, after: float = 0.02) -> None:
         "Begin in `after` seconds: what is on its way to the screen goes first."
         self.stop()
-        try: loop = asyncio.get_running_loop()
-        except RuntimeError: self._hurry(pieces)        # no kernel, nobody waits: at once
-        else: self.now, self.task = pieces, loop.create_task(self._walk(pieces, after))
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            self._hurry(pieces)  # no kernel, nobody waits: at once
+        else:
+            self.now = pieces
+            self.task = loop.create_task(self._walk(pieces, after))
 
     def stop(self) -> None:
-        if self.task: self.task.get_loop().call_soon_threadsafe(self.task.cancel)
+        if self.task:
+            self.task.get_loop().call_soon_threadsafe(self.task.cancel)
         self.task = self.now = None
 
     @property
@@ -355,17 +475,22 @@ class Later:
 
     def _hurry(self, pieces) -> None:
         try:
-            for _ in pieces: pass
-        except Exception as e: self.trouble(one_line(e))
+            for _ in pieces:
+                pass
+        except Exception as e:
+            self.trouble(one_line(e))
 
     async def _walk(self, pieces, after: float) -> None:
         try:
             while self.now is pieces:
                 await asyncio.sleep(after or 0)
                 with TURN:
-                    if self.now is pieces: after = next(pieces)
-        except StopIteration: pass
-        except Exception as e: self.trouble(one_line(e))
+                    if self.now is pieces:
+                        after = next(pieces)
+        except StopIteration:
+            pass
+        except Exception as e:
+            self.trouble(one_line(e))
 
 
 def one_line(error: Exception) -> str:
@@ -374,14 +499,22 @@ def one_line(error: Exception) -> str:
 
 # %% ../../nbs/60_explorers_pad.ipynb #explorer
 class Explorer(W.VBox):
-    "Controls and pictures; what goes wrong becomes a line of words. Write `update` and `still` in a subclass, or pass them."
+    """Controls and pictures.
+
+    What goes wrong becomes a line of words. Write `update` and `still` in a subclass, or pass them.
+    """
 
     def __init__(self, children, watch=(), update=None, still=None):
-        if update: self.update = update
-        if still: self.still = still
+        if update:
+            self.update = update
+        if still:
+            self.still = still
         self.trouble = W.HTML(f"<style>{STYLE}</style>")
-        super().__init__([*children, self.trouble], layout=W.Layout(overflow="hidden", padding="4px 2px"))
-        for widget in watch: widget.observe(self.safely(self.update), "value")
+        super().__init__(
+            [*children, self.trouble], layout=W.Layout(overflow="hidden", padding="4px 2px")
+        )
+        for widget in watch:
+            widget.observe(self.safely(self.update), "value")
         self.safely(self.update)()
 
     def update(self, change=None) -> None:
@@ -393,17 +526,25 @@ class Explorer(W.VBox):
 
     def say(self, trouble: str = "") -> None:
         "One line in red, or none."
-        words = f'<div class="beit-words"><span class="trouble" role="alert">{html.escape(trouble)}</span></div>' if trouble else ""
+        words = (
+            '<div class="beit-words"><span class="trouble" '
+            f'role="alert">{html.escape(trouble)}</span></div>'
+            if trouble
+            else ""
+        )
         self.trouble.value = f"<style>{STYLE}</style>{words}"
 
     def safely(self, do):
         "A callback that never raises: an error is said in one line."
+
         def run(*args):
             with TURN:
                 try:
                     do(*args)
                     self.say()
-                except Exception as e: self.say(one_line(e))
+                except Exception as e:
+                    self.say(one_line(e))
+
         return run
 
     def _repr_mimebundle_(self, **kwargs):
@@ -411,26 +552,53 @@ class Explorer(W.VBox):
 
 # %% ../../nbs/60_explorers_pad.ipynb #control
 def control(kind, name: str, width: int = 320, **kwargs) -> W.Widget:
-    "A slider, menu or field with its name in front, aligned with the others: `control(W.IntSlider, \"patch size\", value=16)`."
-    return kind(description=name, layout=W.Layout(width=f"{width}px", margin="1px 0"), style={"description_width": "104px"}, **kwargs)
+    """A slider, menu or field with its name in front, aligned with the others.
+
+    `control(W.IntSlider, "patch size", value=16)`.
+    """
+    return kind(
+        description=name,
+        layout=W.Layout(width=f"{width}px", margin="1px 0"),
+        style={"description_width": "104px"},
+        **kwargs,
+    )
 
 
 class PictureMenu(W.HBox):
-    "The embedded photographs, pictures of yours, or a file; `value` is the chosen one, for `read_picture`."
+    """The embedded photographs, pictures of yours, or a file.
+
+    `value` is the chosen one, for `read_picture`.
+    """
 
     value = T.Any()
 
     def __init__(self, source="chelsea", width: int = 320):
-        own = source if isinstance(source, dict) else {} if isinstance(source, str) and source in album() else {"yours": source}
+        own = (
+            source
+            if isinstance(source, dict)
+            else {}
+            if isinstance(source, str) and source in album()
+            else {"yours": source}
+        )
         self.sources = own | {name: name for name in album() if name not in own}
-        self.menu = control(W.Dropdown, "picture", width - 84, options=[*self.sources], value=[*own, source][0])
-        self.upload = W.FileUpload(accept="image/*", description="file", layout=W.Layout(width="80px", margin="1px 0 1px 4px"))
+        self.menu = control(
+            W.Dropdown, "picture", width - 84, options=[*self.sources], value=[*own, source][0]
+        )
+        self.upload = W.FileUpload(
+            accept="image/*",
+            description="file",
+            layout=W.Layout(width="80px", margin="1px 0 1px 4px"),
+        )
         super().__init__([self.menu, self.upload], value=self.sources[self.menu.value])
         self.menu.observe(lambda change: self.set_trait("value", self.sources[change.new]), "value")
-        self.upload.observe(lambda change: [self.add(f["name"], bytes(f["content"])) for f in self.upload.value], "value")
+        self.upload.observe(
+            lambda change: [self.add(f["name"], bytes(f["content"])) for f in self.upload.value],
+            "value",
+        )
 
     def add(self, name: str, source) -> None:
         "A picture more, and chosen."
         self.sources[name] = source
         self.menu.options = [*self.sources]
-        self.menu.value, self.value = name, source
+        self.menu.value = name
+        self.value = source

@@ -29,67 +29,111 @@ from ..images import PALETTE, house_pictures, to_pil, to_tensor
 from ..patches import patchify, unpatchify
 
 # %% ../../nbs/62_explorers_words.ipynb #melt
-STAMPS = torch.tensor([[.90, .15, .85, .10], [.85, .90, .10, .20], [.95, .10, .20, .80]], dtype=torch.float64)  # lesson 02
-PICTURES = torch.cartesian_prod(*[torch.tensor([0., 1.], dtype=torch.float64)] * 4)                               # (16, 4): all there are
+# lesson 02
+STAMPS = torch.tensor(
+    [[0.90, 0.15, 0.85, 0.10], [0.85, 0.90, 0.10, 0.20], [0.95, 0.10, 0.20, 0.80]],
+    dtype=torch.float64,
+)
+# (16, 4): all there are
+PICTURES = torch.cartesian_prod(*[torch.tensor([0.0, 1.0], dtype=torch.float64)] * 4)
 
 
 def melt(t: float) -> tuple[Tensor, Tensor, Tensor]:
-    "From a stubborn guess (t = 0) to the posterior (t = 1) of sixteen pictures: q (16, 3), ELBO (16,) and gap (16,)."
+    """From a stubborn guess (t = 0) to the posterior (t = 1) of sixteen pictures.
+
+    Q (16, 3), ELBO (16,) and gap (16,).
+    """
     log_joint = DiscreteLatentModel(STAMPS.new_full((3,), 1 / 3).log(), STAMPS).joint(PICTURES)
     post = posterior(log_joint)
-    q = torch.lerp(STAMPS.new_tensor([.04, .92, .04]), post, t)
+    q = torch.lerp(STAMPS.new_tensor([0.04, 0.92, 0.04]), post, t)
     return q, elbo(log_joint, q), kl_categorical(q, post)
 
 # %% ../../nbs/62_explorers_words.ipynb #backdrop
-INK = "#7d838b"                                # reads on white and on black
-LOOK = {k: INK for k in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")} | {
-    "axes.facecolor": "none", "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "font.size": 9}
+INK = "#7d838b"  # reads on white and on black
+LOOK = {
+    k: INK
+    for k in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+} | {
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "font.size": 9,
+}
 
 
 class Backdrop:
     "A figure whose still parts are drawn once; `picture` draws the moving ones on top."
 
     def __init__(self, figure: Figure, moving: list):
-        self.canvas, self.moving = FigureCanvasAgg(figure), moving
+        self.canvas = FigureCanvasAgg(figure)
+        self.moving = moving
         figure.set_facecolor((1, 1, 1, 0))
-        for artist in moving: artist.set_animated(True)
+        for artist in moving:
+            artist.set_animated(True)
         self.canvas.draw()
         self.still = self.canvas.copy_from_bbox(figure.bbox)
 
     def picture(self) -> Image.Image:
         self.canvas.restore_region(self.still)
-        for artist in self.moving: artist.draw(self.canvas.renderer)
+        for artist in self.moving:
+            artist.draw(self.canvas.renderer)
         return Image.fromarray(np.array(self.canvas.buffer_rgba()))
 
 
 def on_white(picture: Image.Image) -> Image.Image:
     "A see-through picture on paper, for pages that run no widgets."
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")).convert("RGB")
+    return Image.alpha_composite(
+        Image.new("RGBA", picture.size, "white"), picture.convert("RGBA")
+    ).convert("RGB")
 
 # %% ../../nbs/62_explorers_words.ipynb #gap-picture
 @rc_context(LOOK)
 def gap_picture():
     "t -> (picture, words): the belief about one picture, and ELBO + gap of all sixteen."
-    (q, low, gap), k, figure = (x.numpy() for x in melt(0.)), 11, Figure((7.6, 2.7), dpi=100, layout="constrained")
+    (q, low, gap) = (x.numpy() for x in melt(0.0))
+    k = 11
+    figure = Figure((7.6, 2.7), dpi=100, layout="constrained")
     a, b = figure.subplots(1, 2, width_ratios=[1, 3.6])
-    belief = a.bar(range(3), q[k], .6, color=PALETTE["purple"], label="q")
-    goal = a.plot(range(3), melt(1.)[0][k].numpy(), "o", color=PALETTE["red"], label="posterior")
+    belief = a.bar(range(3), q[k], 0.6, color=PALETTE["purple"], label="q")
+    goal = a.plot(range(3), melt(1.0)[0][k].numpy(), "o", color=PALETTE["red"], label="posterior")
     blue = b.bar(range(16), low + 10, bottom=-10, color=PALETTE["blue"], label="ELBO")
     orange = b.bar(range(16), gap, bottom=low, color=PALETTE["orange"], label="gap")
     top = b.plot(range(16), low + gap, "_", ms=15, mew=2, color=PALETTE["red"], label="log p(x)")
     for i, p in enumerate(PICTURES):
-        thumb, edge = OffsetImage(p.view(2, 2, 1).expand(2, 2, 3).numpy(), zoom=9, interpolation="nearest"), PALETTE["red" if i == k else "grey"]
-        b.add_artist(AnnotationBbox(thumb, (i, -.09), xycoords=("data", "axes fraction"), pad=.12, bboxprops=dict(ec=edge, lw=2 if i == k else .6), annotation_clip=False))
-    a.set(ylim=(0, 1.3), xticks=range(3), xlabel="token of the framed picture", ylabel="probability")
-    b.set(ylim=(-10, .6), xlim=(-.7, 15.7), xticks=[], ylabel="nats")
-    for ax, n in ((a, 2), (b, 3)): ax.legend(fontsize=8, ncol=n, loc="upper right", columnspacing=1, borderpad=0)
+        thumb = OffsetImage(
+            p.view(2, 2, 1).expand(2, 2, 3).numpy(), zoom=9, interpolation="nearest"
+        )
+        edge = PALETTE["red" if i == k else "grey"]
+        b.add_artist(
+            AnnotationBbox(
+                thumb,
+                (i, -0.09),
+                xycoords=("data", "axes fraction"),
+                pad=0.12,
+                bboxprops=dict(ec=edge, lw=2 if i == k else 0.6),
+                annotation_clip=False,
+            )
+        )
+    a.set(
+        ylim=(0, 1.3), xticks=range(3), xlabel="token of the framed picture", ylabel="probability"
+    )
+    b.set(ylim=(-10, 0.6), xlim=(-0.7, 15.7), xticks=[], ylabel="nats")
+    for ax, n in ((a, 2), (b, 3)):
+        ax.legend(fontsize=8, ncol=n, loc="upper right", columnspacing=1, borderpad=0)
     backdrop = Backdrop(figure, [*belief, *goal, *blue, *orange, *top])
 
     def draw(t: float):
         q, low, gap = (x.tolist() for x in melt(t))
-        for bar, height in zip([*belief, *blue, *orange], [*q[k], *(l + 10 for l in low), *gap]): bar.set_height(height)
-        for bar, l in zip(orange, low): bar.set_y(l)
-        return backdrop.picture(), f"framed picture: ELBO {low[k]:.3f} + gap {gap[k]:.3f} = log p(x) {low[k] + gap[k]:.3f} nats; orange in all: <b>{sum(gap):.2f}</b> nats"
+        for bar, height in zip([*belief, *blue, *orange], [*q[k], *(l + 10 for l in low), *gap]):
+            bar.set_height(height)
+        for bar, l in zip(orange, low):
+            bar.set_y(l)
+        return (
+            backdrop.picture(),
+            f"framed picture: ELBO {low[k]:.3f} + gap {gap[k]:.3f} = log p(x) "
+            f"{low[k] + gap[k]:.3f} nats; orange in all: <b>{sum(gap):.2f}</b> nats",
+        )
 
     return draw
 
@@ -101,22 +145,28 @@ def words(text: str) -> str:
 
 def view() -> W.Image:
     "An empty picture that keeps its own size."
-    return W.Image(format="png", layout=W.Layout(align_self="flex-start", flex="0 0 auto", margin="0"))
+    return W.Image(
+        format="png", layout=W.Layout(align_self="flex-start", flex="0 0 auto", margin="0")
+    )
 
 
-WIDE = 400                                     # pixels of a control
+WIDE = 400  # pixels of a control
 
 
 class Drawn(Explorer):
     "Controls over one picture: `draw` takes their values and gives (picture, words)."
 
     def __init__(self, draw, *controls):
-        self.draw, self.controls, self.view, self.words = draw, controls, view(), W.HTML()
+        self.draw = draw
+        self.controls = controls
+        self.view = view()
+        self.words = W.HTML()
         super().__init__([*controls, self.view, self.words], watch=controls)
 
     def update(self, change=None) -> None:
         self.picture, text = self.draw(*(c.value for c in self.controls))
-        self.view.value, self.words.value = png(self.picture), words(text)
+        self.view.value = png(self.picture)
+        self.words.value = words(text)
 
     def still(self) -> Image.Image:
         return on_white(self.picture)
@@ -126,29 +176,50 @@ class GapExplorer(Drawn):
     "Drag q to the posterior: the gap melts, the top stays (lesson 02)."
 
     def __init__(self):
-        super().__init__(gap_picture(), control(W.FloatSlider, "q to posterior", WIDE, value=0., min=0, max=1, step=.05))
+        super().__init__(
+            gap_picture(),
+            control(W.FloatSlider, "q to posterior", WIDE, value=0.0, min=0, max=1, step=0.05),
+        )
 
 # %% ../../nbs/62_explorers_words.ipynb #triangle
 @rc_context(LOOK)
 def triangle_picture(logits: Tensor, noise: Tensor):
-    "tau -> (picture, words): the soft choices (n, 3) of logits (3,) under noise (n, 3), as points of a triangle."
-    corners, colours = torch.tensor([[0., 0.], [1., 0.], [.5, .75**.5]]), [PALETTE[c] for c in ("blue", "orange", "green")]
+    """tau -> (picture, words).
+
+    The soft choices (n, 3) of logits (3,) under noise (n, 3), as points of a triangle.
+    """
+    corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]])
+    colours = [PALETTE[c] for c in ("blue", "orange", "green")]
     lead = (logits + noise).argmax(1)
-    jitter = .02 * torch.randn(len(noise), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float32)  # or a heap is one dot
+    # or a heap is one dot
+    jitter = 0.02 * torch.randn(
+        len(noise), 2, generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
     figure = Figure((4.2, 3.5), dpi=100, layout="constrained")
     ax = figure.subplots()
-    ax.set(xlim=(-.15, 1.15), ylim=(-.2, 1.08), aspect="equal")
+    ax.set(xlim=(-0.15, 1.15), ylim=(-0.2, 1.08), aspect="equal")
     ax.set_axis_off()
-    ax.fill(*corners.T, color=PALETTE["grey"], alpha=.15, lw=0)
+    ax.fill(*corners.T, color=PALETTE["grey"], alpha=0.15, lw=0)
     for z, (x, y) in enumerate(corners.tolist()):
-        ax.text(x, y + (.18 if z == 2 else -.06), f"token {z}\n{(lead == z).sum()}", ha="center", va="top", color=colours[z])
-    dots = ax.scatter(*corners[lead].T, s=8, alpha=.5, lw=0, c=[colours[z] for z in lead])
+        ax.text(
+            x,
+            y + (0.18 if z == 2 else -0.06),
+            f"token {z}\n{(lead == z).sum()}",
+            ha="center",
+            va="top",
+            color=colours[z],
+        )
+    dots = ax.scatter(*corners[lead].T, s=8, alpha=0.5, lw=0, c=[colours[z] for z in lead])
     backdrop = Backdrop(figure, [dots])
 
     def draw(tau: float):
         y = gumbel_softmax(logits.expand_as(noise), tau, noise=noise).float()
         dots.set_offsets(y @ corners + jitter)
-        return backdrop.picture(), f"the winner's share is <b>{y.amax(1).mean():.0%}</b> on average; the counts at the corners never change"
+        return (
+            backdrop.picture(),
+            f"the winner's share is <b>{y.amax(1).mean():.0%}</b> on average; the counts at the "
+            "corners never change",
+        )
 
     return draw
 
@@ -156,13 +227,39 @@ def triangle_picture(logits: Tensor, noise: Tensor):
 class TemperatureExplorer(Drawn):
     "Turn the temperature of the Gumbel-softmax (lesson 03)."
 
-    def __init__(self, noise: Tensor | None = None, tau: float = .5, logits: Tensor = torch.tensor([0., 1., -1.])):
-        noise = sample_gumbel((500, 3), generator=torch.Generator().manual_seed(0)) if noise is None else noise
-        super().__init__(triangle_picture(logits, noise), control(W.FloatLogSlider, "temperature", WIDE, value=tau, base=2, min=-5, max=3, step=.25, readout_format=".2f"))
+    def __init__(
+        self,
+        noise: Tensor | None = None,
+        tau: float = 0.5,
+        logits: Tensor = torch.tensor([0.0, 1.0, -1.0]),
+    ):
+        noise = (
+            sample_gumbel((500, 3), generator=torch.Generator().manual_seed(0))
+            if noise is None
+            else noise
+        )
+        super().__init__(
+            triangle_picture(logits, noise),
+            control(
+                W.FloatLogSlider,
+                "temperature",
+                WIDE,
+                value=tau,
+                base=2,
+                min=-5,
+                max=3,
+                step=0.25,
+                readout_format=".2f",
+            ),
+        )
 
 # %% ../../nbs/62_explorers_words.ipynb #rent
-def best_alphabet(blocks: Tensor, stamps: Tensor, beta: float, rounds: int = 16) -> tuple[Tensor, Tensor]:
-    "Blocks (N, D) and first stamps (V, D) to the stamps (V, D) and bets (N, V) that pay the rent beta best; sigma^2 = 1/8 as in `normal_nll`."
+def best_alphabet(
+    blocks: Tensor, stamps: Tensor, beta: float, rounds: int = 16
+) -> tuple[Tensor, Tensor]:
+    """Blocks (N, D) and first stamps (V, D) to the stamps (V, D) and bets (N, V) that pay the rent
+    beta best; sigma^2 = 1/8 as in `normal_nll`.
+    """
     for _ in range(rounds):
         q = (torch.cdist(blocks, stamps).square() * (-4 / beta)).softmax(1)
         stamps = q.T @ blocks / (q.sum(0)[:, None] + 1e-9)
@@ -171,10 +268,17 @@ def best_alphabet(blocks: Tensor, stamps: Tensor, beta: float, rounds: int = 16)
 # %% ../../nbs/62_explorers_words.ipynb #mosaic
 def mosaic(tiles: np.ndarray, ncols: int, size: int, gap: int = 2) -> Image.Image:
     "Small pictures (n, h, w, 3) uint8, row by row, each size x size on dark ground."
-    nrows, step = -(-len(tiles) // ncols), size + gap
+    nrows = -(-len(tiles) // ncols)
+    step = size + gap
     page = np.full((nrows * ncols, step, step, 3), (38, 40, 44), np.uint8)
-    page[: len(tiles), gap:, gap:] = tiles[:, np.arange(size) * tiles.shape[1] // size][:, :, np.arange(size) * tiles.shape[2] // size]
-    return Image.fromarray(page.reshape(nrows, ncols, step, step, 3).swapaxes(1, 2).reshape(nrows * step, ncols * step, 3))
+    page[: len(tiles), gap:, gap:] = tiles[:, np.arange(size) * tiles.shape[1] // size][
+        :, :, np.arange(size) * tiles.shape[2] // size
+    ]
+    return Image.fromarray(
+        page.reshape(nrows, ncols, step, step, 3)
+        .swapaxes(1, 2)
+        .reshape(nrows * step, ncols * step, 3)
+    )
 
 
 def as_tiles(images: Tensor) -> np.ndarray:
@@ -183,45 +287,95 @@ def as_tiles(images: Tensor) -> np.ndarray:
 
 # %% ../../nbs/62_explorers_words.ipynb #alphabet
 def alphabet_picture(image: Tensor, patch_size: int = 8, vocab_size: int = 64):
-    "beta -> (picture, words): the best alphabet of an image (3, S, S) under that rent, and the image printed with it."
-    blocks, P = patchify(image[None], patch_size)[0], patch_size
-    start = blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))[:vocab_size]]
-    start = best_alphabet(blocks, start, .1)[0]
-    start = start[start.mean(1).argsort()]                                                        # from dark to light
-    card, edge = blocks.var(0).mean(), 8 * torch.linalg.eigvalsh(torch.cov(blocks.T))[-1]
+    """beta -> (picture, words).
+
+    The best alphabet of an image (3, S, S) under that rent, and the image printed with it.
+    """
+    blocks = patchify(image[None], patch_size)[0]
+    P = patch_size
+    start = blocks[
+        torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))[:vocab_size]
+    ]
+    start = best_alphabet(blocks, start, 0.1)[0]
+    # from dark to light
+    start = start[start.mean(1).argsort()]
+    card = blocks.var(0).mean()
+    edge = 8 * torch.linalg.eigvalsh(torch.cov(blocks.T))[-1]
 
     def draw(beta: float):
         stamps, q = best_alphabet(blocks, start, beta)
         printed = unpatchify(stamps[q.argmax(1)][None], P)[0]
-        page = Image.new("RGBA", (244 + printed.shape[2], max(224, printed.shape[1])), (255, 255, 255, 0))
+        page = Image.new(
+            "RGBA", (244 + printed.shape[2], max(224, printed.shape[1])), (255, 255, 255, 0)
+        )
         page.paste(mosaic(as_tiles(stamps.view(-1, P, P, 3).permute(0, 3, 1, 2)), 8, 26), (0, 0))
         page.paste(to_pil(printed), (244, 0))
         kl = kl_uniform(q.clamp_min(1e-30).log()).mean().clamp_min(0)
-        return page, (f"{vocab_size} stamps, and a picture printed with them. A token costs <b>{kl:.2f}</b> of {math.log(vocab_size):.2f} nats; "
-                      f"squared error <b>{F.mse_loss(printed, image):.4f}</b>, of a grey card {card:.4f}; from {edge:.0f} on all is grey")
+        return page, (
+            f"{vocab_size} stamps, and a picture printed with them. A token costs <b>{kl:.2f}</b> "
+            f"of {math.log(vocab_size):.2f} nats; "
+            f"squared error <b>{F.mse_loss(printed, image):.4f}</b>, of a grey card {card:.4f}; "
+            f"from {edge:.0f} on all is grey"
+        )
 
     return draw
 
 
 class AlphabetExplorer(Drawn):
-    "Raise the KL weight, and the alphabet greys out (lesson 04). 1 is the ELBO, 6.6 DALL-E's, 192 the unscaled sum."
+    """Raise the KL weight, and the alphabet greys out (lesson 04).
+
+    1 is the ELBO, 6.6 DALL-E's, 192 the unscaled sum.
+    """
 
     def __init__(self, image: Tensor | None = None):
         draw = alphabet_picture(house_pictures(224)[0] if image is None else image)
-        super().__init__(draw, control(W.FloatLogSlider, "KL weight", WIDE, value=1, base=2, min=-3, max=8, step=.25, readout_format=".2f"))
+        super().__init__(
+            draw,
+            control(
+                W.FloatLogSlider,
+                "KL weight",
+                WIDE,
+                value=1,
+                base=2,
+                min=-3,
+                max=8,
+                step=0.25,
+                readout_format=".2f",
+            ),
+        )
 
 # %% ../../nbs/62_explorers_words.ipynb #cost
-def cost(img_size: int = 224, patch_size: int = 16, stride: int | None = None, embed_dim: int = 768, depth: int = 12) -> dict:
-    "Patches, pairs a head, multiply-adds of the Transformer (ViT-B by default), and the share of the N^2 part."
-    n, D = (img_size - patch_size) // (stride or patch_size) + 1, embed_dim
-    N = n * n + 1                                                # and CLS
-    maps, attention = depth * 12 * N * D**2 + n * n * patch_size**2 * 3 * D, depth * 2 * N * N * D
-    return dict(tokens=n * n, pairs=N * N, work=maps + attention, share=attention / (maps + attention))
+def cost(
+    img_size: int = 224,
+    patch_size: int = 16,
+    stride: int | None = None,
+    embed_dim: int = 768,
+    depth: int = 12,
+) -> dict:
+    """Patches, pairs a head, multiply-adds of the Transformer (ViT-B by default), and the share of
+    the N^2 part.
+    """
+    n = (img_size - patch_size) // (stride or patch_size) + 1
+    D = embed_dim
+    N = n * n + 1  # and CLS
+    maps = depth * 12 * N * D**2 + n * n * patch_size**2 * 3 * D
+    attention = depth * 2 * N * N * D
+    return dict(
+        tokens=n * n, pairs=N * N, work=maps + attention, share=attention / (maps + attention)
+    )
 
 
 def cut(image: Tensor, patch_size: int, stride: int) -> Tensor:
-    "A picture (3, H, W) to its patches (N, 3, P, P), row by row; overlapping or apart as the stride says."
-    return image.unfold(1, patch_size, stride).unfold(2, patch_size, stride).flatten(1, 2).transpose(0, 1)
+    """A picture (3, H, W) to its patches (N, 3, P, P), row by row.
+
+    Overlapping or apart as the stride says.
+    """
+    return (
+        image.unfold(1, patch_size, stride)
+        .unfold(2, patch_size, stride)
+        .flatten(1, 2)
+        .transpose(0, 1)
+    )
 
 # %% ../../nbs/62_explorers_words.ipynb #film
 def film(tiles: np.ndarray, width: int = 448, height: int = 320) -> tuple[Image.Image, int]:
@@ -233,48 +387,103 @@ def film(tiles: np.ndarray, width: int = 448, height: int = 320) -> tuple[Image.
 def framed(picture: Image.Image, left: float, top: float, size: float) -> Image.Image:
     "A copy with an orange frame around one square."
     picture = picture.copy()
-    ImageDraw.Draw(picture).rectangle((left, top, left + size - 1, top + size - 1), outline=PALETTE["orange"], width=3)
+    ImageDraw.Draw(picture).rectangle(
+        (left, top, left + size - 1, top + size - 1), outline=PALETTE["orange"], width=3
+    )
     return picture
 
 # %% ../../nbs/62_explorers_words.ipynb #patch-explorer
 def column(title: str, *widgets) -> W.VBox:
     "Widgets under a small title."
-    return W.VBox([W.HTML(words(f"<h4>{title}</h4>"), layout=W.Layout(margin="0 0 2px")), *widgets], layout=W.Layout(margin="6px 20px 0 0", flex="0 0 auto", overflow="hidden"))
+    return W.VBox(
+        [W.HTML(words(f"<h4>{title}</h4>"), layout=W.Layout(margin="0 0 2px")), *widgets],
+        layout=W.Layout(margin="6px 20px 0 0", flex="0 0 auto", overflow="hidden"),
+    )
 
 
 class PatchExplorer(Explorer):
-    "Patch size, stride, the sequence as a film strip, and what attention over it costs (lesson 01)."
+    """Patch size, stride, the sequence as a film strip, and what attention over it costs (lesson
+    01).
+    """
 
     def __init__(self, picture="chelsea"):
         self.menu = PictureMenu(picture, WIDE)
-        self.size = control(W.SelectionSlider, "patch size", WIDE, options=[8, 14, 16, 28, 32, 56], value=16)
-        self.stride = control(W.SelectionSlider, "stride", WIDE, options=[("half a patch", .5), ("one patch", 1), ("two patches", 2)], value=1)
-        self.shuffle = W.ToggleButton(description="Shuffle", icon="random", layout=W.Layout(width="110px", margin="1px 0 1px 108px"))
-        self.pad, self.view, self.words = PatchPad(mode="pick", width=320, cursor=90), view(), W.HTML()
+        self.size = control(
+            W.SelectionSlider, "patch size", WIDE, options=[8, 14, 16, 28, 32, 56], value=16
+        )
+        self.stride = control(
+            W.SelectionSlider,
+            "stride",
+            WIDE,
+            options=[("half a patch", 0.5), ("one patch", 1), ("two patches", 2)],
+            value=1,
+        )
+        self.shuffle = W.ToggleButton(
+            description="Shuffle",
+            icon="random",
+            layout=W.Layout(width="110px", margin="1px 0 1px 108px"),
+        )
+        self.pad = PatchPad(mode="pick", width=320, cursor=90)
+        self.view = view()
+        self.words = W.HTML()
         self.pad.observe(self.safely(self.point), "cursor")
         controls = W.HBox([W.VBox([self.menu, self.size]), W.VBox([self.stride, self.shuffle])])
-        super().__init__([controls, W.HBox([column("the picture", self.pad), column("the sequence", self.view)]), self.words], (self.menu, self.size, self.stride, self.shuffle))
+        super().__init__(
+            [
+                controls,
+                W.HBox([column("the picture", self.pad), column("the sequence", self.view)]),
+                self.words,
+            ],
+            (self.menu, self.size, self.stride, self.shuffle),
+        )
 
     def update(self, change=None) -> None:
-        P, step = self.size.value, int(self.size.value * self.stride.value)
-        if change is None or change["owner"] is self.menu: self.picture = read_picture(self.menu.value, 320)
-        tiles, c = as_tiles(cut(to_tensor(self.picture.resize((224, 224))), P, step)), cost(224, P, step)
-        self.order = np.random.default_rng(0).permutation(len(tiles)) if self.shuffle.value else np.arange(len(tiles))
+        P = self.size.value
+        step = int(self.size.value * self.stride.value)
+        if change is None or change["owner"] is self.menu:
+            self.picture = read_picture(self.menu.value, 320)
+        tiles = as_tiles(cut(to_tensor(self.picture.resize((224, 224))), P, step))
+        c = cost(224, P, step)
+        self.order = (
+            np.random.default_rng(0).permutation(len(tiles))
+            if self.shuffle.value
+            else np.arange(len(tiles))
+        )
         self.film, self.ncols = film(tiles[self.order])
-        self.price = (f"<b>{c['tokens']:,}</b> tokens, <b>{c['pairs']:,}</b> pairs a head, <b>{c['work'] / 1e9:.1f}</b> billion multiply-adds "
-                      f"in a ViT-B ({c['work'] / cost()['work']:.2f} x BEiT's), {c['share']:.0%} of them for attention")
-        if self.pad.cursor >= len(tiles): self.pad.cursor = 0
-        with self.pad.hold_sync(): self.pad.rows = self.pad.cols = math.isqrt(len(tiles))
+        self.price = (
+            f"<b>{c['tokens']:,}</b> tokens, <b>{c['pairs']:,}</b> pairs a head, "
+            f"<b>{c['work'] / 1e9:.1f}</b> billion multiply-adds "
+            f"in a ViT-B ({c['work'] / cost()['work']:.2f} x BEiT's), {c['share']:.0%} of them "
+            "for attention"
+        )
+        if self.pad.cursor >= len(tiles):
+            self.pad.cursor = 0
+        with self.pad.hold_sync():
+            self.pad.rows = self.pad.cols = math.isqrt(len(tiles))
         self.point()
 
     def point(self, change=None) -> None:
         "Frame the chosen patch in the picture and in the sequence."
-        i, place, zoom, size = self.pad.cursor, int((self.order == self.pad.cursor).nonzero()[0][0]), 320 / 224, 448 // self.ncols
-        (r, c), step = divmod(i, self.pad.cols), int(self.size.value * self.stride.value)
-        seen = self.picture if step == self.size.value else framed(self.picture, c * step * zoom, r * step * zoom, self.size.value * zoom)
-        if seen is not self.pad.image: self.pad.show(seen)
-        self.shown = framed(self.film, place % self.ncols * size, place // self.ncols * size, size + 2)
-        self.view.value, self.words.value = png(self.shown), words(f"{self.price}<br>patch {r},{c} is word <b>{place + 1}</b> of the sequence")
+        i = self.pad.cursor
+        place = int((self.order == self.pad.cursor).nonzero()[0][0])
+        zoom = 320 / 224
+        size = 448 // self.ncols
+        (r, c) = divmod(i, self.pad.cols)
+        step = int(self.size.value * self.stride.value)
+        seen = (
+            self.picture
+            if step == self.size.value
+            else framed(self.picture, c * step * zoom, r * step * zoom, self.size.value * zoom)
+        )
+        if seen is not self.pad.image:
+            self.pad.show(seen)
+        self.shown = framed(
+            self.film, place % self.ncols * size, place // self.ncols * size, size + 2
+        )
+        self.view.value = png(self.shown)
+        self.words.value = words(
+            f"{self.price}<br>patch {r},{c} is word <b>{place + 1}</b> of the sequence"
+        )
 
     def still(self) -> Image.Image:
         return strip({"the picture": self.pad.still(), "the sequence": self.shown}, 200)

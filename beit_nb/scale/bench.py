@@ -49,12 +49,21 @@ from ..vit import VisionTransformer
 
 # %% ../../nbs/53_scale_bench.ipynb #race
 def clock_of(device: torch.device, threads: int) -> Callable[[], float]:
-    "Seconds: CPU time of this thread where one thread does the work, else the wall's; a GPU is waited for."
-    if device.type == "cuda": return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
+    """Seconds: CPU time of this thread where one thread does the work, else the wall's.
+
+    A GPU is waited for.
+    """
+    if device.type == "cuda":
+        return lambda: (torch.cuda.synchronize(), time.perf_counter())[1]
     return time.thread_time if threads == 1 else time.perf_counter
 
 
-def race(ways: dict[str, Callable], repeats: int, clock: Callable[[], float] = time.thread_time, warm: int = 1) -> dict[str, list[float]]:
+def race(
+    ways: dict[str, Callable],
+    repeats: int,
+    clock: Callable[[], float] = time.thread_time,
+    warm: int = 1,
+) -> dict[str, list[float]]:
     "Seconds of every way in every turn; `warm` turns more are run first and forgotten."
     seconds = {k: [] for k in ways}
     for _ in range(repeats + warm):
@@ -70,73 +79,150 @@ def compare(seconds: dict[str, list[float]], items: float, base: str) -> dict[st
     rows = {}
     for k, v in seconds.items():
         ratios = [a / b for a, b in zip(seconds[base], v, strict=True)]
-        rows[k] = dict(seconds=statistics.median(v), low=min(v), high=max(v), per_second=items / statistics.median(v),
-                       ratio=statistics.median(ratios), ratio_low=min(ratios), ratio_high=max(ratios))
+        rows[k] = dict(
+            seconds=statistics.median(v),
+            low=min(v),
+            high=max(v),
+            per_second=items / statistics.median(v),
+            ratio=statistics.median(ratios),
+            ratio_low=min(ratios),
+            ratio_high=max(ratios),
+        )
     return rows
 
 # %% ../../nbs/53_scale_bench.ipynb #peak
-def peak(dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu", width: int = 1024, repeats: int = 3) -> float:
-    "Operations a second of one matrix product, the best of a few: what nothing on this machine will beat."
+def peak(
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    width: int = 1024,
+    repeats: int = 3,
+) -> float:
+    """Operations a second of one matrix product, the best of a few.
+
+    What nothing on this machine will beat.
+    """
     a, b = (torch.randn(width, width, device=device).to(dtype) for _ in "ab")
-    seconds = race(dict(product=lambda: F.linear(a, b)), repeats, clock_of(torch.device(device), torch.get_num_threads()))
+    seconds = race(
+        dict(product=lambda: F.linear(a, b)),
+        repeats,
+        clock_of(torch.device(device), torch.get_num_threads()),
+    )
     return 2 * width**3 / min(seconds["product"])
 
 # %% ../../nbs/53_scale_bench.ipynb #work
 WORK = dict(tokenizer=52.1e9, model=108.0e9)  # operations for one picture; the lesson counts them
-PLUS = dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1)  # BEiT+, the official defaults
+# BEiT+, the official defaults
+PLUS = dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1)
 
 # %% ../../nbs/53_scale_bench.ipynb #step
-FULL = dict(img_size=224, patch_size=16, embed_dim=768, depth=12, num_heads=12, vocab_size=8192, drop_path_rate=0.1)  # BEiT-B, paper Table 12
-TINY = dict(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=2, vocab_size=64, drop_path_rate=0.1)
+# BEiT-B, paper Table 12
+FULL = dict(
+    img_size=224,
+    patch_size=16,
+    embed_dim=768,
+    depth=12,
+    num_heads=12,
+    vocab_size=8192,
+    drop_path_rate=0.1,
+)
+TINY = dict(
+    img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=2, vocab_size=64, drop_path_rate=0.1
+)
 
 
 class Step:
-    "One step of pre-training: `who` is ours, official or hf; `how` is fp32, bf16, bf16 all (tokenizer too) or bf16 compiled."
-    def __init__(self, who: str, how: str, size: dict = FULL, batch: int = 8, device: str | torch.device = "cpu", clock=None):
+    """One step of pre-training.
+
+    `who` is ours, official or hf; `how` is fp32, bf16, bf16 all (tokenizer too) or bf16 compiled.
+    """
+
+    def __init__(
+        self,
+        who: str,
+        how: str,
+        size: dict = FULL,
+        batch: int = 8,
+        device: str | torch.device = "cpu",
+        clock=None,
+    ):
         torch.manual_seed(0)
-        self.who, self.device, self.clock = who, torch.device(device), clock
+        self.who = who
+        self.device = torch.device(device)
+        self.clock = clock
         grid = (size["img_size"] // size["patch_size"],) * 2
         model = hugging_face(**size) if who == "hf" else BeitForMaskedImageModeling(**size, **PLUS)
         self.model = (OfficialStyle(model) if who == "official" else model).to(device).train()
-        if who == "ours": self.optimizer = torch.optim.AdamW(param_groups(self.model, 0.05), lr=1e-5, fused=True)
-        else: self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.05)
-        self.encoder = DalleEncoder(n_hid=256 if size is FULL else 16, vocab_size=size["vocab_size"]).requires_grad_(False).to(device)
-        self.mask = blockwise_masks(batch, grid, round(0.383 * math.prod(grid)), max(1, round(0.08 * math.prod(grid))), rng=np.random.default_rng(0)).flatten(1)
-        self.images, self.tokens = (torch.rand(batch, 3, s, s, device=device) for s in (size["img_size"], 8 * grid[0]))
+        if who == "ours":
+            self.optimizer = torch.optim.AdamW(param_groups(self.model, 0.05), lr=1e-5, fused=True)
+        else:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, weight_decay=0.05)
+        self.encoder = (
+            DalleEncoder(n_hid=256 if size is FULL else 16, vocab_size=size["vocab_size"])
+            .requires_grad_(False)
+            .to(device)
+        )
+        self.mask = blockwise_masks(
+            batch,
+            grid,
+            round(0.383 * math.prod(grid)),
+            max(1, round(0.08 * math.prod(grid))),
+            rng=np.random.default_rng(0),
+        ).flatten(1)
+        self.images, self.tokens = (
+            torch.rand(batch, 3, s, s, device=device) for s in (size["img_size"], 8 * grid[0])
+        )
         self.set(how)
 
     def set(self, how: str) -> "Step":
-        self.how, self.laps, self.cast = how, {}, nullcontext() if how == "fp32" else torch.autocast(self.device.type, torch.bfloat16)
+        self.how = how
+        self.laps = {}
+        self.cast = (
+            nullcontext() if how == "fp32" else torch.autocast(self.device.type, torch.bfloat16)
+        )
         half = torch.bfloat16 if how == "bf16 all" else roads(self.device).tokenizer
-        self.half = half is not None                                  # does the tokenizer work in half precision?
-        if "compiled" in how: self.model = torch.compile(self.model)
-        if self.who == "ours": self.dvae = optimize_for_inference(DalleVAE(copy.deepcopy(self.encoder) if half else self.encoder), half)
+        # does the tokenizer work in half precision?
+        self.half = half is not None
+        if "compiled" in how:
+            self.model = torch.compile(self.model)
+        if self.who == "ours":
+            self.dvae = optimize_for_inference(
+                DalleVAE(copy.deepcopy(self.encoder) if half else self.encoder), half
+            )
         return self
 
     def lap(self, name: str) -> None:
-        if self.clock: self.laps.setdefault(name, []).append(self.clock())
+        if self.clock:
+            self.laps.setdefault(name, []).append(self.clock())
 
 # %% ../../nbs/53_scale_bench.ipynb #step-call
 def targets_of(s: Step, where: Tensor, mask: Tensor) -> Tensor:
     "The ids of the hidden cells, (n,): ours computes only those, the others choose among all."
     with torch.no_grad():
-        if s.who == "ours": return s.dvae.indices_at(s.tokens, where)
+        if s.who == "ours":
+            return s.dvae.indices_at(s.tokens, where)
         return official_tokens(s.encoder, s.tokens).flatten(1)[mask]
 
 
 def loss_of(s: Step, where: Tensor, mask: Tensor, targets: Tensor) -> Tensor:
     "Forward pass and loss."
     with s.cast:
-        if s.who == "ours": return mim_loss(s.model(s.images, mask, where=where), targets)
-        if s.who == "hf": return s.model(s.images, bool_masked_pos=mask, labels=targets).loss
+        if s.who == "ours":
+            return mim_loss(s.model(s.images, mask, where=where), targets)
+        if s.who == "hf":
+            return s.model(s.images, bool_masked_pos=mask, labels=targets).loss
         return F.cross_entropy(s.model(s.images, mask), targets)
 
 
 def step(s: Step) -> Tensor:
     "One whole step; returns the loss, which nobody has waited for."
-    if s.who == "ours": tune(s.device, s.model.embed_dim)
-    else: torch.set_float32_matmul_precision("highest")
-    where, mask = ((x.pin_memory() if s.device.type == "cuda" else x).to(s.device, non_blocking=True) for x in (masked_cells(s.mask), s.mask))
+    if s.who == "ours":
+        tune(s.device, s.model.embed_dim)
+    else:
+        torch.set_float32_matmul_precision("highest")
+    where, mask = (
+        (x.pin_memory() if s.device.type == "cuda" else x).to(s.device, non_blocking=True)
+        for x in (masked_cells(s.mask), s.mask)
+    )
     s.lap("start")
     targets = targets_of(s, where, mask)
     s.lap("tokenizer")
@@ -156,18 +242,24 @@ def one_picture(s: Step):
     "While it lasts, the step has a single picture."
     whole = s.images, s.tokens, s.mask
     s.images, s.tokens, s.mask = (x[:1] for x in whole)
-    try: yield s
-    finally: s.images, s.tokens, s.mask = whole
+    try:
+        yield s
+    finally:
+        s.images, s.tokens, s.mask = whole
 
 
 def warm_up(s: Step) -> None:
     "A step with one picture, whose times are forgotten."
-    with one_picture(s): step(s)
+    with one_picture(s):
+        step(s)
     s.laps.clear()
 
 
 def step_memory(who: str, how: str, batch: int = 8, quick: bool = False) -> float:
-    "MB that one step takes at most, in a process of its own: on the GPU, or of main memory beyond the imports."
+    """MB that one step takes at most, in a process of its own.
+
+    On the GPU, or of main memory beyond the imports.
+    """
     code = f"""
 import sys, torch, beit_nb.scale.bench as b
 from beit_nb.engine.runs import memory
@@ -180,108 +272,233 @@ b.warm_up(s)
 b.step(s)
 print(torch.cuda.max_memory_allocated() / 2**20 if torch.cuda.is_available() else memory() - before)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f"the memory of {who}, {how} could not be measured: {done.stderr.strip().splitlines()[-1]}")
+    if done.returncode:
+        raise RuntimeError(
+            f"the memory of {who}, {how} could not be measured: "
+            f"{done.stderr.strip().splitlines()[-1]}"
+        )
     return float(done.stdout)
 
 # %% ../../nbs/53_scale_bench.ipynb #work-of
 def work_of(s: Step) -> tuple[float, float]:
-    "Operations that tokenizer and model (forward and backward) do for one picture if drop path drops nothing."
+    """Operations that tokenizer and model (forward and backward) do for one picture if drop path
+    drops nothing.
+    """
     with one_picture(s):
-        where, mask = masked_cells(s.mask).to(s.device), s.mask.to(s.device)
+        where = masked_cells(s.mask).to(s.device)
+        mask = s.mask.to(s.device)
         s.model.eval()
-        with FlopCounterMode(display=False) as tokens: targets = targets_of(s, where, mask)
-        with FlopCounterMode(display=False) as model: loss_of(s, where, mask, targets).backward()
+        with FlopCounterMode(display=False) as tokens:
+            targets = targets_of(s, where, mask)
+        with FlopCounterMode(display=False) as model:
+            loss_of(s, where, mask, targets).backward()
         s.model.train().zero_grad(set_to_none=True)
     return tokens.get_total_flops(), model.get_total_flops()
 
 
 def floor_of(s: Step, work: tuple[float, float], peaks: dict[str, float]) -> float:
     "Seconds that a step would take at the peak."
-    return len(s.images) * sum(n / peaks[p] for n, p in zip(work, ("bf16" if s.half else "fp32", "fp32" if s.how == "fp32" else "bf16")))
+    return len(s.images) * sum(
+        n / peaks[p]
+        for n, p in zip(work, ("bf16" if s.half else "fp32", "fp32" if s.how == "fp32" else "bf16"))
+    )
 
 # %% ../../nbs/53_scale_bench.ipynb #bench-step
 def bench_step(threads: int, quick: bool = False, repeats: int = 3) -> dict:
-    "Our pre-training step (tokenizer included) against the official style and Hugging Face's; one GPU, if there is one, else the CPU."
-    device, size, batch = default_device(), TINY if quick else FULL, 2 if quick else 8
-    gpu, clock = device.type == "cuda", clock_of(default_device(), threads)
-    batch, steps, repeats = (64, 10, repeats) if gpu and not quick else (batch, 1, 1 if quick else repeats)
-    who, firsts = [("official", "fp32"), ("hf", "fp32"), ("ours", "fp32"), ("official", "bf16"), ("ours", "bf16"), ("ours", "bf16 compiled" if gpu else "bf16 all")], {}
+    """Our pre-training step (tokenizer included) against the official style and Hugging Face's.
+
+    One GPU, if there is one, else the CPU.
+    """
+    device = default_device()
+    size = TINY if quick else FULL
+    batch = 2 if quick else 8
+    gpu = device.type == "cuda"
+    clock = clock_of(default_device(), threads)
+    batch, steps, repeats = (
+        (64, 10, repeats) if gpu and not quick else (batch, 1, 1 if quick else repeats)
+    )
+    who = [
+        ("official", "fp32"),
+        ("hf", "fp32"),
+        ("ours", "fp32"),
+        ("official", "bf16"),
+        ("ours", "bf16"),
+        ("ours", "bf16 compiled" if gpu else "bf16 all"),
+    ]
+    firsts = {}
     for w in ("official", "hf", "ours"):
-        try: firsts[w] = Step(w, "fp32", size, batch, device, None if gpu else clock)
-        except ValueError as e: print(f"without {w}: {e}")
-    runs = {f"{w}, {how}": copy.copy(firsts[w]).set(how) for w, how in who if w in firsts}    # one model, several ways to run it
-    for s in runs.values(): warm_up(s)
-    rows = compare(race({k: lambda s=s: [step(s) for _ in range(steps)] for k, s in runs.items()}, repeats, clock, warm=int(gpu)), steps * batch, "official, fp32")
+        try:
+            firsts[w] = Step(w, "fp32", size, batch, device, None if gpu else clock)
+        except ValueError as e:
+            print(f"without {w}: {e}")
+    # one model, several ways to run it
+    runs = {f"{w}, {how}": copy.copy(firsts[w]).set(how) for w, how in who if w in firsts}
+    for s in runs.values():
+        warm_up(s)
+    rows = compare(
+        race(
+            {k: lambda s=s: [step(s) for _ in range(steps)] for k, s in runs.items()},
+            repeats,
+            clock,
+            warm=int(gpu),
+        ),
+        steps * batch,
+        "official, fp32",
+    )
     for k, s in runs.items():
-        if not gpu: rows[k]["stages"] = {b: statistics.median(np.subtract(s.laps[b], s.laps[a])) for a, b in zip(s.laps, list(s.laps)[1:])}
-        if not quick or k == "ours, fp32": rows[k]["memory_mb"] = step_memory(s.who, s.how, batch, quick)
+        if not gpu:
+            rows[k]["stages"] = {
+                b: statistics.median(np.subtract(s.laps[b], s.laps[a]))
+                for a, b in zip(s.laps, list(s.laps)[1:])
+            }
+        if not quick or k == "ours, fp32":
+            rows[k]["memory_mb"] = step_memory(s.who, s.how, batch, quick)
     tune(device, 768)
-    peaks = {n: peak(d, device, 256 if quick else 8192 if gpu else 2048) for n, d in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
+    peaks = {
+        n: peak(d, device, 256 if quick else 8192 if gpu else 2048)
+        for n, d in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    }
     for k, s in runs.items():
         work = work_of(runs["ours, bf16"] if "compiled" in k else s)
-        rows[k] |= dict(work=work, floor=floor_of(s, work, peaks), share_of_peak=steps * floor_of(s, work, peaks) / rows[k]["seconds"])
-    against = {"ours_against_hf_fp32": rows["hf, fp32"]["seconds"] / rows["ours, fp32"]["seconds"]} if "hf" in firsts else {}
-    return dict(rows=rows, items="images", peaks=peaks, work_per_image=sum(WORK.values()), batch=batch) | against
+        rows[k] |= dict(
+            work=work,
+            floor=floor_of(s, work, peaks),
+            share_of_peak=steps * floor_of(s, work, peaks) / rows[k]["seconds"],
+        )
+    against = (
+        {"ours_against_hf_fp32": rows["hf, fp32"]["seconds"] / rows["ours, fp32"]["seconds"]}
+        if "hf" in firsts
+        else {}
+    )
+    return (
+        dict(rows=rows, items="images", peaks=peaks, work_per_image=sum(WORK.values()), batch=batch)
+        | against
+    )
 
 # %% ../../nbs/53_scale_bench.ipynb #bench-small
 SMALL = dict(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3)
 
 
 def bench_small(threads: int, quick: bool = False, repeats: int = 5, batch: int = 64) -> dict:
-    "A small model forward and backward, 64 tokens, against timm's, with fused attention and without, in fp32 and bf16."
-    try: from timm.layers import set_fused_attn, use_fused_attn; from timm.models.beit import Beit; from timm.models.vision_transformer import VisionTransformer as Vit
-    except ImportError as e: raise ValueError("the benchmark `small` compares with timm; pip install timm") from e
-    device, size, images = default_device(), SMALL | (dict(embed_dim=48, depth=1) if quick else {}), torch.randn(4 if quick else batch, 3, 32, 32)
-    before, bare, models = use_fused_attn(), dict(num_classes=0, global_pool=""), {}
+    """A small model forward and backward, 64 tokens, against timm's, with fused attention and
+    without, in fp32 and bf16.
+    """
+    try:
+        from timm.layers import set_fused_attn, use_fused_attn
+        from timm.models.beit import Beit
+        from timm.models.vision_transformer import VisionTransformer as Vit
+    except ImportError as e:
+        raise ValueError("the benchmark `small` compares with timm; pip install timm") from e
+    device = default_device()
+    size = SMALL | (dict(embed_dim=48, depth=1) if quick else {})
+    images = torch.randn(4 if quick else batch, 3, 32, 32)
+    before = use_fused_attn()
+    bare = dict(num_classes=0, global_pool="")
+    models = {}
     for fused in (True, False):
         set_fused_attn(fused)
-        models |= {f"timm ViT, {'fused' if fused else 'plain'}": Vit(**size, **bare), f"timm Beit, {'fused' if fused else 'plain'}": Beit(**size, **bare, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)}
+        models |= {
+            f"timm ViT, {'fused' if fused else 'plain'}": Vit(**size, **bare),
+            f"timm Beit, {'fused' if fused else 'plain'}": Beit(
+                **size, **bare, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1
+            ),
+        }
     set_fused_attn(bool(before))
-    models |= {"ours, paper": VisionTransformer(**size), "ours, BEiT+": VisionTransformer(**size, **PLUS)}
+    models |= {
+        "ours, paper": VisionTransformer(**size),
+        "ours, BEiT+": VisionTransformer(**size, **PLUS),
+    }
     tune(device, size["embed_dim"])
 
     def run(model, how, x=images.to(device)):
-        with torch.autocast(device.type, torch.bfloat16, enabled=how == "bf16"): y = model(x)
+        with torch.autocast(device.type, torch.bfloat16, enabled=how == "bf16"):
+            y = model(x)
         y.float().square().mean().backward()
         model.zero_grad()
 
-    ways = {f"{k}, {how}": lambda m=m.to(device), how=how: run(m, how) for how in ("fp32", "bf16") for k, m in models.items()}
-    rows = compare(race(ways, 1 if quick else repeats, clock_of(device, threads)), len(images), "timm ViT, fused, fp32")
+    ways = {
+        f"{k}, {how}": lambda m=m.to(device), how=how: run(m, how)
+        for how in ("fp32", "bf16")
+        for k, m in models.items()
+    }
+    rows = compare(
+        race(ways, 1 if quick else repeats, clock_of(device, threads)),
+        len(images),
+        "timm ViT, fused, fp32",
+    )
     best = max((k for k in rows if k.startswith("timm")), key=lambda k: rows[k]["per_second"])
-    return dict(rows=rows, items="images", fastest_of_timm=best, ours_against_fastest=rows[best]["seconds"] / rows["ours, paper, bf16"]["seconds"])
+    return dict(
+        rows=rows,
+        items="images",
+        fastest_of_timm=best,
+        ours_against_fastest=rows[best]["seconds"] / rows["ours, paper, bf16"]["seconds"],
+    )
 
 # %% ../../nbs/53_scale_bench.ipynb #official-masks
 def bench_masks(threads: int, quick: bool = False, repeats: int = 7) -> dict:
     "Masks a second: the official style against ours."
-    n, rng = 20 if quick else 1000, np.random.default_rng(0)
-    ways = {"official": lambda: [official_mask() for _ in range(n)], "ours": lambda: [blockwise_mask(rng=rng) for _ in range(n)]}
-    return dict(rows=compare(race(ways, 1 if quick else repeats, clock_of(torch.device("cpu"), threads)), n, "official"), items="masks")
+    n = 20 if quick else 1000
+    rng = np.random.default_rng(0)
+    ways = {
+        "official": lambda: [official_mask() for _ in range(n)],
+        "ours": lambda: [blockwise_mask(rng=rng) for _ in range(n)],
+    }
+    return dict(
+        rows=compare(
+            race(ways, 1 if quick else repeats, clock_of(torch.device("cpu"), threads)),
+            n,
+            "official",
+        ),
+        items="masks",
+    )
 
 # %% ../../nbs/53_scale_bench.ipynb #bench-loader
 def jpegs(folder: Path, size: tuple[int, int] = (500, 375)) -> list[Path]:
     "scikit-image's photographs as JPEGs of ImageNet's usual size."
     from beit_nb.images import photos
+
     files = []
     for name, image in photos().items():
         s = max(size[0] / image.width, size[1] / image.height)
         files.append(folder / f"{name}.jpg")
-        image.resize((round(image.width * s) + 1, round(image.height * s) + 1)).crop((0, 0, *size)).save(files[-1], quality=90)
+        image.resize((round(image.width * s) + 1, round(image.height * s) + 1)).crop(
+            (0, 0, *size)
+        ).save(files[-1], quality=90)
     return files
 
 
 def bench_loader(threads: int, quick: bool = False, repeats: int = 15) -> dict:
-    "Pictures a second on one core, from JPEG to two views and a mask: the official style against ours."
+    """Pictures a second on one core, from JPEG to two views and a mask.
+
+    The official style against ours.
+    """
     from dataclasses import replace
     from beit_nb.engine.sources import Folder
     from beit_nb.engine.loading import Samples
     from beit_nb.pretraining import PretrainTransform
     from beit_nb.recipes import PretrainRecipe
+
     with tempfile.TemporaryDirectory() as folder:
-        files, official, r = jpegs(Path(folder)), OfficialViews(), PretrainRecipe(data=folder)
-        samples = {k: Samples(Folder(folder), PretrainTransform(replace(r, jitter_on=on)), 0, pixels=True) for k, on in (("ours", "loader"), ("ours, jitter on the device", "device"))}
-        keys = {k: iter(range(10**9)) for k in samples}                # a new epoch every turn, or the same few crops would decide
-        ways = {"official": lambda: [official(f) for f in files]} | {k: lambda s=s, n=keys[k]: [s[next(n)] for _ in files] for k, s in samples.items()}
-        return dict(rows=compare(race(ways, 1 if quick else repeats, clock_of(torch.device("cpu"), threads)), len(files), "official"), items="pictures")
+        files = jpegs(Path(folder))
+        official = OfficialViews()
+        r = PretrainRecipe(data=folder)
+        samples = {
+            k: Samples(Folder(folder), PretrainTransform(replace(r, jitter_on=on)), 0, pixels=True)
+            for k, on in (("ours", "loader"), ("ours, jitter on the device", "device"))
+        }
+        # a new epoch every turn, or the same few crops would decide
+        keys = {k: iter(range(10**9)) for k in samples}
+        ways = {"official": lambda: [official(f) for f in files]} | {
+            k: lambda s=s, n=keys[k]: [s[next(n)] for _ in files] for k, s in samples.items()
+        }
+        return dict(
+            rows=compare(
+                race(ways, 1 if quick else repeats, clock_of(torch.device("cpu"), threads)),
+                len(files),
+                "official",
+            ),
+            items="pictures",
+        )
 
 # %% ../../nbs/53_scale_bench.ipynb #bench
 def bench_tokens(threads: int, quick: bool = False) -> dict:
@@ -289,62 +506,136 @@ def bench_tokens(threads: int, quick: bool = False) -> dict:
     return (bench_tokenizer(2, 1, 16) if quick else bench_tokenizer()) | dict(threads=1)
 
 
-BENCHES = dict(step=bench_step, small=bench_small, loader=bench_loader, masks=bench_masks, tokenizer=bench_tokens)
+BENCHES = dict(
+    step=bench_step,
+    small=bench_small,
+    loader=bench_loader,
+    masks=bench_masks,
+    tokenizer=bench_tokens,
+)
 
 
 def machine() -> dict:
     "What these times were measured on."
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     family = re.search(r"cpu family\s*: (\d+).*?model\s*: (\d+)", info, re.S)
-    return dict(cpu=(m[1].strip() if (m := re.search("model name\\s*:(.*)", info)) else platform.processor()), family=family and family.groups(),
-                gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None, torch=torch.__version__, python=platform.python_version())
+    return dict(
+        cpu=(
+            m[1].strip() if (m := re.search("model name\\s*:(.*)", info)) else platform.processor()
+        ),
+        family=family and family.groups(),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        torch=torch.__version__,
+        python=platform.python_version(),
+    )
 
 
 def table(name: str, result: dict) -> str:
     "A benchmark's rows as text."
-    if "rows" not in result: return "\n".join([name, *(f"  {k:18} {v:.3f}" for k, v in result.items() if isinstance(v, float)), *(f"  {k:18} {v:.2f} s" for k, v in result["seconds"].items())])
-    lines = [f"{name:26}{'seconds':>9}{'(min .. max)':>22}{result['items'] + '/s':>12}{'times as fast':>15}{'(min .. max)':>16}"]
-    if full := any("memory_mb" in r for r in result["rows"].values()): lines[0] += f"{'memory':>9}{'of peak':>9}"
+    if "rows" not in result:
+        return "\n".join(
+            [
+                name,
+                *(f"  {k:18} {v:.3f}" for k, v in result.items() if isinstance(v, float)),
+                *(f"  {k:18} {v:.2f} s" for k, v in result["seconds"].items()),
+            ]
+        )
+    lines = [
+        f"{name:26}{'seconds':>9}{'(min .. max)':>22}{result['items'] + '/s':>12}{'times as fast':>15}{'(min .. max)':>16}"
+    ]
+    if full := any("memory_mb" in r for r in result["rows"].values()):
+        lines[0] += f"{'memory':>9}{'of peak':>9}"
     for k, r in result["rows"].items():
-        lines.append(f"{k:26}{r['seconds']:9.3g}{'(%.3g .. %.3g)' % (r['low'], r['high']):>22}{r['per_second']:12.3g}{r['ratio']:15.2f}{'(%.2f .. %.2f)' % (r['ratio_low'], r['ratio_high']):>16}")
-        if full: lines[-1] += f"{r.get('memory_mb', math.nan):6.0f} MB{r['share_of_peak']:9.0%}"
-    return "\n".join(lines + [f"{k}: {v:.2f}" if isinstance(v, float) else f"{k}: {v}" for k, v in result.items() if k.startswith(("ours", "fastest"))])
+        lines.append(
+            f"{k:26}{r['seconds']:9.3g}{'(%.3g .. %.3g)' % (r['low'], r['high']):>22}{r['per_second']:12.3g}{r['ratio']:15.2f}{'(%.2f .. %.2f)' % (r['ratio_low'], r['ratio_high']):>16}"
+        )
+        if full:
+            lines[-1] += f"{r.get('memory_mb', math.nan):6.0f} MB{r['share_of_peak']:9.0%}"
+    return "\n".join(
+        lines
+        + [
+            f"{k}: {v:.2f}" if isinstance(v, float) else f"{k}: {v}"
+            for k, v in result.items()
+            if k.startswith(("ours", "fastest"))
+        ]
+    )
 
 # %% ../../nbs/53_scale_bench.ipynb #bench-all
-def bench(names: list[str] | None = None, threads: int | None = None, out: str | Path = "runs/bench", quick: bool = False) -> dict:
-    "Run the benchmarks `names` (all if none are named), print their tables, add them to OUT/bench.json."
-    if unknown := [n for n in names or () if n not in BENCHES]: raise ValueError(f"there is no benchmark {unknown[0]!r}; choose from {', '.join(BENCHES)}")
-    if threads is not None and threads < 1: raise ValueError(f"threads {threads} must be 1 or more")
-    file, before, precision = Path(out) / "bench.json", torch.get_num_threads(), torch.get_float32_matmul_precision()
+def bench(
+    names: list[str] | None = None,
+    threads: int | None = None,
+    out: str | Path = "runs/bench",
+    quick: bool = False,
+) -> dict:
+    """Run the benchmarks `names` (all if none are named), print their tables, add them to
+    OUT/bench.json.
+    """
+    if unknown := [n for n in names or () if n not in BENCHES]:
+        raise ValueError(f"there is no benchmark {unknown[0]!r}; choose from {', '.join(BENCHES)}")
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads {threads} must be 1 or more")
+    file = Path(out) / "bench.json"
+    before = torch.get_num_threads()
+    precision = torch.get_float32_matmul_precision()
     file.parent.mkdir(parents=True, exist_ok=True)
-    try: everything = json.loads(file.read_text()) if file.exists() else {}
-    except ValueError as e: raise ValueError(f"{file} is damaged ({e}); delete it, or choose another --out") from e
+    try:
+        everything = json.loads(file.read_text()) if file.exists() else {}
+    except ValueError as e:
+        raise ValueError(f"{file} is damaged ({e}); delete it, or choose another --out") from e
     torch.set_num_threads(threads or before)
     try:
         for name in names or BENCHES:
-            try: result = BENCHES[name](torch.get_num_threads(), quick)
+            try:
+                result = BENCHES[name](torch.get_num_threads(), quick)
             except ValueError as e:
-                if names: raise                                       # asked for; else what is not installed is passed over
+                # asked for; else what is not installed is passed over
+                if names:
+                    raise
                 print(f"{name}: {e}\n", flush=True)
                 continue
             print(table(name, result), end="\n\n", flush=True)
-            everything[name] = dict(threads=torch.get_num_threads()) | result | dict(quick=quick, machine=machine())
-            with whole_file(file) as f: f.write(json.dumps(everything, indent=1).encode() + b"\n")
-    finally: torch.set_num_threads(before), torch.set_float32_matmul_precision(precision)
+            everything[name] = (
+                dict(threads=torch.get_num_threads())
+                | result
+                | dict(quick=quick, machine=machine())
+            )
+            with whole_file(file) as f:
+                f.write(json.dumps(everything, indent=1).encode() + b"\n")
+    finally:
+        torch.set_num_threads(before), torch.set_float32_matmul_precision(precision)
     return everything
 
 # %% ../../nbs/53_scale_bench.ipynb #bench-more
 @torch.no_grad()
 def bench_tokenizer(batch: int = 8, repeats: int = 5, size: int = 112) -> dict:
-    "CPU seconds of one thread to tokenize a batch with the published code and with ours: same random weights, taking turns."
-    try: from dall_e import Encoder
-    except ImportError as e: raise ValueError("bench_tokenizer measures against the published code; pip install --no-deps dall-e attrs requests") from e
+    """CPU seconds of one thread to tokenize a batch with the published code and with ours.
+
+    Same random weights, taking turns.
+    """
+    try:
+        from dall_e import Encoder
+    except ImportError as e:
+        raise ValueError(
+            "bench_tokenizer measures against the published code; pip install --no-deps dall-e "
+            "attrs requests"
+        ) from e
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    theirs, images = Encoder(), torch.rand(batch, 3, size, size)
-    ours, half = (optimize_for_inference(DalleVAE(network({k: v.clone() for k, v in theirs.state_dict().items()})), dtype) for dtype in (None, torch.bfloat16))
-    ways = dict(published=lambda: theirs(map_pixels(images)).argmax(1), ours=lambda: ours.get_codebook_indices(images), bf16=lambda: half.get_codebook_indices(images))
-    seconds, ids = {k: [] for k in ways}, {}
+    theirs = Encoder()
+    images = torch.rand(batch, 3, size, size)
+    ours, half = (
+        optimize_for_inference(
+            DalleVAE(network({k: v.clone() for k, v in theirs.state_dict().items()})), dtype
+        )
+        for dtype in (None, torch.bfloat16)
+    )
+    ways = dict(
+        published=lambda: theirs(map_pixels(images)).argmax(1),
+        ours=lambda: ours.get_codebook_indices(images),
+        bf16=lambda: half.get_codebook_indices(images),
+    )
+    seconds = {k: [] for k in ways}
+    ids = {}
     for _ in range(repeats + 1):  # the first turn warms up
         for k, way in ways.items():
             start = time.thread_time()
@@ -353,7 +644,16 @@ def bench_tokenizer(batch: int = 8, repeats: int = 5, size: int = 112) -> dict:
     torch.set_num_threads(threads)
     ratios = {k: [a / b for a, b in zip(seconds["published"][1:], seconds[k][1:])] for k in ways}
     equal = {k: float((ids["published"] == ids[k]).float().mean()) for k in ways}
-    result = dict(batch=batch, size=size, seconds={k: statistics.median(seconds[k][1:]) for k in ("published", "ours")})
+    result = dict(
+        batch=batch,
+        size=size,
+        seconds={k: statistics.median(seconds[k][1:]) for k in ("published", "ours")},
+    )
     for k, end in (("ours", ""), ("bf16", "_bf16")):
-        result |= {f"ratio{end}": statistics.median(ratios[k]), f"ratio_low{end}": min(ratios[k]), f"ratio_high{end}": max(ratios[k]), f"ids_equal{end}": equal[k]}
+        result |= {
+            f"ratio{end}": statistics.median(ratios[k]),
+            f"ratio_low{end}": min(ratios[k]),
+            f"ratio_high{end}": max(ratios[k]),
+            f"ids_equal{end}": equal[k],
+        }
     return result

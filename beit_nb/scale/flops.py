@@ -22,7 +22,8 @@ class Product:
     n_in: int
     n_out: int
     times: int = 1
-    weights: bool = True  # False: nothing in it is learnt (two activations meet), or it was counted before
+    # False: nothing in it is learnt (two activations meet), or it was counted before
+    weights: bool = True
     vectors: int = 0  # parameters beside the matrix: biases, norms, scales, places
     inputs: int = 0  # numbers that it reads, where windows overlap; 0: rows * n_in
 
@@ -45,13 +46,20 @@ def transformer(
     head: Product,  # what comes after the last block
 ) -> list[Product]:
     "The products of one picture on its way through a vision transformer."
-    D, L, H, side = r.embed_dim, r.depth, r.num_heads, r.img_size // r.patch_size
-    N, hidden, scale, table = side**2, int(D * r.mlp_ratio), D if r.init_values else 0, ((2 * side - 1) ** 2 + 3) * H
+    D = r.embed_dim
+    L = r.depth
+    H = r.num_heads
+    side = r.img_size // r.patch_size
+    N = side**2
+    hidden = int(D * r.mlp_ratio)
+    scale = D if r.init_values else 0
+    table = ((2 * side - 1) ** 2 + 3) * H
     places = (N + 1) * D * r.use_abs_pos_emb + table * r.use_shared_rel_pos_bias
     n = N + 1
     return [
         Product("patches", N, 3 * r.patch_size**2, D, vectors=2 * D + places),  # bias, class token
-        Product("qkv", n, D, 3 * D, L, vectors=4 * D + table * r.use_rel_pos_bias),  # norm1; biases of q and v
+        # norm1; biases of q and v
+        Product("qkv", n, D, 3 * D, L, vectors=4 * D + table * r.use_rel_pos_bias),
         Product("attention", n, D // H, n, 2 * L * H, weights=False),
         Product("proj", n, D, D, L, vectors=D + scale),
         Product("mlp in", n, D, hidden, L, vectors=2 * D + hidden),  # norm2
@@ -62,12 +70,24 @@ def transformer(
 
 def mim_products(r: PretrainRecipe) -> list[Product]:
     "BEiT in pre-training: the head reads masked patches only."
-    return transformer(r, Product("head", r.num_mask_patches, r.embed_dim, r.vocab_size, vectors=r.vocab_size + 3 * r.embed_dim))  # norm, mask token
+    # norm, mask token
+    return transformer(
+        r,
+        Product(
+            "head",
+            r.num_mask_patches,
+            r.embed_dim,
+            r.vocab_size,
+            vectors=r.vocab_size + 3 * r.embed_dim,
+        ),
+    )
 
 
 def classifier_products(r: FinetuneRecipe, num_classes: int) -> list[Product]:
     "BEiT in fine-tuning: one row is classified."
-    return transformer(r, Product("head", 1, r.embed_dim, num_classes, vectors=num_classes + 2 * r.embed_dim))
+    return transformer(
+        r, Product("head", 1, r.embed_dim, num_classes, vectors=num_classes + 2 * r.embed_dim)
+    )
 
 # %% ../../nbs/50_scale_flops.ipynb #training-flops
 def training_flops(products: list[Product]) -> int:
@@ -77,22 +97,47 @@ def training_flops(products: list[Product]) -> int:
 # %% ../../nbs/50_scale_flops.ipynb #conv
 def conv(name: str, side: int, kernel: int, n_in: int, n_out: int, times: int = 1) -> Product:
     "A convolution onto a map of side x side, with its bias; a kernel of 2 moves by 2."
-    return Product(name, side**2, kernel**2 * n_in, n_out, times, vectors=n_out, inputs=n_in * (side**2 if kernel != 2 else 4 * side**2))
+    return Product(
+        name,
+        side**2,
+        kernel**2 * n_in,
+        n_out,
+        times,
+        vectors=n_out,
+        inputs=n_in * (side**2 if kernel != 2 else 4 * side**2),
+    )
 
 
 def dalle_products(r: TokenizerRecipe, half: str) -> list[Product]:
     "DALL-E's 'encoder' or 'decoder' (DALL-E, App. A.1)."
-    encoder, size, grid, groups = half == "encoder", r.img_size, r.img_size // r.downsample, r.downsample.bit_length()
-    widths, kernels = [r.width << k for k in range(groups)], (3, 3, 3, 1)
-    out = [conv("input", size, 7, 3, r.width) if encoder else conv("input", grid, 1, r.vocab_size, r.code_dim)]
+    encoder = half == "encoder"
+    size = r.img_size
+    grid = r.img_size // r.downsample
+    groups = r.downsample.bit_length()
+    widths = [r.width << k for k in range(groups)]
+    kernels = (3, 3, 3, 1)
+    out = [
+        conv("input", size, 7, 3, r.width)
+        if encoder
+        else conv("input", grid, 1, r.vocab_size, r.code_dim)
+    ]
     widths = [r.width, *widths] if encoder else [r.code_dim, *widths[::-1]]
     for k, (before, after) in enumerate(pairwise(widths)):
         side = size >> k if encoder else grid << k
         for n_in in (before, after):  # two blocks; the first changes the width
-            if n_in != after: out.append(conv("group", side, 1, n_in, after))
+            if n_in != after:
+                out.append(conv("group", side, 1, n_in, after))
             path = pairwise([n_in, *3 * [after // 4], after])
-            out += [conv("group", side, kw, c, d) for kw, (c, d) in zip(kernels if encoder else kernels[::-1], path)]
-    return [*out, conv("output", grid, 1, widths[-1], r.vocab_size) if encoder else conv("output", size, 1, r.width, 6)]
+            out += [
+                conv("group", side, kw, c, d)
+                for kw, (c, d) in zip(kernels if encoder else kernels[::-1], path)
+            ]
+    return [
+        *out,
+        conv("output", grid, 1, widths[-1], r.vocab_size)
+        if encoder
+        else conv("output", size, 1, r.width, 6),
+    ]
 
 # %% ../../nbs/50_scale_flops.ipynb #small-products
 def res_blocks(side: int, c: int, times: int) -> list[Product]:
@@ -102,43 +147,87 @@ def res_blocks(side: int, c: int, times: int) -> list[Product]:
 
 def small_products(r: TokenizerRecipe, half: str) -> list[Product]:
     "The 'encoder' (with its scores) or the 'decoder' of our own dVAE."
-    w, code, h, n = r.width, r.code_dim, r.img_size // r.downsample, r.downsample.bit_length() - 1
+    w = r.width
+    code = r.code_dim
+    h = r.img_size // r.downsample
+    n = r.downsample.bit_length() - 1
     if half == "encoder":
         widths = [3, *(w >> i for i in reversed(range(n)))]
-        down = [conv("down", r.img_size >> i, 2, c, d) for i, (c, d) in enumerate(pairwise(widths), 1)]
-        scores = conv("scores", h, 1, code, r.vocab_size) if r.logits == "linear" else Product("scores", h * h, code, r.vocab_size, weights=False, vectors=1)
+        down = [
+            conv("down", r.img_size >> i, 2, c, d) for i, (c, d) in enumerate(pairwise(widths), 1)
+        ]
+        scores = (
+            conv("scores", h, 1, code, r.vocab_size)
+            if r.logits == "linear"
+            else Product("scores", h * h, code, r.vocab_size, weights=False, vectors=1)
+        )
         return [*down, *res_blocks(h, w, 2), conv("code", h, 1, w, code), scores]
-    out = [Product("codebook", h * h, r.vocab_size, code), conv("start", h, 3, code, w), *res_blocks(h, w, 2)]
+    out = [
+        Product("codebook", h * h, r.vocab_size, code),
+        conv("start", h, 3, code, w),
+        *res_blocks(h, w, 2),
+    ]
     for i in range(n - 1):
-        out += [conv("up", h << i, 1, w >> i, 4 * (w >> i + 1)), *res_blocks(h << i + 1, w >> i + 1, 1)]
-    return [*out, conv("pixels", r.img_size // 2, 1, w >> n - 1, 4 * (6 if r.likelihood == "laplace" else 3))]
+        out += [
+            conv("up", h << i, 1, w >> i, 4 * (w >> i + 1)),
+            *res_blocks(h << i + 1, w >> i + 1, 1),
+        ]
+    return [
+        *out,
+        conv("pixels", r.img_size // 2, 1, w >> n - 1, 4 * (6 if r.likelihood == "laplace" else 3)),
+    ]
 
 
 def dvae_products(r: TokenizerRecipe, halves: tuple = ("encoder", "decoder")) -> list[Product]:
     "A dVAE's products, both halves or one."
-    return [p for half in halves for p in (dalle_products if r.arch == "dalle" else small_products)(r, half)]
+    return [
+        p
+        for half in halves
+        for p in (dalle_products if r.arch == "dalle" else small_products)(r, half)
+    ]
 
 # %% ../../nbs/50_scale_flops.ipynb #work
 def tokenizer_of(r: PretrainRecipe) -> TokenizerRecipe:
-    "The tokenizer that a pre-training reads: DALL-E's for its 8192 tokens, else ours, as the recipe for the same data has it."
+    """The tokenizer that a pre-training reads.
+
+    DALL-E's for its 8192 tokens, else ours, as the recipe for the same data has it.
+    """
     grid = r.img_size // r.patch_size
     shape = dict(img_size=r.token_size, downsample=r.token_size // grid, vocab_size=r.vocab_size)
-    if r.vocab_size == 8192: return TokenizerRecipe(arch="dalle", width=256, code_dim=128, **shape)
-    near = next((t for _, t in RECIPES["tokenizer"].values() if t.data == r.data), TokenizerRecipe())
+    if r.vocab_size == 8192:
+        return TokenizerRecipe(arch="dalle", width=256, code_dim=128, **shape)
+    near = next(
+        (t for _, t in RECIPES["tokenizer"].values() if t.data == r.data), TokenizerRecipe()
+    )
     return replace(near, **shape)
 
 
 def model_products(r: Run, num_classes: int = 1000) -> list[Product]:
     "The products of the network that a recipe trains."
-    if isinstance(r, PretrainRecipe): return mim_products(r)
-    return classifier_products(r, num_classes) if isinstance(r, FinetuneRecipe) else dvae_products(r)
+    if isinstance(r, PretrainRecipe):
+        return mim_products(r)
+    return (
+        classifier_products(r, num_classes) if isinstance(r, FinetuneRecipe) else dvae_products(r)
+    )
 
 
 def work(r: Run, num_classes: int = 1000) -> dict:
-    "FLOP of one picture in training: what the frozen tokenizer costs, the model, and the blocks once more if they are recomputed."
+    """FLOP of one picture in training.
+
+    What the frozen tokenizer costs, the model, and the blocks once more if they are recomputed.
+    """
     products = model_products(r, num_classes)
-    known = not isinstance(r, PretrainRecipe) or r.tokens or not (r.crop_scale or r.color_jitter or r.flip)
+    known = (
+        not isinstance(r, PretrainRecipe)
+        or r.tokens
+        or not (r.crop_scale or r.color_jitter or r.flip)
+    )
     again = 0
     if r.grad_checkpointing and isinstance(r, Backbone):
-        again = total(products[1 : -1 if r.init_values else -2], "flops")  # nothing but LayerScale reads the result of `mlp out`
-    return dict(tokenizer=0 if known else total(dvae_products(tokenizer_of(r), ("encoder",)), "flops"), model=training_flops(products), recomputed=again)
+        # nothing but LayerScale reads the result of `mlp out`
+        again = total(products[1 : -1 if r.init_values else -2], "flops")
+    return dict(
+        tokenizer=0 if known else total(dvae_products(tokenizer_of(r), ("encoder",)), "flops"),
+        model=training_flops(products),
+        recomputed=again,
+    )

@@ -24,17 +24,39 @@ def launch(
     restarts: int = 0,  # how often torchrun may start all anew when one has died
     timeout: float = 300,  # seconds
 ) -> str:
-    "What a program prints that torchrun starts in several processes on this machine, one thread each; a failure is raised with its last words."
+    """What a program prints that torchrun starts in several processes on this machine, one thread
+    each; a failure is raised with its last words.
+    """
     target = [str(program)] if str(program).endswith(".py") else ["-m", str(program)]
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}", *target, *map(str, args)]
-    run = subprocess.Popen(words, env=os.environ | dict(OMP_NUM_THREADS="1"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try: out, err = run.communicate(timeout=timeout)
-    except BaseException:  # too slow, or Ctrl-C: torchrun ends its processes when it is asked to end
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        f"--max-restarts={restarts}",
+        *target,
+        *map(str, args),
+    ]
+    run = subprocess.Popen(
+        words,
+        env=os.environ | dict(OMP_NUM_THREADS="1"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, err = run.communicate(timeout=timeout)
+    # too slow, or Ctrl-C: torchrun ends its processes when it is asked to end
+    except BaseException:
         run.terminate()
         run.communicate()
         raise
     if run.returncode:  # what the process said, without what torchrun says about it
-        raise RuntimeError(f"{program} in {processes} processes ended with exit status {run.returncode}:\n{err.split('torch/distributed/elastic/')[0].rpartition(chr(10))[0][-2000:]}")
+        raise RuntimeError(
+            f"{program} in {processes} processes ended with exit status "
+            f"{run.returncode}:\n{err.split('torch/distributed/elastic/')[0].rpartition(chr(10))[0][-2000:]}"
+        )
     return out
 
 # %% ../../nbs/54_scale_launching.ipynb #in-processes
@@ -60,7 +82,15 @@ def in_processes(
     "What `job(*args)` returns on every rank, in a company of processes."
     with TemporaryDirectory() as folder:
         program = Path(folder) / "job.py"
-        program.write_text("\n\n".join([HEAD, *(inspect.getsource(f) for f in (*needs, job)), TAIL.format(name=job.__name__)]))
+        program.write_text(
+            "\n\n".join(
+                [
+                    HEAD,
+                    *(inspect.getsource(f) for f in (*needs, job)),
+                    TAIL.format(name=job.__name__),
+                ]
+            )
+        )
         torch.save(args, f"{folder}/args")
         launch(program, folder, processes=processes, **options)
         return [torch.load(f"{folder}/{k}") for k in range(processes)]
@@ -69,21 +99,31 @@ def in_processes(
 def bytes_on_the_wire(
     size: float,  # bytes of the gradient, or of the weights
     world: int,
-    parallel: str = "ddp",  # ddp: an all-reduce; fsdp: weights are collected twice and gradients dealt out once
+    # ddp: an all-reduce; fsdp: weights are collected twice and gradients dealt out once
+    parallel: str = "ddp",
 ) -> float:  # that each process sends in a step
     "What a ring sends: an all-reduce is two trips of (W-1)/W, FSDP makes three."
     return {"ddp": 2, "fsdp": 3}[parallel] * (world - 1) / world * size
 
 # %% ../../nbs/54_scale_launching.ipynb #held
 def held(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-    "Bytes in this process for weights, gradients and the optimizer's memory; of tensors in shards, its own part."
-    own = lambda tensors: sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors)
-    return dict(weights=own(model.parameters()), gradients=own(p.grad for p in model.parameters() if p.grad is not None),
-                adam=own(v for state in optimizer.state.values() for k, v in state.items() if k != "step"))
+    """Bytes in this process for weights, gradients and the optimizer's memory.
+
+    Of tensors in shards, its own part.
+    """
+    own = lambda tensors: sum(
+        (t.to_local() if hasattr(t, "to_local") else t).nbytes for t in tensors
+    )
+    return dict(
+        weights=own(model.parameters()),
+        gradients=own(p.grad for p in model.parameters() if p.grad is not None),
+        adam=own(v for state in optimizer.state.values() for k, v in state.items() if k != "step"),
+    )
 
 # %% ../../nbs/54_scale_launching.ipynb #scaled-lr
 def scaled_lr(lr: float, batch_size: int, base_batch_size: int, rule: str = "root") -> float:
     "The learning rate for another batch size: 'root' (Adam), 'linear' (SGD), or 'none'."
     powers = {"root": 0.5, "linear": 1.0, "none": 0.0}
-    if rule not in powers: raise ValueError(f"unknown rule {rule!r}; choose {', '.join(powers)}")
+    if rule not in powers:
+        raise ValueError(f"unknown rule {rule!r}; choose {', '.join(powers)}")
     return lr * (batch_size / base_batch_size) ** powers[rule]

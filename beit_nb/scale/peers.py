@@ -21,52 +21,88 @@ from ..dvae import map_pixels
 from ..mim import BeitForMaskedImageModeling
 
 # %% ../../nbs/52_scale_peers.ipynb #official-mask
-def official_mask(size: int = 14, target: int = 75, least: int = 16, aspect: float = 0.3) -> np.ndarray:
-    "Blockwise masking in the style of the official generator: cell by cell, Python's random; (h, w) bool."
-    mask, count = np.zeros((size, size), bool), 0
+def official_mask(
+    size: int = 14, target: int = 75, least: int = 16, aspect: float = 0.3
+) -> np.ndarray:
+    """Blockwise masking in the style of the official generator.
+
+    Cell by cell, Python's random; (h, w) bool.
+    """
+    mask = np.zeros((size, size), bool)
+    count = 0
     while count < target:
-        room, new = target - count, 0
+        room = target - count
+        new = 0
         for _ in range(10):
-            area, ratio = random.uniform(least, room), math.exp(random.uniform(math.log(aspect), -math.log(aspect)))
-            h, w = int(round(math.sqrt(area * ratio))), int(round(math.sqrt(area / ratio)))
-            if h >= size or w >= size: continue
-            top, left = random.randint(0, size - h), random.randint(0, size - w)
-            if not 0 < h * w - mask[top:top + h, left:left + w].sum() <= room: continue
+            area = random.uniform(least, room)
+            ratio = math.exp(random.uniform(math.log(aspect), -math.log(aspect)))
+            h = int(round(math.sqrt(area * ratio)))
+            w = int(round(math.sqrt(area / ratio)))
+            if h >= size or w >= size:
+                continue
+            top = random.randint(0, size - h)
+            left = random.randint(0, size - w)
+            if not 0 < h * w - mask[top : top + h, left : left + w].sum() <= room:
+                continue
             for i in range(top, top + h):
                 for j in range(left, left + w):
-                    if not mask[i, j]: mask[i, j], new = True, new + 1
-            if new: break
-        if not new: break
+                    if not mask[i, j]:
+                        mask[i, j] = True
+                        new = new + 1
+            if new:
+                break
+        if not new:
+            break
         count += new
     return mask
 
 # %% ../../nbs/52_scale_peers.ipynb #official-model
 class OfficialStyle(nn.Module):
-    "A copy of our model's weights, computed in the style of the official pre-training code: images, mask (B, N) -> logits (n, V)."
+    """A copy of our model's weights, computed in the style of the official pre-training code.
+
+    Images, mask (B, N) -> logits (n, V).
+    """
+
     def __init__(self, model: BeitForMaskedImageModeling):
         super().__init__()
         self.m = copy.deepcopy(model)
 
     def drop(self, x: Tensor, p: float) -> Tensor:
-        return x if p == 0 or not self.training else x / (1 - p) * torch.rand(len(x), 1, 1, device=x.device).add(1 - p).floor()
+        return (
+            x
+            if p == 0 or not self.training
+            else x / (1 - p) * torch.rand(len(x), 1, 1, device=x.device).add(1 - p).floor()
+        )
 
     def attention(self, a: nn.Module, x: Tensor, bias: Tensor | None) -> Tensor:
         B, N, D = x.shape
         qkv_bias = torch.cat((a.q_bias, torch.zeros_like(a.v_bias), a.v_bias))
-        q, k, v = F.linear(x, a.qkv.weight, qkv_bias).reshape(B, N, 3, a.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            F.linear(x, a.qkv.weight, qkv_bias)
+            .reshape(B, N, 3, a.num_heads, -1)
+            .permute(2, 0, 3, 1, 4)
+        )
         scores = q * (D // a.num_heads) ** -0.5 @ k.transpose(-2, -1)
-        if bias is not None: scores = scores + bias.unsqueeze(0)
+        if bias is not None:
+            scores = scores + bias.unsqueeze(0)
         return a.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, N, D))
 
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
-        m, bias = self.m, None
-        x = m.patch_embed.proj(images).flatten(2).transpose(1, 2)     # (B, N, D)
+        m = self.m
+        bias = None
+        x = m.patch_embed.proj(images).flatten(2).transpose(1, 2)  # (B, N, D)
         w = mask.unsqueeze(-1).type_as(m.mask_token)
         x = torch.cat((m.cls_token.expand(len(x), -1, -1), x * (1 - w) + m.mask_token * w), dim=1)
-        if m.pos_embed is not None: x = x + m.pos_embed
+        if m.pos_embed is not None:
+            x = x + m.pos_embed
         if m.rel_pos_bias is not None:
             index = m.rel_pos_bias.relative_position_index
-            bias = m.rel_pos_bias.relative_position_bias_table[index.view(-1)].view(*index.shape, -1).permute(2, 0, 1).contiguous()
+            bias = (
+                m.rel_pos_bias.relative_position_bias_table[index.view(-1)]
+                .view(*index.shape, -1)
+                .permute(2, 0, 1)
+                .contiguous()
+            )
         for b in m.blocks:
             y = self.attention(b.attn, b.norm1(x), bias)
             x = x + self.drop(y if b.gamma_1 is None else b.gamma_1 * y, b.drop_path.p)
@@ -76,52 +112,107 @@ class OfficialStyle(nn.Module):
 
 # %% ../../nbs/52_scale_peers.ipynb #official-encoder
 def official_tokens(net: DalleEncoder, images: Tensor) -> Tensor:
-    "Token ids (B, h, w) by DALL-E's encoder as published: layer after layer, nothing arranged for speed."
-    def conv(m, x, dtype=torch.float16 if images.is_cuda else torch.float32):  # published so: half precision on a GPU, but for the head
+    """Token ids (B, h, w) by DALL-E's encoder as published.
+
+    Layer after layer, nothing arranged for speed.
+    """
+
+    # published so: half precision on a GPU, but for the head
+    def conv(m, x, dtype=torch.float16 if images.is_cuda else torch.float32):
         return F.conv2d(x.to(dtype), m.w.to(dtype), m.b.to(dtype), padding=m.w.shape[-1] // 2)
 
     x = conv(net.blocks.input, map_pixels(images))
     for part in (part for group in net.blocks[1:-1] for part in group):
-        if isinstance(part, nn.MaxPool2d): x = part(x)
+        if isinstance(part, nn.MaxPool2d):
+            x = part(x)
         else:
             r = x
-            for i in range(1, 5): r = conv(getattr(part.res_path, f"conv_{i}"), r.relu())
-            x = (x if isinstance(part.id_path, nn.Identity) else conv(part.id_path, x)) + part.post_gain * r
+            for i in range(1, 5):
+                r = conv(getattr(part.res_path, f"conv_{i}"), r.relu())
+            x = (
+                x if isinstance(part.id_path, nn.Identity) else conv(part.id_path, x)
+            ) + part.post_gain * r
     return conv(net.blocks.output.conv, x.relu(), torch.float32).argmax(1)
 
 # %% ../../nbs/52_scale_peers.ipynb #hf-model
-def hugging_face(img_size: int, patch_size: int, embed_dim: int, depth: int, num_heads: int, vocab_size: int, drop_path_rate: float) -> nn.Module:
+def hugging_face(
+    img_size: int,
+    patch_size: int,
+    embed_dim: int,
+    depth: int,
+    num_heads: int,
+    vocab_size: int,
+    drop_path_rate: float,
+) -> nn.Module:
     "Hugging Face's model for masked image modelling, BEiT+, untrained."
-    try: from transformers import BeitConfig, BeitForMaskedImageModeling as HfBeit
-    except ImportError as e: raise ValueError("Hugging Face's model is not installed here; pip install transformers") from e
-    return HfBeit(BeitConfig(image_size=img_size, patch_size=patch_size, hidden_size=embed_dim, num_hidden_layers=depth, num_attention_heads=num_heads,
-                             intermediate_size=4 * embed_dim, vocab_size=vocab_size, drop_path_rate=drop_path_rate, use_mask_token=True, use_mean_pooling=True,
-                             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, layer_norm_eps=1e-6,
-                             layer_scale_init_value=0.1, use_shared_relative_position_bias=True))
+    try:
+        from transformers import BeitConfig, BeitForMaskedImageModeling as HfBeit
+    except ImportError as e:
+        raise ValueError(
+            "Hugging Face's model is not installed here; pip install transformers"
+        ) from e
+    return HfBeit(
+        BeitConfig(
+            image_size=img_size,
+            patch_size=patch_size,
+            hidden_size=embed_dim,
+            num_hidden_layers=depth,
+            num_attention_heads=num_heads,
+            intermediate_size=4 * embed_dim,
+            vocab_size=vocab_size,
+            drop_path_rate=drop_path_rate,
+            use_mask_token=True,
+            use_mean_pooling=True,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+            layer_norm_eps=1e-6,
+            layer_scale_init_value=0.1,
+            use_shared_relative_position_bias=True,
+        )
+    )
 
 # %% ../../nbs/52_scale_peers.ipynb #official-views
 class OfficialViews:
-    "A file to (patch view, token view, mask) in the order and style of the official code: PIL and floats all the way."
+    """A file to (patch view, token view, mask) in the order and style of the official code.
+
+    PIL and floats all the way.
+    """
+
     def __init__(self, size: int = 224, token_size: int = 112):
         from torchvision import transforms as T
-        self.size, self.token_size = size, token_size
-        self.before = T.Compose([T.ColorJitter(0.4, 0.4, 0.4), T.RandomHorizontalFlip()])    # on the whole picture
+
+        self.size = size
+        self.token_size = token_size
+        # on the whole picture
+        self.before = T.Compose([T.ColorJitter(0.4, 0.4, 0.4), T.RandomHorizontalFlip()])
         self.patch = T.Compose([T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)])
         self.token = T.Compose([T.ToTensor(), map_pixels])
 
     def box(self, width: int, height: int) -> tuple[int, int, int, int]:
         "(top, left, height, width) of a random crop."
         for _ in range(10):
-            area, ratio = random.uniform(0.08, 1.0) * width * height, math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
-            w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-            if w <= width and h <= height: return random.randint(0, height - h), random.randint(0, width - w), h, w
-        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+            area = random.uniform(0.08, 1.0) * width * height
+            ratio = math.exp(random.uniform(math.log(3 / 4), math.log(4 / 3)))
+            w = round(math.sqrt(area * ratio))
+            h = round(math.sqrt(area / ratio))
+            if w <= width and h <= height:
+                return random.randint(0, height - h), random.randint(0, width - w), h, w
+        w = min(width, round(height * 4 / 3))
+        h = min(height, round(width * 4 / 3))
         return (height - h) // 2, (width - w) // 2, h, w
 
     def __call__(self, file: Path) -> tuple[Tensor, Tensor, np.ndarray]:
         from PIL import Image
         from torchvision.transforms.functional import InterpolationMode, resized_crop
-        with open(file, "rb") as f: image = self.before(Image.open(f).convert("RGB"))
+
+        with open(file, "rb") as f:
+            image = self.before(Image.open(f).convert("RGB"))
         box = self.box(*image.size)
-        views = (resized_crop(image, *box, [n, n], way) for n, way in ((self.size, InterpolationMode.BICUBIC), (self.token_size, InterpolationMode.LANCZOS)))
+        views = (
+            resized_crop(image, *box, [n, n], way)
+            for n, way in (
+                (self.size, InterpolationMode.BICUBIC),
+                (self.token_size, InterpolationMode.LANCZOS),
+            )
+        )
         return *(f(v) for f, v in zip((self.patch, self.token), views)), official_mask()

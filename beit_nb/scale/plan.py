@@ -23,35 +23,57 @@ from .flops import Product, dvae_products, model_products, tokenizer_of, total, 
 
 # %% ../../nbs/51_scale_plan.ipynb #length
 PICTURES = {  # name: (pictures of the training part, classes)
-    "digits": (3600, 10), "cifar10": (45_000, 10), "cifar100": (45_000, 100), "imagenette": (8_523, 10), "oxford-pets": (3_312, 37),
-    "photos": (5_632, 1), "imagenet": (1_281_167, 1000), "imagenet22k": (14_197_122, 21_841)}
+    "digits": (3600, 10),
+    "cifar10": (45_000, 10),
+    "cifar100": (45_000, 100),
+    "imagenette": (8_523, 10),
+    "oxford-pets": (3_312, 37),
+    "photos": (5_632, 1),
+    "imagenet": (1_281_167, 1000),
+    "imagenet22k": (14_197_122, 21_841),
+}
 KINDS = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".jfif"}
 
 
 def size_of(r: Run, pictures: int | None = None) -> tuple[int, int]:
     "Pictures of an epoch, and classes; `pictures` where they cannot be known."
     known, classes = PICTURES.get(r.data, (pictures, 1000))
-    if r.data == "digits" and not isinstance(r, FinetuneRecipe): known *= 4  # each at four places
+    if r.data == "digits" and not isinstance(r, FinetuneRecipe):
+        known *= 4  # each at four places
     if known is None and (root := Path(r.data)).is_dir():
         root = root / "train" if (root / "train").is_dir() else root
-        known, classes = sum(f.suffix.lower() in KINDS for f in root.rglob("*")), sum(d.is_dir() for d in root.iterdir()) or 1000
-    if pictures is not None and pictures < 1: raise ValueError(f"pictures {pictures} must be at least 1")
-    if not (known := pictures or known): raise ValueError(f"how many pictures has {r.data!r}? It is no known set and no folder with pictures; say pictures=")
-    if getattr(r, "labels_per_class", None): known = classes * r.labels_per_class
+        known = sum(f.suffix.lower() in KINDS for f in root.rglob("*"))
+        classes = sum(d.is_dir() for d in root.iterdir()) or 1000
+    if pictures is not None and pictures < 1:
+        raise ValueError(f"pictures {pictures} must be at least 1")
+    if not (known := pictures or known):
+        raise ValueError(
+            f"how many pictures has {r.data!r}? It is no known set and no folder with pictures; "
+            "say pictures="
+        )
+    if getattr(r, "labels_per_class", None):
+        known = classes * r.labels_per_class
     return known, classes
 
 
 def length(r: Run, pictures: int) -> int:
     "Steps of a training; an incomplete last batch of an epoch is dropped."
-    if not r.steps and pictures < r.batch_size: raise ValueError(f"batch_size {r.batch_size} is larger than the data set of {pictures} pictures; lower --batch-size")
+    if not r.steps and pictures < r.batch_size:
+        raise ValueError(
+            f"batch_size {r.batch_size} is larger than the data set of {pictures} pictures; lower "
+            "--batch-size"
+        )
     steps = r.steps or r.epochs * (pictures // r.batch_size)
     return min(steps, 2 if r.dry_run else r.max_steps or steps)
 
 
 def tokens_of(r: Run) -> tuple[int, int]:
     "Tokens of a picture, and how many of them are guessed."
-    if isinstance(r, TokenizerRecipe): return (r.img_size // r.downsample) ** 2, 0
-    return (r.img_size // r.patch_size) ** 2, r.num_mask_patches if isinstance(r, PretrainRecipe) else 0
+    if isinstance(r, TokenizerRecipe):
+        return (r.img_size // r.downsample) ** 2, 0
+    return (r.img_size // r.patch_size) ** 2, r.num_mask_patches if isinstance(
+        r, PretrainRecipe
+    ) else 0
 
 # %% ../../nbs/51_scale_plan.ipynb #activations
 def activations(
@@ -61,10 +83,20 @@ def activations(
     fused: bool = True,  # attention that keeps no shares (every GPU)
 ) -> int:
     "Bytes of one picture that the forward pass of a transformer keeps for the backward pass."
-    s, D, n = 2 if half else 4, r.embed_dim, (r.img_size // r.patch_size) ** 2 + 1
-    row = 8 * D + 16 + s * D * (6 + 2 * r.mlp_ratio + 2 * bool(r.init_values)) + (4 * r.num_heads if fused else s * r.num_heads * n)
-    if r.grad_checkpointing: blocks = n * (4 * D * r.depth + row)  # the inputs of all blocks, and one block at work
-    else: blocks = n * row * r.depth
+    s = 2 if half else 4
+    D = r.embed_dim
+    n = (r.img_size // r.patch_size) ** 2 + 1
+    row = (
+        8 * D
+        + 16
+        + s * D * (6 + 2 * r.mlp_ratio + 2 * bool(r.init_values))
+        + (4 * r.num_heads if fused else s * r.num_heads * n)
+    )
+    # the inputs of all blocks, and one block at work
+    if r.grad_checkpointing:
+        blocks = n * (4 * D * r.depth + row)
+    else:
+        blocks = n * row * r.depth
     return int(blocks + s * 3 * r.img_size**2 + head.rows * (4 * D + s * D + 4 * head.n_out))
 
 # %% ../../nbs/51_scale_plan.ipynb #memory
@@ -78,20 +110,33 @@ def memory(
 ) -> dict:
     "Bytes on one GPU, by what they are for; r.parallel and r.grad_checkpointing count."
     products = model_products(r, num_classes)
-    P, share = total(products, "parameters"), gpus if r.parallel == "fsdp" else 1
+    P = total(products, "parameters")
+    share = gpus if r.parallel == "fsdp" else 1
     out = dict(weights=4 * P / share, gradients=4 * P / share, adam=8 * P / share)
-    if half: out["half copies"] = 2 * P  # autocast casts each weight once a step, and backward needs the casts
+    # autocast casts each weight once a step, and backward needs the casts
+    if half:
+        out["half copies"] = 2 * P
     if isinstance(r, TokenizerRecipe):
         scores = 16 * r.vocab_size * (r.img_size // r.downsample) ** 2
-        return out | dict(activations=batch * (scores + (2 if half else 4) * sum(p.times * (p.inputs or p.rows * p.n_in) for p in products)))
+        return out | dict(
+            activations=batch
+            * (
+                scores
+                + (2 if half else 4)
+                * sum(p.times * (p.inputs or p.rows * p.n_in) for p in products)
+            )
+        )
     if share > 1:
         block = sum(p.parameters / p.times for p in products[1:-1])
         out["borrowed"] = 4 * (2 * block + products[0].parameters + products[-1].parameters)
-    own, maps = activations(r, products[-1], half, fused), 0
+    own = activations(r, products[-1], half, fused)
+    maps = 0
     if work(r)["tokenizer"]:
         t = tokenizer_of(r)
-        out["tokenizer"], maps = 4 * total(dvae_products(t, ("encoder",)), "parameters"), 3 * (2 if half else 4) * t.width * t.img_size**2
-    return out | dict(activations=batch * max(own, maps))  # the tokenizer's maps come and go before the model's are made
+        out["tokenizer"] = 4 * total(dvae_products(t, ("encoder",)), "parameters")
+        maps = 3 * (2 if half else 4) * t.width * t.img_size**2
+    # the tokenizer's maps come and go before the model's are made
+    return out | dict(activations=batch * max(own, maps))
 
 # %% ../../nbs/51_scale_plan.ipynb #hardware
 @dataclass
@@ -117,9 +162,17 @@ def hours(flop: float, gpus: int, peak: float, mfu: float) -> float:
 
 
 def paper_mfu() -> float:
-    "The share at which the paper's base model takes its five days on 16 V100: derived from them, not measured."
+    """The share at which the paper's base model takes its five days on 16 V100.
+
+    Derived from them, not measured.
+    """
     r = RECIPES["pretrain"]["base-in1k"][1]
-    return hours(length(r, size_of(r)[0]) * r.batch_size * sum(work(r).values()), 16, HARDWARE["v100"].half, 1) / (5 * 24)
+    return hours(
+        length(r, size_of(r)[0]) * r.batch_size * sum(work(r).values()),
+        16,
+        HARDWARE["v100"].half,
+        1,
+    ) / (5 * 24)
 
 # %% ../../nbs/51_scale_plan.ipynb #plan
 def plan(
@@ -132,68 +185,194 @@ def plan(
 ) -> dict:
     "Steps, samples, work, parameters, memory, hours and loader rate of a recipe."
     check_recipe(r)
-    if hardware not in HARDWARE: raise ValueError(f"unknown hardware {hardware!r}; there are: {', '.join(HARDWARE)}")
-    if not 0 < mfu <= 1 or gpus < 1 or cores < 1: raise ValueError(f"mfu {mfu} must be a share above 0, gpus {gpus} and cores {cores} at least 1")
-    if r.batch_size % gpus: raise ValueError(f"batch_size {r.batch_size} is not divisible by {gpus} GPUs; choose a multiple of {gpus}")
+    if hardware not in HARDWARE:
+        raise ValueError(f"unknown hardware {hardware!r}; there are: {', '.join(HARDWARE)}")
+    if not 0 < mfu <= 1 or gpus < 1 or cores < 1:
+        raise ValueError(
+            f"mfu {mfu} must be a share above 0, gpus {gpus} and cores {cores} at least 1"
+        )
+    if r.batch_size % gpus:
+        raise ValueError(
+            f"batch_size {r.batch_size} is not divisible by {gpus} GPUs; choose a multiple of "
+            f"{gpus}"
+        )
     share = r.batch_size // gpus
     batch = min(share, r.device_batch_size or share)
-    if share % batch: raise ValueError(f"device_batch_size {batch} does not divide a GPU's share of {share} pictures; choose a divisor of {share}")
-    gpu, half, (known, classes) = HARDWARE[hardware], r.precision != "fp32", size_of(r, pictures)
-    steps, once, vit = length(r, known), work(r, classes), isinstance(r, Backbone)
-    own, room = (r.parallel if gpus > 1 else "ddp", vit and r.grad_checkpointing), 0.8e9 * gpu.memory
-    forms = [(k, c) for k in (("ddp", "fsdp") if gpus > 1 else ("ddp",)) for c in (False, True)] if vit else [own]  # alone there is nobody to share with
-    memories = {f: memory(replace(r, parallel=f[0], grad_checkpointing=f[1]), batch, gpus, half, num_classes=classes) for f in forms}
-    largest = {f: max(0, int((room - sum(m.values()) + m["activations"]) / (m["activations"] / batch))) for f, m in memories.items()}
-    flop, speed = steps * r.batch_size * sum(once.values()), gpus * 1e12 * mfu * (gpu.half if half else gpu.full) / sum(once.values())
+    if share % batch:
+        raise ValueError(
+            f"device_batch_size {batch} does not divide a GPU's share of {share} pictures; choose "
+            f"a divisor of {share}"
+        )
+    gpu = HARDWARE[hardware]
+    half = r.precision != "fp32"
+    (known, classes) = size_of(r, pictures)
+    steps = length(r, known)
+    once = work(r, classes)
+    vit = isinstance(r, Backbone)
+    own = (r.parallel if gpus > 1 else "ddp", vit and r.grad_checkpointing)
+    room = 0.8e9 * gpu.memory
+    # alone there is nobody to share with
+    forms = (
+        [(k, c) for k in (("ddp", "fsdp") if gpus > 1 else ("ddp",)) for c in (False, True)]
+        if vit
+        else [own]
+    )
+    memories = {
+        f: memory(
+            replace(r, parallel=f[0], grad_checkpointing=f[1]),
+            batch,
+            gpus,
+            half,
+            num_classes=classes,
+        )
+        for f in forms
+    }
+    largest = {
+        f: max(0, int((room - sum(m.values()) + m["activations"]) / (m["activations"] / batch)))
+        for f, m in memories.items()
+    }
+    flop = steps * r.batch_size * sum(once.values())
+    speed = gpus * 1e12 * mfu * (gpu.half if half else gpu.full) / sum(once.values())
     return dict(
-        pictures=known, classes=classes, steps=steps, samples=steps * r.batch_size, tokens=tokens_of(r), share=share, batch=batch, half=half,
-        parameters=total(model_products(r, classes), "parameters"), flop_per_image=once, flop=flop, own=own, memory=memories, largest=largest,
-        slower=sum(work(replace(r, grad_checkpointing=True), classes).values()) / (sum(once.values()) - once["recomputed"]), images_per_s=speed,
-        per_core=speed / gpus / cores, seconds_per_step=r.batch_size / speed, hours=steps * r.batch_size / speed / 3600, gpus=gpus, gpu=gpu, mfu=mfu, cores=cores)
+        pictures=known,
+        classes=classes,
+        steps=steps,
+        samples=steps * r.batch_size,
+        tokens=tokens_of(r),
+        share=share,
+        batch=batch,
+        half=half,
+        parameters=total(model_products(r, classes), "parameters"),
+        flop_per_image=once,
+        flop=flop,
+        own=own,
+        memory=memories,
+        largest=largest,
+        slower=sum(work(replace(r, grad_checkpointing=True), classes).values())
+        / (sum(once.values()) - once["recomputed"]),
+        images_per_s=speed,
+        per_core=speed / gpus / cores,
+        seconds_per_step=r.batch_size / speed,
+        hours=steps * r.batch_size / speed / 3600,
+        gpus=gpus,
+        gpu=gpu,
+        mfu=mfu,
+        cores=cores,
+    )
 
 # %% ../../nbs/51_scale_plan.ipynb #advice
 def advice(p: dict) -> str:
-    "Options with which the step of a plan fits, each of them alone; where none does, the best of them together."
-    own, at_most = p["own"], p["largest"]
-    more = {f: ["--parallel fsdp"] * (f[0] > own[0]) + ["--grad-checkpointing"] * (f[1] > own[1]) for f in at_most if f[0] >= own[0] and f[1] >= own[1]}
-    divisor = lambda n: next((k for k in range(min(n, p["batch"]), 0, -1) if p["share"] % k == 0), 0)
+    """Options with which the step of a plan fits, each of them alone.
+
+    Where none does, the best of them together.
+    """
+    own = p["own"]
+    at_most = p["largest"]
+    more = {
+        f: ["--parallel fsdp"] * (f[0] > own[0]) + ["--grad-checkpointing"] * (f[1] > own[1])
+        for f in at_most
+        if f[0] >= own[0] and f[1] >= own[1]
+    }
+    divisor = lambda n: next(
+        (k for k in range(min(n, p["batch"]), 0, -1) if p["share"] % k == 0), 0
+    )
     ways = [f"--device-batch-size {k}"] if (k := divisor(at_most[own])) else []
     ways += [words[0] for f, words in more.items() if len(words) == 1 and at_most[f] >= p["batch"]]
     best = max(more, key=at_most.get)
-    if not ways and (k := divisor(at_most[best])): ways = [" ".join([*more[best], *[f"--device-batch-size {k}"] * (k < p["batch"])])]
+    if not ways and (k := divisor(at_most[best])):
+        ways = [" ".join([*more[best], *[f"--device-batch-size {k}"] * (k < p["batch"])])]
     return "set " + ", or ".join(ways) if ways else "no setting helps; take more or larger GPUs"
 
 # %% ../../nbs/51_scale_plan.ipynb #memory-page
 def memory_page(p: dict) -> list[str]:
     "A line for each way to keep the model, and what to do where the recipe's own has no room."
-    lines = [f"GB a GPU, {p['batch']:,} pictures at once ({p['share'] // p['batch']} times a step); {0.8 * p['gpu'].memory:.0f} of {p['gpu'].memory} GB are planned with"]
+    lines = [
+        f"GB a GPU, {p['batch']:,} pictures at once ({p['share'] // p['batch']} times a step); "
+        f"{0.8 * p['gpu'].memory:.0f} of {p['gpu'].memory} GB are planned with"
+    ]
     for (kind, again), parts in p["memory"].items():
-        mark, slower = ">" if (kind, again) == p["own"] else " ", f"checkpointing, {p['slower']:.2f} x the time" if again else ""
+        mark = ">" if (kind, again) == p["own"] else " "
+        slower = f"checkpointing, {p['slower']:.2f} x the time" if again else ""
         text = f"{mark} {kind:4} {slower:31} {sum(parts.values()) / 1e9:7.2f}, up to {p['largest'][kind, again]:,} pictures"
         lines.append(f"{text:67} = " + " + ".join(f"{k} {v / 1e9:.2f}" for k, v in parts.items()))
-    return lines if p["largest"][p["own"]] >= p["batch"] else [*lines, f"{p['batch']:,} pictures at once do not fit: {advice(p)}"]
+    return (
+        lines
+        if p["largest"][p["own"]] >= p["batch"]
+        else [*lines, f"{p['batch']:,} pictures at once do not fit: {advice(p)}"]
+    )
 
 # %% ../../nbs/51_scale_plan.ipynb #plan-recipe
-def plan_recipe(command: str, r: Run, gpus: int = 8, hardware: str = "a100", mfu: float = 0.4, cores: int = 8, pictures: int | None = None) -> str:
+def plan_recipe(
+    command: str,
+    r: Run,
+    gpus: int = 8,
+    hardware: str = "a100",
+    mfu: float = 0.4,
+    cores: int = 8,
+    pictures: int | None = None,
+) -> str:
     "What `beit plan RECIPE` prints."
     p = plan(r, gpus, hardware, mfu, cores, pictures)
-    n, (each, hidden), once, h, paper = p["samples"], p["tokens"], p["flop_per_image"], p["hours"], paper_mfu()
+    n = p["samples"]
+    (each, hidden) = p["tokens"]
+    once = p["flop_per_image"]
+    h = p["hours"]
+    paper = paper_mfu()
     executed = sum(once.values())
     counted = executed - once["recomputed"]
     again = executed > counted
-    time = lambda h: f"{h:.3g} hours = {h / 24:.2g} days" if h > 24 else f"{h:.3g} hours" if h > 1 else f"{60 * h:.2g} minutes" if h > 1 / 60 else f"{3600 * h:.2g} seconds"
-    guesses = f"; {'' if r.exact_mask else 'at most '}{hidden} of them hidden: {hidden * n:,} guesses" if hidden else ""
+    time = lambda h: (
+        f"{h:.3g} hours = {h / 24:.2g} days"
+        if h > 24
+        else f"{h:.3g} hours"
+        if h > 1
+        else f"{60 * h:.2g} minutes"
+        if h > 1 / 60
+        else f"{3600 * h:.2g} seconds"
+    )
+    guesses = (
+        f"; {'' if r.exact_mask else 'at most '}{hidden} of them hidden: {hidden * n:,} guesses"
+        if hidden
+        else ""
+    )
     parts = ", ".join(f"{k} {once[k] / 1e9:.4g}" for k in ("tokenizer", "model") if once[k])
     rows = [
-        ("training", f"{p['steps']:,} steps of {r.batch_size:,} pictures = {n:,} samples of {p['pictures']:,} pictures"),
+        (
+            "training",
+            f"{p['steps']:,} steps of {r.batch_size:,} pictures = {n:,} samples of "
+            f"{p['pictures']:,} pictures",
+        ),
         ("tokens", f"{each:,} a picture: {each * n:,} in all{guesses}"),
         ("parameters", f"{p['parameters']:,}"),
-        ("work", f"{counted / 1e9:.4g} GFLOP an image ({parts})" + f", {executed / 1e9:.4g} executed: checkpointing runs blocks again" * again + f"; {p['flop']:.3g} FLOP in all"),
+        (
+            "work",
+            f"{counted / 1e9:.4g} GFLOP an image ({parts})"
+            + f", {executed / 1e9:.4g} executed: checkpointing runs blocks again" * again
+            + f"; {p['flop']:.3g} FLOP in all",
+        ),
         *zip(("memory", *[""] * 9), memory_page(p)),
         ("time", f"{time(h)}, {h * gpus:,.3g} GPU-hours; {p['seconds_per_step']:.3g} s a step"),
-        ("", f"at {paper:.0%}, which the paper's 16 V100 reached (5 days): {time(h * mfu / paper)}" * p["half"]),
-        ("mfu", f"{mfu:.0%} is an assumption; measure yours with beit bench step, pass --mfu" + f" ({mfu:.0%} of the work executed, {mfu * counted / executed:.0%} of the work counted)" * again),
-        ("loader", f"{p['images_per_s']:,.0f} images/s = {p['images_per_s'] / gpus:,.0f} a GPU = {p['per_core']:,.0f} a core with {cores} cores a GPU"),
-        ("note", "a V100 has no bf16: add --precision fp16" * (hardware == "v100" and r.precision in ("auto", "bf16")))]
+        (
+            "",
+            f"at {paper:.0%}, which the paper's 16 V100 reached (5 days): {time(h * mfu / paper)}"
+            * p["half"],
+        ),
+        (
+            "mfu",
+            f"{mfu:.0%} is an assumption; measure yours with beit bench step, pass --mfu"
+            + f" ({mfu:.0%} of the work executed, {mfu * counted / executed:.0%} of the work "
+            "counted)" * again,
+        ),
+        (
+            "loader",
+            f"{p['images_per_s']:,.0f} images/s = {p['images_per_s'] / gpus:,.0f} a GPU = "
+            f"{p['per_core']:,.0f} a core with {cores} cores a GPU",
+        ),
+        (
+            "note",
+            "a V100 has no bf16: add --precision fp16"
+            * (hardware == "v100" and r.precision in ("auto", "bf16")),
+        ),
+    ]
     title = f"plan: {command} on {gpus} x {p['gpu'].name}, {'half precision' if p['half'] else 'fp32'}, at an MFU of {mfu:.0%}"
     return "\n".join([title, *(f"  {name:11} {text}" for name, text in rows if text)])
