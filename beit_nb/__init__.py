@@ -1,1 +1,52 @@
+"""BEiT, explained and defined in notebooks: learn it, run it, trust it.
+
+Written by hand, as `__main__.py` is; every other module is exported from a notebook in `nbs/`.
+Holds the version, the two errors that every room may raise, and the names that outside users
+rely on, loaded when they are first asked for, so that `import beit_nb` imports no torch.
+"""
 __version__ = "0.2.0"
+
+from importlib import import_module
+
+
+class BeitError(ValueError):
+    """Bad input: the message is one line that says what was wrong, where, and what to do.
+
+    The command `beit` prints that line and exits with status 2. Any other exception
+    (but OSError) is a defect of ours, and shows its traceback.
+    """
+
+
+class UnreadableImage(BeitError):
+    "A picture that cannot be read; a training stands another one in for it and counts it."
+
+
+HOMES = {
+    "patches": "patchify unpatchify PatchEmbed",
+    "elbo": "log_evidence posterior kl_categorical kl_uniform",
+    "gumbel": "sample_gumbel gumbel_softmax temperature_schedule",
+    "dvae": "DiscreteVAE map_pixels unmap_pixels logit_laplace_nll dvae_loss",
+    "tokens": "Tokenizer codebook_usage",
+    "masking": "blockwise_mask blockwise_masks random_mask",
+    "vit": "VisionTransformer Attention Block RelativePositionBias DropPath",
+    "mim": "BeitForMaskedImageModeling mim_loss mim_accuracy",
+    "attention": "attention_maps",
+    "engine.optim": "cosine_schedule param_groups Ema",
+    "engine.runs": "save_checkpoint load_checkpoint",
+    "data": "open_data",
+    "tokenizer": "train_tokenizer load_tokenizer",
+    "checkpoints": "resize_rel_pos_bias resize_pos_embed load_backbone",
+    "finetuning": "BeitForImageClassification",
+    "explorers": "MaskExplorer",
+}
+_HOME_OF = {name: room for room, names in HOMES.items() for name in names.split()}
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'beit_nb' has no attribute {name!r}")
+    return getattr(import_module(f"beit_nb.{_HOME_OF[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

@@ -95,14 +95,14 @@ class Predict:
     def run(self) -> None:
         import torch
         from beit_nb.finetuning import FinetuneTransform, load_classifier
-        from beit_nb.images import to_input
+        from beit_nb.images import preprocess
         from beit_nb.images import load_image
 
         model, r, classes = load_classifier(self.init)
         view = FinetuneTransform(r, [0], training=False)  # as it was scored
         for path in self.images:
             with torch.no_grad():
-                p = model(to_input(view(load_image(path), 0, None)[0][None], r.mean_std)).softmax(
+                p = model(preprocess(view(load_image(path), 0, None)[0][None], r.mean_std)).softmax(
                     -1
                 )[0]
             best = p.topk(min(self.top, len(classes)))
@@ -127,9 +127,9 @@ class AttentionMaps:
 
     def run(self) -> None:
         from beit_nb.attention import attention_maps, patch_attention, show_attention
-        from beit_nb.engine.sources import PictureSet
+        from beit_nb.engine.sources import ImageDataset
         from beit_nb.finetuning import load_classifier
-        from beit_nb.images import to_input
+        from beit_nb.images import preprocess
         from beit_nb.images import load_image
         from beit_nb.pretraining import load_mim
         from beit_nb.probing import views_of
@@ -144,8 +144,8 @@ class AttentionMaps:
         model, r = load(self.init)[:2]
         Path(self.out).mkdir(parents=True, exist_ok=True)
         for path in self.images:
-            view = views_of(PictureSet(1, lambda _: load_image(path)), r.img_size)
-            probs = attention_maps(model, to_input(view, r.mean_std))[self.block]
+            view = views_of(ImageDataset(1, lambda _: load_image(path)), r.img_size)
+            probs = attention_maps(model, preprocess(view, r.mean_std))[self.block]
             fig = show_attention(
                 view[0].float() / 255,
                 patch_attention(probs, self.query, model.patch_embed.patch_shape)[0],
@@ -175,9 +175,9 @@ class Tokenize:
     max_damaged: float = 0.01  # largest share of unreadable pictures; with more of them it stops
 
     def run(self) -> None:
-        from beit_nb.engine.token_files import tokenize
+        from beit_nb.engine.token_files import tokenize_files
 
-        d = tokenize(**vars(self))
+        d = tokenize_files(**vars(self))
         size = sum(f.stat().st_size for f in Path(self.out).glob("part-*.npz"))
         lost = f"; {len(d['damaged'])} unreadable" if d["damaged"] else ""
         print(

@@ -24,15 +24,15 @@ from tqdm import tqdm
 
 from .attention import attention_maps, patch_attention, show_attention
 from .engine.augment import TwoViews
-from .engine.files import whole_file
-from .engine.runs import finish, memory, read_log
+from .engine.files import atomic_write
+from .engine.runs import write_metrics, memory_mb, read_log
 from .engine.sources import Digits
 from .finetuning import evaluate_classifier, finetune, load_classifier
 from .images import PALETTE, normalize
-from .pretraining import evaluate_mim, load_mim, pretrain, token_table
+from .pretraining import evaluate_mim, load_mim, pretrain, tokenize_dataset
 from .probing import probe
 from .recipes import FinetuneRecipe, recipe_named
-from .reconstructions import watch_figure
+from .reconstructions import reconstruction_figure
 from beit_nb.report import (
     cards_html,
     figure_html,
@@ -61,7 +61,7 @@ class Plan:
 
 # %% ../nbs/72_demo.ipynb #stage
 def stage(out: Path, name: str, work) -> dict:
-    "Do `work` unless it was done before; its figures and seconds are kept in OUT/<name>.json."
+    "Do `flops_per_image` unless it was done before; its figures and seconds are kept in OUT/<name>.json."
     file = out / f"{name}.json"
     began = time.time()
     if file.exists():
@@ -69,7 +69,7 @@ def stage(out: Path, name: str, work) -> dict:
     print(f"\n== {name} ==", flush=True)
     result = work()
     result["seconds"] = time.time() - began
-    with whole_file(file) as f:
+    with atomic_write(file) as f:
         f.write(json.dumps(result).encode())
     return result
 
@@ -99,7 +99,7 @@ def pretrain_stage(p: Plan) -> dict:
     model = pretrain(r)
     tokenizer = load_tokenizer(r.tokenizer)
     # for the constant guess
-    prior = token_table(tokenizer, Digits("train", places=1), TwoViews(r.img_size))
+    prior = tokenize_dataset(tokenizer, Digits("train", places=1), TwoViews(r.img_size))
     return evaluate_mim(model, r, tokenizer, Digits("test"), prior) | dict(
         images=r.steps * r.batch_size
     )
@@ -193,7 +193,7 @@ def finetune_stage(p: Plan) -> dict:
     result = dict(
         labels_per_class=recipes["pretrained"].labels_per_class,
         steps=p.finetune_steps,
-        peak_mb=memory("VmRSS") + 2 * max(m["peak_rss_mb"] for m in first),
+        peak_mb=memory_mb("VmRSS") + 2 * max(m["peak_rss_mb"] for m in first),
     )
     for arm, r in recipes.items():
         ms = [runs[at(arm, best[arm], d).out] for d in range(p.draws)]
@@ -341,7 +341,7 @@ def demo_report(p: Plan, m: dict) -> Path:
         "<h2>2. Hide and guess</h2><p>Blocks that cover 40 % of the patches are hidden, and a "
         "Transformer must name the hidden tokens from what is left. No label is used.</p>",
         figure_html(
-            watch_figure(out / "pretrain", tokenizer),
+            reconstruction_figure(out / "pretrain", tokenizer),
             "Grey patches are hidden from the model. Below: its guess at the hidden tokens, "
             "decoded, as training goes on; last row: the true tokens, decoded.",
         ),
@@ -395,7 +395,7 @@ def demo_report(p: Plan, m: dict) -> Path:
         "Made by <code>beit demo</code> of beit_nb. Pictures: 5,000 MNIST digits, placed at "
         "random on 32x32.",
     )
-    with whole_file(target) as f:
+    with atomic_write(target) as f:
         f.write(html.encode())
     return target
 
@@ -412,8 +412,8 @@ def demo(p: Plan = Plan()) -> dict:
     )
     metrics = {name: stage(out, name, lambda work=work: work(p)) for name, work in stages.items()}
     metrics["seconds"] = sum(m["seconds"] for m in metrics.values())
-    metrics["peak_rss_mb"] = max(memory(), metrics["finetune"].get("peak_mb", 0))
-    finish(out, metrics)
+    metrics["peak_rss_mb"] = max(memory_mb(), metrics["finetune"].get("peak_mb", 0))
+    write_metrics(out, metrics)
     demo_report(p, metrics)
     print(
         f"\n{metrics['seconds']:.0f} s in all, at most {metrics['peak_rss_mb']:.0f} MB of memory. "

@@ -21,19 +21,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from .checkpoints import load_backbone
-from .data import few_labels, open_data
+from .data import sample_labels, open_data
 from .device import default_device, pick_precision
 from .engine.augment import TwoViews
-from .engine.loading import Samples, pass_over
-from .engine.runs import finish, load_checkpoint, open_run
-from .engine.sources import PictureSet
+from .engine.loading import TransformedDataset, report_unreadable
+from .engine.runs import write_metrics, load_checkpoint, open_run
+from .engine.sources import ImageDataset
 from .finetuning import build_classifier
-from .images import to_input
+from .images import preprocess
 from .recipes import FinetuneRecipe, ProbeRecipe, check_recipe, from_config
 from .vit import VisionTransformer
 
 # %% ../nbs/45_probing.ipynb #views-of
-def views_of(pictures: PictureSet, size: int, ids=None) -> Tensor:
+def views_of(pictures: ImageDataset, size: int, ids=None) -> Tensor:
     """Whole pictures (N, 3, size, size) uint8, without any augmentation.
 
     All, or those with the numbers `ids`.
@@ -61,7 +61,7 @@ def block_features(
     for c in images.split(chunk):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             # depth times (n, 1+N, D)
-            streams = model.forward_features(to_input(c.to(device), mean_std), every_block=True)
+            streams = model.forward_features(preprocess(c.to(device), mean_std), every_block=True)
         parts.append(torch.stack([x[:, 1:].float().mean(1) for x in streams]).cpu())
     return torch.cat(parts, 1).numpy()
 
@@ -125,7 +125,7 @@ def raw_pixels(images: Tensor) -> np.ndarray:
 
 
 def all_features(
-    arms: dict[str, Callable], pictures: PictureSet, size: int, ids=None, chunk: int = 256
+    arms: dict[str, Callable], pictures: ImageDataset, size: int, ids=None, chunk: int = 256
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """What every arm makes of the pictures.
 
@@ -135,9 +135,9 @@ def all_features(
     rows = []
     seen = []
     for x, numbers, lost in DataLoader(
-        Samples(pictures, lambda picture, number, rng: (views(picture)[0], number), ids=ids), chunk
+        TransformedDataset(pictures, lambda picture, number, rng: (views(picture)[0], number), ids=ids), chunk
     ):
-        pass_over(pictures, lost[lost >= 0])
+        report_unreadable(pictures, lost[lost >= 0])
         rows.append({k: f(x) for k, f in arms.items()}), seen.append(numbers)
     return {k: np.concatenate([r[k] for r in rows], 1) for k in arms}, torch.cat(seen).numpy()
 
@@ -162,7 +162,7 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
     arms["pixels"] = raw_pixels
     with open_run("probe", r) as out:
         train, val, held = (open_data(r.data, s, labels=True) for s in ("train", "val", r.split))
-        draws = [few_labels(train.labels, r.labels_per_class, r.seed + d) for d in range(r.draws)]
+        draws = [sample_labels(train.labels, r.labels_per_class, r.seed + d) for d in range(r.draws)]
         # each picture is read once, whatever number of draws wants it
         used = np.unique(np.concatenate(draws))
         rows = [np.searchsorted(used, d) for d in draws]
@@ -192,4 +192,4 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
                     f"{b['layer']})",
                     flush=True,
                 )
-        return finish(out, dict(labels=len(draws[0]), split=r.split, **result))
+        return write_metrics(out, dict(labels=len(draws[0]), split=r.split, **result))

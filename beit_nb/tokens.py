@@ -36,7 +36,7 @@ class Tokenizer(nn.Module):
             return self.dvae.get_codebook_indices(images.float())
 
     @torch.no_grad()
-    def indices_at(self, images: Tensor, where: Tensor) -> Tensor:
+    def indices_at(self, images: Tensor, masked_index: Tensor) -> Tensor:
         """The ids (n,) of the cells `where` (n,), counted over the whole batch.
 
         All that masked image modelling asks for.
@@ -44,8 +44,8 @@ class Tokenizer(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             # DALL-E's runs its head only there
             if hasattr(self.dvae, "indices_at"):
-                return self.dvae.indices_at(images.float(), where)
-            return self.dvae.get_codebook_indices(images.float()).flatten()[where]
+                return self.dvae.indices_at(images.float(), masked_index)
+            return self.dvae.get_codebook_indices(images.float()).flatten()[masked_index]
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:

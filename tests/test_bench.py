@@ -9,8 +9,8 @@ from beit_nb.engine.winograd import optimize_for_inference
 from beit_nb import bench as b
 from beit_nb.dalle import DalleEncoder, DalleVAE
 from beit_nb.masking import blockwise_masks
-from beit_nb.mim import BeitForMaskedImageModeling, masked_cells, mim_loss
-from beit_nb.device import ROADS, roads, tune
+from beit_nb.mim import BeitForMaskedImageModeling, masked_indices, mim_loss
+from beit_nb.device import KERNELS, kernels_for, set_matmul_precision
 from beit_nb.vit import Block, DropPath
 
 
@@ -24,7 +24,7 @@ def gradients(model):
 def test_base_model_equals_the_official_style_in_fp32(form=b.PLUS):
     """BEiT-B/16 at full size, one picture.
 
-    Logits to 1e-5, gradients to 1e-5 of their length, also with the matrix products that `tune`
+    Logits to 1e-5, gradients to 1e-5 of their length, also with the matrix products that `set_matmul_precision`
     chooses.
     """
     torch.manual_seed(0)
@@ -39,7 +39,7 @@ def test_base_model_equals_the_official_style_in_fp32(form=b.PLUS):
     try:
         # with the choice for large models, and without
         for width in (768, 64):
-            tune("cpu", width)
+            set_matmul_precision("cpu", width)
             ours.zero_grad()
             got = ours(images, mask)
             mim_loss(got, targets).backward()
@@ -61,11 +61,11 @@ def test_tokens_at_full_size_equal_the_official_style():
 
     with torch.no_grad():
         assert torch.equal(theirs(map_pixels(images)).argmax(1), want)
-    where = masked_cells(blockwise_masks(2))
+    masked_index = masked_indices(blockwise_masks(2))
     with torch.no_grad():
         ours = optimize_for_inference(DalleVAE(encoder))
         assert torch.equal(ours.get_codebook_indices(images), want) and torch.equal(
-            ours.indices_at(images, where), want.flatten()[where]
+            ours.indices_at(images, masked_index), want.flatten()[masked_index]
         )
         half = optimize_for_inference(ours, torch.bfloat16)
         # near-ties may flip
@@ -116,7 +116,7 @@ def test_skipping_dropped_samples_changes_nothing(monkeypatch):
     mask = blockwise_masks(6, (8, 8), 24, 4)
     results = []
     for skip in (True, False):
-        monkeypatch.setitem(ROADS, "cpu", roads("cpu")._replace(skip_dropped=skip))
+        monkeypatch.setitem(KERNELS, "cpu", kernels_for("cpu")._replace(skip_dropped=skip))
         ours.zero_grad()
         torch.manual_seed(1)
         logits = ours(images, mask)
@@ -191,7 +191,7 @@ def test_hidden_places_only_equals_all_places_and_then_choosing(checkpointing):
     for logits in (
         lambda: ours(images, mask),
         lambda: ours(images, mask, return_all_tokens=True)[mask],
-        lambda: ours(images, mask, where=masked_cells(mask)),
+        lambda: ours(images, mask, masked_index=masked_indices(mask)),
     ):
         ours.zero_grad()
         mim_loss(logits(), targets).backward()
@@ -211,7 +211,7 @@ def test_tune_never_touches_cuda_small_models_or_amx(monkeypatch):
             (False, "cpu", 192, "highest"),
         ):
             monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-            assert tune(device, width) == want == torch.get_float32_matmul_precision()
+            assert set_matmul_precision(device, width) == want == torch.get_float32_matmul_precision()
     finally:
         torch.set_float32_matmul_precision(before)
 

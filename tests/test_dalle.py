@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from beit_nb.engine.winograd import optimize_for_inference
 from beit_nb.dalle import DalleBlock, DalleDecoder, DalleEncoder, DalleVAE
-from beit_nb.engine.safeload import read_old, read_weights
+from beit_nb.engine.safeload import read_legacy_file, load_tensors
 from beit_nb.scale.bench import bench_tokenizer
 from beit_nb.tokenizer import load_dalle, save_dalle
 from beit_nb.dvae import DiscreteVAE, dvae_loss, map_pixels
@@ -391,13 +391,13 @@ def test_other_names_are_refused_in_both_layouts(tmp_path, module, name):
     program = b"\x80\x02c" + f"{module}\n{name}\n".encode() + b")R."
     (tmp_path / "old.pkl").write_bytes(program)
     with pytest.raises(pickle.UnpicklingError, match="GLOBAL"):
-        read_old(tmp_path / "old.pkl")
-    assert name in refusal(read_weights, tmp_path / "old.pkl")
+        read_legacy_file(tmp_path / "old.pkl")
+    assert name in refusal(load_tensors, tmp_path / "old.pkl")
     archive = torch._C.PyTorchFileWriter(str(tmp_path / "new.pkl"))
     archive.write_record("data.pkl", program, len(program))
     archive.write_end_of_file()
     assert f"asks for {module}.{name}".replace("builtins.", "") in refusal(
-        read_weights, tmp_path / "new.pkl"
+        load_tensors, tmp_path / "new.pkl"
     ).replace("posix.", "os.")
 
 

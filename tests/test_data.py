@@ -16,9 +16,9 @@ from PIL import Image
 
 import beit_nb.data as data
 from beit_nb.data import KNOWN, open_data, torchvision_set
-from beit_nb.engine.files import Files, fingerprint
-from beit_nb.engine.shards import Shards, shard_folder
-from beit_nb.engine.sources import Digits, Folder, Photos, PictureSet, decode
+from beit_nb.engine.files import FileList, fingerprint
+from beit_nb.engine.shards import ImageShards, shard_folder
+from beit_nb.engine.sources import Digits, ImageFolder, Photos, ImageDataset, decode_image
 from beit_nb.engine.files import list_images
 from beit_nb.images import load_image, photos
 
@@ -166,7 +166,7 @@ def test_many_classes_are_fast(tmp_path, monkeypatch):
         d, "image_names", lambda r: (f"{n}/{k}.jpg" for n in names for k in range(20))
     )
     t = time.process_time()
-    assert len(Folder(root, labels=True, classes=names)) == 40_000
+    assert len(ImageFolder(root, labels=True, classes=names)) == 40_000
     assert time.process_time() - t < 5
 
 
@@ -183,14 +183,14 @@ def test_a_list_of_millions_is_small(tmp_path):
             (folder / f"n{c:08d}_{k}.JPEG").touch()
     began = time.process_time()
     tracemalloc.start()
-    pictures = Folder(tmp_path)
+    pictures = ImageFolder(tmp_path)
     held = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
     assert len(pictures) == 6000 and held / 6000 < 60 and time.process_time() - began < 1.5
     assert [str(f.relative_to(tmp_path)) for f in pictures.files] == sorted(
         str(f.relative_to(tmp_path)) for f in tmp_path.rglob("*.JPEG")
     )
-    assert pictures.files[5999] == pictures.files[-1] and len(Files(tmp_path, [])) == 0
+    assert pictures.files[5999] == pictures.files[-1] and len(FileList(tmp_path, [])) == 0
     with pytest.raises(IndexError):
         pictures.files[6000]
 
@@ -283,7 +283,7 @@ def test_fast_decoder_is_pil(tmp_path):
             cat.save(f, kind)
             kinds.append(f.getvalue())
     for blob in kinds:
-        assert torch.equal(decode(blob, lambda: "x"), by_pil(blob))
+        assert torch.equal(decode_image(blob, lambda: "x"), by_pil(blob))
     whole = kinds[0]
     rng = np.random.default_rng(0)
     broken = [whole[:n] for n in (0, 1, 2, 10, 700, len(whole) // 2, len(whole) - 1)]
@@ -300,10 +300,10 @@ def test_fast_decoder_is_pil(tmp_path):
             want = None
             refused = refused + 1
         if want is not None:
-            assert torch.equal(decode(blob, lambda: "x"), want)
+            assert torch.equal(decode_image(blob, lambda: "x"), want)
         else:
             with pytest.raises(ValueError, match="^cannot read the picture cat.jpg"):
-                decode(blob, lambda: "cat.jpg")
+                decode_image(blob, lambda: "cat.jpg")
     assert 7 <= refused < len(broken)
 
 
@@ -315,9 +315,9 @@ def test_a_header_that_claims_too_much(size, tmp_path):
     bomb[i : i + 4] = size.to_bytes(2, "big") * 2
     (tmp_path / "bomb.jpg").write_bytes(bomb)
     for read in (
-        lambda: decode(bytes(bomb), lambda: "bomb.jpg"),
-        lambda: Folder(tmp_path).pixels(0),
-        lambda: Folder(tmp_path)[0],
+        lambda: decode_image(bytes(bomb), lambda: "bomb.jpg"),
+        lambda: ImageFolder(tmp_path).pixels(0),
+        lambda: ImageFolder(tmp_path)[0],
     ):
         with pytest.raises(
             ValueError, match="^cannot read the picture .*bomb.jpg: .*decompression bomb"
@@ -338,7 +338,7 @@ def test_greys_in_floats(tmp_path, white):
 def test_a_file_that_has_gone_is_damaged(tmp_path):
     for i in range(3):
         grey(tmp_path / f"{i}.png", i)
-    pictures = Folder(tmp_path)
+    pictures = ImageFolder(tmp_path)
     (tmp_path / "1.png").unlink(), (tmp_path / "2.png").unlink(), (tmp_path / "2.png").mkdir()
     for i in (1, 2):
         for read in (pictures.__getitem__, pictures.pixels):
@@ -354,15 +354,15 @@ def test_names_in_other_alphabets(tmp_path):
     assert shard_folder(tmp_path / "in", tmp_path / "out") == dict(
         pictures=3, shards=1, damaged=0, others=0
     )
-    pictures = Folder(tmp_path / "in", labels=True)
-    assert len({pictures.where(i) for i in range(3)}) == 3 and len(pictures.fingerprint()) == 16
+    pictures = ImageFolder(tmp_path / "in", labels=True)
+    assert len({pictures.path(i) for i in range(3)}) == 3 and len(pictures.fingerprint()) == 16
     assert [os.fsencode(f.name) for f in pictures.files] == sorted(
         [b"caf\xe9.png", b"two\nlines.png", "\u65e5\u672c.png".encode()], key=os.fsdecode
     )
     with tarfile.open(tmp_path / "out" / "x.tar", "w", format=tarfile.GNU_FORMAT) as t:
         t.add(tmp_path / "in" / "a" / odd, odd)
     (tmp_path / "out" / "shards.json").unlink()
-    assert odd in Shards(tmp_path / "out").where(3)
+    assert odd in ImageShards(tmp_path / "out").path(3)
 
 
 def test_fingerprints(tmp_path):
@@ -392,34 +392,34 @@ def test_fingerprints(tmp_path):
     swapped = folder("swapped", ("bee/0.png", "a/0.png"), ("ant/1.png", "b/1.png"))
     moved = folder("deep/down/moved", ("ant/0.png", "a/0.png"), ("bee/1.png", "b/1.png"))
     assert (
-        Folder(one).fingerprint()
-        == Folder(moved).fingerprint()
-        == Folder(os.path.relpath(one)).fingerprint()
-        == Folder(one, labels=True).fingerprint()
+        ImageFolder(one).fingerprint()
+        == ImageFolder(moved).fingerprint()
+        == ImageFolder(os.path.relpath(one)).fingerprint()
+        == ImageFolder(one, labels=True).fingerprint()
     )
-    assert Folder(one).fingerprint() != Folder(swapped).fingerprint()
+    assert ImageFolder(one).fingerprint() != ImageFolder(swapped).fingerprint()
     many = folder("many", *((f"{k}.png", f"a/{k}.png") for k in range(3)))
     other = folder("other", *((f"{k}.png", f"b/{k}.png") for k in range(3)))
     for source, out in ((many, "s1"), (other, "s2")):
         shard_folder(source, tmp_path / out)
-    first = Shards(tmp_path / "s1").fingerprint()
+    first = ImageShards(tmp_path / "s1").fingerprint()
     # moved
     (tmp_path / "s1").rename(tmp_path / "s3")
     # and renamed
     (tmp_path / "s3" / "000000.tar").rename(tmp_path / "s3" / "train-0.tar")
     # and others of equal count in its place
     (tmp_path / "s2").rename(tmp_path / "s1")
-    assert Shards(tmp_path / "s3").fingerprint() == first != Shards(tmp_path / "s1").fingerprint()
+    assert ImageShards(tmp_path / "s3").fingerprint() == first != ImageShards(tmp_path / "s1").fingerprint()
     same = tmp_path / "same"
     # equal sizes, only the names differ
     for k, name in enumerate(("x", "y")):
         (same / name).mkdir(parents=True)
         with tarfile.open(same / name / "0.tar", "w") as t:
             t.add(tmp_path / "a" / "0.png", f"{name}.png")
-    assert Shards(same / "x").fingerprint() != Shards(same / "y").fingerprint()
+    assert ImageShards(same / "x").fingerprint() != ImageShards(same / "y").fingerprint()
     assert (
-        PictureSet(3, None, name="x").fingerprint()
-        != PictureSet(4, None, name="x").fingerprint()
+        ImageDataset(3, None, name="x").fingerprint()
+        != ImageDataset(4, None, name="x").fingerprint()
         != Digits("val").fingerprint()
         != Digits("test").fingerprint()
     )
@@ -451,15 +451,15 @@ def test_without_torchvisions_decoder(tmp_path, monkeypatch):
     ]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        want = [decode(b, lambda: "x") for b in blobs]
+        want = [decode_image(b, lambda: "x") for b in blobs]
     asked = []
     monkeypatch.setattr(data, "load_image", lambda f: asked.append(f) or load_image(f))
     monkeypatch.setattr(torch.ops, "image", None)
     assert (
-        all(torch.equal(decode(b, lambda: "x"), w) for b, w in zip(blobs, want)) and len(asked) == 3
+        all(torch.equal(decode_image(b, lambda: "x"), w) for b, w in zip(blobs, want)) and len(asked) == 3
     )
     with pytest.raises(ValueError, match="^cannot read the picture x"):
-        decode(blobs[0][:900], lambda: "x")
+        decode_image(blobs[0][:900], lambda: "x")
 
 
 @pytest.fixture
@@ -527,12 +527,12 @@ def test_shards_both_ways(tree, tmp_path, capfd):
                     "txt": "words",
                 }
             )
-    theirs = Shards(foreign, labels=True)
+    theirs = ImageShards(foreign, labels=True)
     assert {
         theirs.bytes(i): int(y) for i, y in enumerate(theirs.labels)
     } == want and theirs.classes == ["0", "1", "2"]
-    assert theirs.where(0) == f"{foreign}/s-000.tar/some/folder/000.jpg"
-    assert Shards(foreign, labels=True, classes=["x", "y", "z"]).classes == ["x", "y", "z"]
+    assert theirs.path(0) == f"{foreign}/s-000.tar/some/folder/000.jpg"
+    assert ImageShards(foreign, labels=True, classes=["x", "y", "z"]).classes == ["x", "y", "z"]
 
 
 @pytest.mark.parametrize("kind", ["ustar", "gnu", "pax", "command"])
@@ -556,13 +556,13 @@ def test_shards_of_any_tar(tmp_path, kind):
             ],
         ) as t:
             t.add(root, ".")
-    shards = Shards(tar.parent)
+    shards = ImageShards(tar.parent)
     assert sorted(round(float(np.asarray(shards[i]).mean())) for i in range(len(shards))) == [
         0,
         50,
         100,
     ]
-    assert "y" * 20 in shards.where(0)
+    assert "y" * 20 in shards.path(0)
 
 
 def test_sharding_goes_on_where_it_was_stopped(tree, tmp_path, monkeypatch):
@@ -609,7 +609,7 @@ def test_faults_of_shards(tree, tmp_path):
     out = tmp_path / "out"
     shard_folder(tree / "train", out, per_shard=100)
     tar = out / "000000.tar"
-    shards = Shards(out)
+    shards = ImageShards(out)
     first = shards.bytes(0)
     whole = tar.read_bytes()
     index = out / "000000.tar.index.npy"
@@ -618,15 +618,15 @@ def test_faults_of_shards(tree, tmp_path):
     with pytest.raises(ValueError, match="^cannot read the picture at byte .*000000.tar"):
         [shards.bytes(i) for i in range(9)]
     # no second error on the way to the message
-    assert all(str(tar) in shards.where(i) for i in range(9)) and "at byte" in shards.where(8)
+    assert all(str(tar) in shards.path(i) for i in range(9)) and "at byte" in shards.path(8)
     with pytest.raises(ValueError, match="000000.tar: .*beit shard"):
-        Shards(out)
+        ImageShards(out)
     # another time stamp: the list is found again
     tar.write_bytes(whole)
-    assert Shards(out).bytes(0) == first
+    assert ImageShards(out).bytes(0) == first
     for rubbish in (b"", b"\x93NUMPY", index.read_bytes()[:-9]):
         index.write_bytes(rubbish)
-        assert Shards(out).bytes(0) == first and len(np.load(index)) == 10
+        assert ImageShards(out).bytes(0) == first and len(np.load(index)) == 10
     (empty := tmp_path / "empty").mkdir()
     with tarfile.open(empty / "0.tar", "w") as t:
         t.add(tree / "train" / "a" / "note.txt", "note.txt")
@@ -638,7 +638,7 @@ def test_faults_of_shards(tree, tmp_path):
         open_data(str(empty))
     (out / "classes.json").write_text(json.dumps(["a", "b"]))
     with pytest.raises(ValueError, match="class 2 .*of 2 classes"):
-        Shards(out, labels=True)
+        ImageShards(out, labels=True)
 
 
 def test_classes_that_are_words(tree, tmp_path):
@@ -656,15 +656,15 @@ def test_classes_that_are_words(tree, tmp_path):
                 t.write({"__key__": str(i), "png": blob} | ({} if said is None else {"cls": said}))
         assert len(open_data(str(tmp_path / folder))) == 3
         with pytest.raises(ValueError, match="class -1 .-1: no number given"):
-            Shards(tmp_path / folder, labels=True)
+            ImageShards(tmp_path / folder, labels=True)
 
 
 def test_an_index_of_an_older_version(tree, tmp_path):
     shard_folder(tree / "train", tmp_path / "out", per_shard=100)
-    want = Shards(tmp_path / "out").fingerprint()
+    want = ImageShards(tmp_path / "out").fingerprint()
     index = tmp_path / "out" / "000000.tar.index.npy"
     np.save(index, np.load(index)[:, :3])
-    assert Shards(tmp_path / "out").fingerprint() == want and np.load(index).shape == (10, 4)
+    assert ImageShards(tmp_path / "out").fingerprint() == want and np.load(index).shape == (10, 4)
 
 
 def test_shards_in_a_folder_that_nobody_may_write(tree, tmp_path, monkeypatch):
@@ -677,13 +677,13 @@ def test_shards_in_a_folder_that_nobody_may_write(tree, tmp_path, monkeypatch):
         raise PermissionError(13, "no")
 
     monkeypatch.setattr(data, "whole_file", refuse)
-    assert len(Shards(out)) == 9 and not list(out.glob("*.npy"))
+    assert len(ImageShards(out)) == 9 and not list(out.glob("*.npy"))
 
 
 def test_many_shards_few_open_files(tree, tmp_path, monkeypatch):
     out = tmp_path / "out"
     shard_folder(tree / "train", out, per_shard=1)
-    shards = Shards(out)
+    shards = ImageShards(out)
     shards.pieces.most = 2
     before = len(os.listdir("/proc/self/fd"))
     want = [shards.bytes(i) for i in range(9)]
@@ -693,11 +693,11 @@ def test_many_shards_few_open_files(tree, tmp_path, monkeypatch):
 
 def test_sources_travel_to_spawned_workers(tree, tmp_path):
     shard_folder(tree / "train", tmp_path / "out")
-    for pictures in (Digits("val"), Folder(tree / "val"), Photos(), Shards(tmp_path / "out")):
+    for pictures in (Digits("val"), ImageFolder(tree / "val"), Photos(), ImageShards(tmp_path / "out")):
         pictures.pixels(0)
         again = pickle.loads(pickle.dumps(pictures))
         assert (
             torch.equal(again.pixels(0), pictures.pixels(0))
             and len(again) == len(pictures)
-            and again.where(0) == pictures.where(0)
+            and again.path(0) == pictures.path(0)
         )

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from beit_nb.data import open_data
-from beit_nb.engine.sources import PictureSet
-from beit_nb.scale.launching import bytes_on_the_wire, in_processes, launch, scaled_lr
+from beit_nb.engine.sources import ImageDataset
+from beit_nb.scale.launching import bytes_on_the_wire, run_distributed, torchrun, scaled_lr
 from beit_nb.finetuning import finetune
-from beit_nb.engine.loading import Batches, Samples, step_keys
+from beit_nb.engine.loading import TrainLoader, TransformedDataset, batch_indices
 from beit_nb.pretraining import PretrainTransform, pretrain
 from beit_nb.recipes import recipe_named
 from beit_nb.engine.runs import load_checkpoint, read_log
@@ -134,7 +134,7 @@ def top(tmp_path_factory):
             for w in (0, 2)
         ),
     ]
-    torch.save(in_processes(company, str(top), jobs), top / "draws.pt")
+    torch.save(run_distributed(company, str(top), jobs), top / "draws.pt")
     run(top, "two-to-one")  # the checkpoint of two FSDP processes goes on in this one
     return top
 
@@ -227,10 +227,10 @@ def test_chance_differs_per_rank_and_follows_the_seed(top):
 
 def test_masks_differ_per_rank_and_not_with_workers():
     r = recipe_named("pretrain", "nano", **TINY)
-    samples = Samples(open_data("digits"), PretrainTransform(r), r.seed)
+    samples = TransformedDataset(open_data("digits"), PretrainTransform(r), r.seed)
     load = lambda rank, world, workers: [
         [x.clone() for x in b]
-        for b in Batches(samples, SimpleNamespace(**vars(r) | dict(workers=workers)), rank, world)(
+        for b in TrainLoader(samples, SimpleNamespace(**vars(r) | dict(workers=workers)), rank, world)(
             3, 5
         )
     ]
@@ -262,7 +262,7 @@ def test_every_sample_once_an_epoch(n, batch, world):
         keys = [
             k
             for rank in range(world)
-            for b in step_keys(n, batch, 7, epoch * per_epoch, (epoch + 1) * per_epoch, rank, world)
+            for b in batch_indices(n, batch, 7, epoch * per_epoch, (epoch + 1) * per_epoch, rank, world)
             for k in b
         ]
         assert (
@@ -271,7 +271,7 @@ def test_every_sample_once_an_epoch(n, batch, world):
             and {k // n for k in keys} == {epoch}
         )
     first, second = (
-        [k % n for b in step_keys(n, batch, 7, e * per_epoch, (e + 1) * per_epoch) for k in b]
+        [k % n for b in batch_indices(n, batch, 7, e * per_epoch, (e + 1) * per_epoch) for k in b]
         for e in range(2)
     )
     assert first != second, "another shuffle every epoch"
@@ -281,11 +281,11 @@ def test_every_sample_once_an_epoch(n, batch, world):
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_every_sample_once_with_workers(workers):
-    samples = Samples(PictureSet(26, torch.tensor), lambda picture, number, rng: (number,), 0)
+    samples = TransformedDataset(ImageDataset(26, torch.tensor), lambda picture, number, rng: (number,), 0)
     r = SimpleNamespace(batch_size=8, seed=0, workers=workers, max_damaged=0.0)
-    seen = [int(i) for rank in range(2) for b in Batches(samples, r, rank, 2)(0, 6) for i in b[0]]
+    seen = [int(i) for rank in range(2) for b in TrainLoader(samples, r, rank, 2)(0, 6) for i in b[0]]
     assert sorted(Counter(seen).values()) == sorted(
-        Counter([int(i) for b in Batches(samples, r)(0, 6) for i in b[0]]).values()
+        Counter([int(i) for b in TrainLoader(samples, r)(0, 6) for i in b[0]]).values()
     )
     assert len(set(seen[:12] + seen[24:36])) == 24, "the first epoch"
 
@@ -361,7 +361,7 @@ def test_a_killed_process_comes_back(top):
     """--max-restarts: the second life goes on from the checkpoint of step 10, and ends with the
     very weights of the run that nobody killed.
     """
-    assert in_processes(
+    assert run_distributed(
         restarted, str(top / "killed"), TINY | dict(tokenizer=str(top / "tokenizer")), restarts=1
     ) == [1, 1]
     assert gap(weights(top / "killed"), weights(top / "ddp")) == 0
@@ -371,7 +371,7 @@ def test_a_killed_process_comes_back(top):
 def test_helpers(tmp_path):
     with pytest.raises(RuntimeError, match="exit status 1(.|\n)*ValueError: nothing here"):
         (tmp_path / "bad.py").write_text("raise ValueError('nothing here')")
-        launch(tmp_path / "bad.py", processes=1)
+        torchrun(tmp_path / "bad.py", processes=1)
     assert (
         bytes_on_the_wire(100, 1) == 0
         and bytes_on_the_wire(100, 4) == 150

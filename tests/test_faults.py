@@ -13,7 +13,7 @@ import torch
 
 from beit_nb import pretraining
 from beit_nb.cli import main
-from beit_nb.engine.sources import Digits, PictureSet
+from beit_nb.engine.sources import Digits, ImageDataset
 from beit_nb.recipes import check_recipe, recipe_named
 from beit_nb.engine.processes import rank, world_size
 from beit_nb.engine.runs import load_checkpoint, open_run, read_log, run_checkpoints
@@ -39,7 +39,7 @@ SMALL = dict(
 
 def few(data=None):
     "Eight batches of digits."
-    return PictureSet(128, Digits("train").images[:128].__getitem__, name="digits")
+    return ImageDataset(128, Digits("train").images[:128].__getitem__, name="digits")
 
 
 def words(out, **changes):

@@ -15,7 +15,7 @@ from beit_nb.finetuning import (
     FinetuneTransform,
     finetune,
     load_classifier,
-    start_classifier,
+    build_from_checkpoint,
     timm_transform,
 )
 from beit_nb.mim import BeitForMaskedImageModeling
@@ -228,7 +228,7 @@ def test_finetune_on_a_folder_of_photographs(folder, tmp_path, augment, extra):
         Image.new("L", (9, 50)).convert("RGB"), 0, np.random.default_rng(0)
     )
     assert larger[0].shape == (3, 48, 48)
-    next_run = start_classifier(replace(r, init=str(tmp_path / "run"), img_size=24), 5)
+    next_run = build_from_checkpoint(replace(r, init=str(tmp_path / "run"), img_size=24), 5)
     assert next_run.pos_embed.shape == (1, 37, 32) and next_run.head.out_features == 5
 
 

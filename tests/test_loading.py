@@ -16,24 +16,24 @@ import torchvision
 from PIL import Image, ImageEnhance
 from torchvision.transforms.v2 import functional as TF
 
-from beit_nb.engine.shards import Shards, shard_folder
-from beit_nb.engine.sources import Folder, Photos
+from beit_nb.engine.shards import ImageShards, shard_folder
+from beit_nb.engine.sources import ImageFolder, Photos
 from beit_nb.images import photos
 from beit_nb.engine.augment import (
-    KINDS,
+    JITTER_KINDS,
     TwoViews,
-    colour_table,
-    cut,
-    draw_colours,
+    jitter_coefficients,
+    crop,
+    sample_jitter,
     jitter_batch,
     jitter_crop,
-    random_box,
+    resized_crop_box,
     resize,
 )
-from beit_nb.engine.loading import Batches, Samples, leave_signals, shuffled, step_keys
+from beit_nb.engine.loading import TrainLoader, TransformedDataset, leave_signals, shuffled, batch_indices
 from beit_nb.recipes import PretrainRecipe
 
-ENHANCE = dict(zip(KINDS, (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)))
+ENHANCE = dict(zip(JITTER_KINDS, (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)))
 RECIPE = replace(PretrainRecipe(), batch_size=4)
 
 
@@ -75,7 +75,7 @@ def test_views_are_the_official_ones(monkeypatch):
 
     views = TwoViews(224, 112, (0.08, 1.0), 0.4, 0.5)
     seen = []
-    for name, real in (("random_box", random_box), ("draw_colours", draw_colours)):
+    for name, real in (("random_box", resized_crop_box), ("draw_colours", sample_jitter)):
         monkeypatch.setattr(loading, name, lambda *a, real=real: seen.append(real(*a)) or seen[-1])
     counts = np.zeros((2, 256))
     torch_state = torch.Generator().manual_seed(0)
@@ -121,12 +121,12 @@ def test_the_mean_is_that_of_the_whole_picture():
     for image in photos().values():
         x = TF.pil_to_tensor(image)
         for _ in range(4):
-            steps = draw_colours(0.4)
+            steps = sample_jitter(0.4)
             ours = jitter_crop(x, (3, 5, 60, 70), steps)[:3].int()
             want = image
             for kind, f in steps:
                 want = ENHANCE[kind](want).enhance(f)
-            gap = (ours - cut(TF.pil_to_tensor(want), (3, 5, 60, 70)).int()).abs()
+            gap = (ours - crop(TF.pil_to_tensor(want), (3, 5, 60, 70)).int()).abs()
             assert gap.max() <= 1
             means.append((gap > 0).float().mean() < 0.01)
     # a mean that rounds otherwise is rare
@@ -136,7 +136,7 @@ def test_the_mean_is_that_of_the_whole_picture():
 def test_jitter_is_torchvisions():
     "Factors and orders have the distribution of torchvision's ColorJitter."
     torch.manual_seed(0)
-    ours = [draw_colours(0.4) for _ in range(3000)]
+    ours = [sample_jitter(0.4) for _ in range(3000)]
     theirs = torchvision.transforms.ColorJitter(0.4, 0.4, 0.4)
     order, *factors = zip(
         *[
@@ -146,7 +146,7 @@ def test_jitter_is_torchvisions():
             for _ in range(3000)
         ]
     )
-    for kind, f in zip(KINDS, factors):
+    for kind, f in zip(JITTER_KINDS, factors):
         mine = [dict(steps)[kind] for steps in ours]
         assert np.allclose(
             np.quantile(mine, [0, 0.25, 0.5, 0.75, 1]),
@@ -154,7 +154,7 @@ def test_jitter_is_torchvisions():
             atol=0.03,
         )
     firsts = [steps[0][0] for steps in ours]
-    assert all(abs(firsts.count(k) / 3000 - 1 / 3) < 0.04 for k in KINDS)
+    assert all(abs(firsts.count(k) / 3000 - 1 / 3) < 0.04 for k in JITTER_KINDS)
 
 
 def test_device_jitter(tmp_path):
@@ -191,10 +191,10 @@ def test_device_jitter(tmp_path):
     # nothing to paint, nothing to carry
     assert len(TwoViews(16, 8, None, 0.0, 0.0, "device")(album[0])) == 2
     r = replace(RECIPE, seed=1)
-    samples = Samples(Photos(2), later, 1)
+    samples = TransformedDataset(Photos(2), later, 1)
     for a, b in zip(
-        list(Batches(samples, r)(0, 3)),
-        list(Batches(samples, replace(r, workers=2))(0, 3)),
+        list(TrainLoader(samples, r)(0, 3)),
+        list(TrainLoader(samples, replace(r, workers=2))(0, 3)),
         strict=True,
     ):
         assert len(a) == 4 and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -233,15 +233,15 @@ def test_faster_than_the_official_pipeline(tmp_path):
     files = []
     for name, image in list(photos().items())[:6]:
         image.resize((500, 375)).save(tmp_path / f"{name}.jpg", quality=90)
-    files = Folder(tmp_path)
+    files = ImageFolder(tmp_path)
     views = TwoViews(224, 112, (0.08, 1.0), 0.4, 0.5)
     torch.set_num_threads(1)
     torch.manual_seed(0)
     spent = {"official": [], "ours": []}
     for turn in range(8):
         for i, file in enumerate(files.files):
-            box = random_box(375, 500, (0.08, 1.0))
-            steps = draw_colours(0.4)
+            box = resized_crop_box(375, 500, (0.08, 1.0))
+            steps = sample_jitter(0.4)
             for name, work in (
                 (
                     "official",
@@ -258,7 +258,7 @@ def test_faster_than_the_official_pipeline(tmp_path):
     assert np.median(spent["official"]) > 1.4 * np.median(spent["ours"])
 
 
-def through(load: Batches, last: int = 20):
+def through(load: TrainLoader, last: int = 20):
     "As `fit` goes through the batches, asking after each; the rows for the log."
     for batch in load(0, last):
         if load.found:
@@ -276,7 +276,7 @@ def test_damaged_pictures(tmp_path, workers, capfd):
     r = replace(RECIPE, max_damaged=0.25, workers=workers)
     for pixels in (False, True):
         # ten epochs, two damaged
-        got, rows = zip(*through(Batches(Samples(Folder(tmp_path), transform, pixels=pixels), r)))
+        got, rows = zip(*through(TrainLoader(TransformedDataset(ImageFolder(tmp_path), transform, pixels=pixels), r)))
         numbers = [x for b in got for x in b[2].tolist()]
         assert len(numbers) == 80 and not {2, 3} & set(numbers) and numbers.count(4) == 30
         said = [
@@ -301,27 +301,27 @@ def test_damaged_pictures(tmp_path, workers, capfd):
         ):
             list(
                 through(
-                    Batches(Samples(Folder(tmp_path), transform), replace(r, max_damaged=share))
+                    TrainLoader(TransformedDataset(ImageFolder(tmp_path), transform), replace(r, max_damaged=share))
                 )
             )
     (tmp_path / "3.png").unlink(), grey(tmp_path / "3.png", 1)
     assert (
         len(
             list(
-                through(Batches(Samples(Folder(tmp_path), transform), replace(r, max_damaged=0.01)))
+                through(TrainLoader(TransformedDataset(ImageFolder(tmp_path), transform), replace(r, max_damaged=0.01)))
             )
         )
         == 20
     )
     for bad in (-0.1, 1.5, 100):
         with pytest.raises(ValueError, match="max_damaged .* is no share"):
-            Batches(Samples(Folder(tmp_path), transform), replace(r, max_damaged=bad))
+            TrainLoader(TransformedDataset(ImageFolder(tmp_path), transform), replace(r, max_damaged=bad))
     for i in range(8):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")
     with pytest.raises(
         ValueError, match="none of the 8 pictures of .*: cannot read the picture .*0.png"
     ):
-        Samples(Folder(tmp_path), transform)[0]
+        TransformedDataset(ImageFolder(tmp_path), transform)[0]
 
 
 def test_damaged_in_a_shard(tmp_path, capfd):
@@ -337,8 +337,8 @@ def test_damaged_in_a_shard(tmp_path, capfd):
     got = [
         n
         for b, _ in through(
-            Batches(
-                Samples(Shards(tmp_path / "s"), transform, pixels=True), replace(RECIPE, workers=2)
+            TrainLoader(
+                TransformedDataset(ImageShards(tmp_path / "s"), transform, pixels=True), replace(RECIPE, workers=2)
             ),
             6,
         )
@@ -351,7 +351,7 @@ def test_damaged_in_a_shard(tmp_path, capfd):
     with pytest.raises(ValueError, match="such as .*s/0.tar/7.png; repair"):
         list(
             through(
-                Batches(Samples(Shards(tmp_path / "s"), transform), replace(RECIPE, max_damaged=0)),
+                TrainLoader(TransformedDataset(ImageShards(tmp_path / "s"), transform), replace(RECIPE, max_damaged=0)),
                 6,
             )
         )
@@ -361,7 +361,7 @@ def test_damaged_in_a_shard(tmp_path, capfd):
 def test_a_file_deleted_under_way(tmp_path, pixels):
     for i in range(4):
         grey(tmp_path / f"{i}.png", i)
-    samples = Samples(Folder(tmp_path), lambda picture, number, rng: (number,), pixels=pixels)
+    samples = TransformedDataset(ImageFolder(tmp_path), lambda picture, number, rng: (number,), pixels=pixels)
     (tmp_path / "2.png").unlink()
     assert [samples[i] for i in range(4)] == [(0, -1), (1, -1), (3, 2), (3, -1)]
 
@@ -373,9 +373,9 @@ def test_pictures_put_aside(tmp_path, capfd):
     """
     for i in range(8):
         grey(tmp_path / f"{i}.png", i)
-    pictures = Folder(tmp_path)
-    pictures.aside |= {5: "cannot read the picture 5.png when its tokens were made"}
-    got, rows = zip(*through(Batches(Samples(pictures, transform), replace(RECIPE, workers=2)), 4))
+    pictures = ImageFolder(tmp_path)
+    pictures.excluded |= {5: "cannot read the picture 5.png when its tokens were made"}
+    got, rows = zip(*through(TrainLoader(TransformedDataset(pictures, transform), replace(RECIPE, workers=2)), 4))
     assert sorted(n for b in got for n in b[2].tolist()) == sorted([0, 1, 2, 3, 4, 6, 6, 7] * 2)
     assert [row["passed_over"] for row in rows if row] == [
         [str(tmp_path / "5.png")]
@@ -403,7 +403,7 @@ def test_the_book_outlives_a_stop(bad_eighth):
     with pytest.raises(ValueError, match="are unreadable: 5 so far"):
         # stopped after every step
         for step in range(10):
-            load = Batches(Samples(Folder(bad_eighth), transform), r)
+            load = TrainLoader(TransformedDataset(ImageFolder(bad_eighth), transform), r)
             book = load.resume(book)
             for _ in load(step, step + 1):
                 load.found and load.agree()
@@ -413,7 +413,7 @@ def test_the_book_outlives_a_stop(bad_eighth):
     assert met == sorted(met) and met[-1] <= 4 and book["damaged"] == sorted(book["damaged"])
     grey(bad_eighth / f"{book['damaged'][0]:02d}.png", 1)
     assert (
-        Batches(Samples(Folder(bad_eighth), transform), r).resume(book)["damaged"]
+        TrainLoader(TransformedDataset(ImageFolder(bad_eighth), transform), r).resume(book)["damaged"]
         == book["damaged"][1:]
     )
 
@@ -421,7 +421,7 @@ def test_the_book_outlives_a_stop(bad_eighth):
 def test_changed_data_is_refused(tmp_path):
     for i in range(8):
         grey(tmp_path / "in" / f"{i}.png", i)
-    load = lambda folder: Batches(Samples(Folder(folder), transform), RECIPE)
+    load = lambda folder: TrainLoader(TransformedDataset(ImageFolder(folder), transform), RECIPE)
     # an old checkpoint knows nothing of pictures
     book = load(tmp_path / "in").resume(dict(next_batch=0))
     assert set(book) == {"pictures", "names", "damaged", "next_batch"} and book["pictures"] == 8
@@ -549,13 +549,13 @@ def test_evaluation_passes_over_damage(tmp_path, capfd):
             grey(tmp_path / "val" / "ab"[c] / f"{i}.png", 100 * c + 5 * i, (32, 32))
     (tmp_path / "val" / "a" / "4.png").write_bytes(b"")
     r = recipe_named("finetune", "nano", depth=1, precision="fp32")
-    pictures = Folder(tmp_path / "val", labels=True)
+    pictures = ImageFolder(tmp_path / "val", labels=True)
     model = build_classifier(r, 2)
     for _ in range(2):
         score = evaluate_classifier(model, r, pictures, chunk=3)
     (tmp_path / "val" / "a" / "4.png").unlink()
     assert score.pop("val_damaged") == 1 and score == pytest.approx(
-        evaluate_classifier(model, r, Folder(tmp_path / "val", labels=True))
+        evaluate_classifier(model, r, ImageFolder(tmp_path / "val", labels=True))
     )
     features, seen = all_features(dict(pixels=raw_pixels), pictures, 32, chunk=4)
     assert seen.tolist() == [0, 1, 2, 3, 5, 5, 6, 7, 8, 9] and np.allclose(
@@ -571,32 +571,32 @@ def test_batches_depend_on_seed_and_step_only(tmp_path):
         grey(tmp_path / "in" / f"{i}.jpg", 10 * i, (40, 30))
     shard_folder(tmp_path / "in", tmp_path / "out", per_shard=5)
     r = replace(PretrainRecipe(), batch_size=6, seed=3)
-    for pictures in (Photos(2), Shards(tmp_path / "out", run=2)):
-        samples = Samples(pictures, transform, r.seed, pixels=True)
+    for pictures in (Photos(2), ImageShards(tmp_path / "out", run=2)):
+        samples = TransformedDataset(pictures, transform, r.seed, pixels=True)
         # 22 pictures: 3 steps an epoch
-        whole = list(Batches(samples, r)(0, 7))
+        whole = list(TrainLoader(samples, r)(0, 7))
         for other in (
-            list(Batches(samples, replace(r, workers=2))(2, 7)),
-            [b for k in range(2, 7) for b in Batches(samples, r)(k, k + 1)],
+            list(TrainLoader(samples, replace(r, workers=2))(2, 7)),
+            [b for k in range(2, 7) for b in TrainLoader(samples, r)(k, k + 1)],
         ):
             assert all(
                 torch.equal(x, y)
                 for a, b in zip(whole[2:], other, strict=True)
                 for x, y in zip(a, b, strict=True)
             )
-        halves = [list(Batches(samples, r, rank, 2)(0, 7)) for rank in range(2)]
+        halves = [list(TrainLoader(samples, r, rank, 2)(0, 7)) for rank in range(2)]
         for step, batch in enumerate(whole):
             assert torch.equal(torch.stack([h[step][2] for h in halves], 1).flatten(), batch[2])
             # whoever asks: the whole batch, with names
             for rank in range(2):
-                told = Batches(samples, r, rank, 2).sources(step)
+                told = TrainLoader(samples, r, rank, 2).sources(step)
                 assert [t["number"] for t in told] == batch[2].tolist() and [
                     t["path"] for t in told
-                ] == [pictures.where(n) for n in batch[2].tolist()]
+                ] == [pictures.path(n) for n in batch[2].tolist()]
         json.dumps(told)
     assert not torch.equal(
         whole[0][0],
-        list(Batches(Samples(pictures, transform, 4, pixels=True), replace(r, seed=4))(0, 1))[0][0],
+        list(TrainLoader(TransformedDataset(pictures, transform, 4, pixels=True), replace(r, seed=4))(0, 1))[0][0],
     )
 
 
@@ -615,7 +615,7 @@ def test_every_sample_once_for_any_number_of_processes(length, batch, world):
     per_epoch = length // batch
     for runs in (None, [0], list(range(0, length, 7))):
         ranks = [
-            list(step_keys(length, batch, 1, 0, 3 * per_epoch, r, world, runs=runs))
+            list(batch_indices(length, batch, 1, 0, 3 * per_epoch, r, world, runs=runs))
             for r in range(world)
         ]
         assert all(
@@ -628,13 +628,13 @@ def test_every_sample_once_for_any_number_of_processes(length, batch, world):
             assert len(set(keys)) == len(keys) == per_epoch * batch > length - batch and {
                 k // length for k in keys
             } == {epoch}
-        alone = list(step_keys(length, batch, 1, 0, 3 * per_epoch, runs=runs))
+        alone = list(batch_indices(length, batch, 1, 0, 3 * per_epoch, runs=runs))
         assert all(
             sorted(k for r in ranks for k in r[s]) == sorted(alone[s]) for s in range(3 * per_epoch)
         )
         for start in (1, per_epoch, 2 * per_epoch + 1):
             assert (
-                list(step_keys(length, batch, 1, start, 3 * per_epoch, runs=runs)) == alone[start:]
+                list(batch_indices(length, batch, 1, start, 3 * per_epoch, runs=runs)) == alone[start:]
             )
 
 
@@ -667,18 +667,18 @@ def test_shards_are_read_in_runs(tmp_path):
     for i in range(40):
         grey(tmp_path / "in" / f"{i}.png", i)
     shard_folder(tmp_path / "in", tmp_path / "out", per_shard=20)
-    pictures = Shards(tmp_path / "out", run=4)
-    assert pictures.runs.tolist() == list(range(0, 40, 4))
-    load = Batches(Samples(pictures, transform), RECIPE)
+    pictures = ImageShards(tmp_path / "out", run=4)
+    assert pictures.run_starts.tolist() == list(range(0, 40, 4))
+    load = TrainLoader(TransformedDataset(pictures, transform), RECIPE)
     assert (
-        load.runs is pictures.runs
-        and Batches(Samples(pictures, transform, ids=range(30)), RECIPE).runs is None
+        load.run_starts is pictures.run_starts
+        and TrainLoader(TransformedDataset(pictures, transform, ids=range(30)), RECIPE).run_starts is None
     )
     assert sorted(s["number"] for k in range(10) for s in load.sources(k)) == list(range(40))
-    assert not pictures.ahead and len(list(load(0, 10))) == 10 and pictures.ahead
+    assert not pictures.read_ahead and len(list(load(0, 10))) == 10 and pictures.read_ahead
     # each announced once
-    assert sorted(start for _, start in pictures.pieces.told) == sorted(
-        int(pictures.start[r]) for r in pictures.runs
+    assert sorted(start for _, start in pictures.pieces.reported) == sorted(
+        int(pictures.start[r]) for r in pictures.run_starts
     )
 
 
@@ -695,19 +695,19 @@ def test_workers_leave_signals_alone():
 
 def test_samples_travel_to_spawned_workers(tmp_path):
     grey(tmp_path / "1.png", 7)
-    for pictures in (Folder(tmp_path), Photos()):
-        again = pickle.loads(pickle.dumps(Samples(pictures, transform, pixels=True)))
-        assert torch.equal(again[0][0], Samples(pictures, transform)[0][0])
+    for pictures in (ImageFolder(tmp_path), Photos()):
+        again = pickle.loads(pickle.dumps(TransformedDataset(pictures, transform, pixels=True)))
+        assert torch.equal(again[0][0], TransformedDataset(pictures, transform)[0][0])
 
 
 def test_batches_refuse():
-    samples = Samples(Photos(1), transform)
+    samples = TransformedDataset(Photos(1), transform)
     for batch, world, words in (
         (12, 1, "larger than the data set of 11 pictures"),
         (8, 3, "3 processes"),
     ):
         with pytest.raises(ValueError, match=words):
-            Batches(samples, replace(RECIPE, batch_size=batch), 0, world)
+            TrainLoader(samples, replace(RECIPE, batch_size=batch), 0, world)
 
 
 @pytest.mark.parametrize("period", [2, 3, 4, 5, 6, 8, 16])
@@ -723,4 +723,4 @@ def test_device_jitter_on_stripes(period):
         x = torch.from_numpy(
             np.fromfunction(lambda y, x: pattern(y, x) * 255, (200, 300)).astype(np.uint8)
         ).expand(3, -1, -1)
-        assert abs(colour_table(x, [("contrast", 0.0)])[0, 1] * 255 - x.float().mean()) < 4
+        assert abs(jitter_coefficients(x, [("contrast", 0.0)])[0, 1] * 255 - x.float().mean()) < 4

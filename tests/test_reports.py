@@ -13,7 +13,7 @@ from beit_nb.engine.sources import Digits
 from beit_nb.dalle import DalleEncoder, DalleVAE
 from beit_nb.finetuning import finetune
 from beit_nb.pretraining import pretrain
-from beit_nb.reconstructions import Watch, can_paint, painter, watch_figure
+from beit_nb.reconstructions import ReconstructionCallback, has_decoder, painter, reconstruction_figure
 from beit_nb.probing import probe
 from beit_nb.recipes import recipe_named
 from beit_nb.report import run_report
@@ -100,7 +100,7 @@ def test_a_look_is_a_picture(runs):
 
 
 def test_looks_go_to_tensorboard(runs):
-    "The engine sends what `Watch` returns to TensorBoard, and leaves it out of the log."
+    "The engine sends what `ReconstructionCallback` returns to TensorBoard, and leaves it out of the log."
     pretrain(recipe(runs, "tb", tensorboard=True), quiet=True)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -117,14 +117,14 @@ def test_a_tokenizer_that_cannot_paint(runs, tmp_path):
     blind = Tokenizer(DalleVAE(DalleEncoder(3, 8, 1, vocab_size=256)))
     r = recipe(runs)
     assert (
-        not can_paint(blind)
-        and can_paint(painter(r))
+        not has_decoder(blind)
+        and has_decoder(painter(r))
         and painter(replace(r, tokenizer="/gone")) is None
     )
     torch.manual_seed(0)
     from beit_nb.pretraining import build_mim
 
-    watch = Watch(r, tmp_path, Digits("val"), 1, blind)
+    watch = ReconstructionCallback(r, tmp_path, Digits("val"), 1, blind)
     picture = watch(3, build_mim(r))["reconstruction"]
     assert picture.dtype == np.uint8 and np.array_equal(
         picture, Image.open(tmp_path / "watch" / "0000003.png")
@@ -134,16 +134,16 @@ def test_a_tokenizer_that_cannot_paint(runs, tmp_path):
     assert (cells == cells[:, :1]).all() and len(np.unique(cells[:, 0], axis=0)) == len(
         watch.ids[0].unique()
     ) > 1
-    assert len(watch_figure(tmp_path, None).axes) == 6 * 4
+    assert len(reconstruction_figure(tmp_path, None).axes) == 6 * 4
     with pytest.raises(ValueError, match="nobody has watched"):
-        watch_figure(runs / "tok", None)
+        reconstruction_figure(runs / "tok", None)
 
 
 def test_tokens_from_disk_are_painted_too(runs):
     "With --tokens no tokenizer runs; if --tokenizer is given still, it paints: the same looks."
-    from beit_nb.engine.token_files import tokenize
+    from beit_nb.engine.token_files import tokenize_files
 
-    tokenize("digits", runs / "tok", runs / "tokens")
+    tokenize_files("digits", runs / "tok", runs / "tokens")
     pretrain(recipe(runs, "table", tokens=f"{runs}/tokens"), quiet=True)
     assert (runs / "table" / "watch" / "0000004.png").read_bytes() == (
         runs / "pre" / "watch" / "0000004.png"

@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 
 from beit_nb.data import open_data
-from beit_nb.pretraining import token_table
+from beit_nb.pretraining import tokenize_dataset
 from beit_nb.engine.augment import TwoViews
 from beit_nb.recipes import recipe_named
-from beit_nb.engine.token_files import load_tokens, tokenize
+from beit_nb.engine.token_files import load_tokens, tokenize_files
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 from beit_nb.engine.runs import load_checkpoint, read_log
 
@@ -103,9 +103,9 @@ def test_mean_is_the_mean(tmp_path):
 
 
 def test_tokens_on_disk_are_the_tokens(tokenizer, tmp_path):
-    told = tokenize("digits", tokenizer, tmp_path / "tokens", per_part=5000)
+    told = tokenize_files("digits", tokenizer, tmp_path / "tokens", per_part=5000)
     ids, d = load_tokens(tmp_path / "tokens")
-    table = token_table(load_tokenizer(tokenizer), open_data("digits"), TwoViews(32))
+    table = tokenize_dataset(load_tokenizer(tokenizer), open_data("digits"), TwoViews(32))
     assert torch.equal(ids.long(), table) and d == told == json.loads(
         (tmp_path / "tokens" / "tokens.json").read_text()
     ) | dict(damaged=[])
@@ -148,7 +148,7 @@ def test_tokenize_killed_goes_on(tokenizer, tmp_path):
                 assert part["ids"].shape == (600, 8, 8)
             assert seen.setdefault(f.name, f.stat().st_mtime_ns) == f.stat().st_mtime_ns
     assert subprocess.run(line, env=ENV, capture_output=True).returncode == 0
-    tokenize("digits", tokenizer, tmp_path / "whole")
+    tokenize_files("digits", tokenizer, tmp_path / "whole")
     assert torch.equal(load_tokens(tmp_path / "t")[0], load_tokens(tmp_path / "whole")[0])
 
 
@@ -170,7 +170,7 @@ def test_tokenize_folder(tokenizer, tmp_path, monkeypatch):
             if rank == "1":
                 with pytest.raises(ValueError, match="is missing or damaged"):
                     load_tokens(tmp_path / "t")
-            tokenize(str(tmp_path / "pics"), tokenizer, tmp_path / "t", workers=int(rank), **words)
+            tokenize_files(str(tmp_path / "pics"), tokenizer, tmp_path / "t", workers=int(rank), **words)
     ids, d = load_tokens(tmp_path / "t")
     assert ids.shape == (11, 8, 8) and d["pictures"] == 11 and "Lanczos" in d["transform"]
     lost = np.concatenate([np.load(f)["damaged"] for f in sorted((tmp_path / "t").glob("*.npz"))])
@@ -196,15 +196,15 @@ def test_repaired_pictures_are_tokenized_again(tokenizer, tmp_path, capfd):
     data = pictures_in(tmp_path / "in")
     broken = data / "b" / "1.png"
     whole = (
-        tokenize(pictures_in(tmp_path / "whole"), tokenizer, tmp_path / "w", per_part=4)
+        tokenize_files(pictures_in(tmp_path / "whole"), tokenizer, tmp_path / "w", per_part=4)
         and load_tokens(tmp_path / "w")[0]
     )
     good = broken.read_bytes()
     words = dict(tokenizer=tokenizer, out=tmp_path / "t", per_part=4)
     broken.write_bytes(b"")
-    assert tokenize(data, **words)["damaged"] == [7] == load_tokens(tmp_path / "t")[1]["damaged"]
+    assert tokenize_files(data, **words)["damaged"] == [7] == load_tokens(tmp_path / "t")[1]["damaged"]
     stamps = [f.stat().st_mtime_ns for f in sorted((tmp_path / "t").glob("*.npz"))]
-    assert tokenize(data, **words)["damaged"] == [7]
+    assert tokenize_files(data, **words)["damaged"] == [7]
     assert [f.stat().st_mtime_ns for f in sorted((tmp_path / "t").glob("*.npz"))] == stamps
     # once a call
     assert [
@@ -213,7 +213,7 @@ def test_repaired_pictures_are_tokenized_again(tokenizer, tmp_path, capfd):
         if "passed over: cannot read" in l
     ] == [True, True]
     broken.write_bytes(good)
-    assert tokenize(data, **words)["damaged"] == [] == load_tokens(tmp_path / "t")[1]["damaged"]
+    assert tokenize_files(data, **words)["damaged"] == [] == load_tokens(tmp_path / "t")[1]["damaged"]
     assert [
         f.stat().st_mtime_ns == t for f, t in zip(sorted((tmp_path / "t").glob("*.npz")), stamps)
     ] == [True, False, True]
@@ -231,8 +231,8 @@ def test_tokenize_stops_at_too_much_damage(tokenizer, tmp_path, monkeypatch, wor
             ValueError,
             match=f"^more than max_damaged={share:g} of the 12 pictures of .* are unreadable",
         ):
-            tokenize(data, tokenizer, tmp_path / f"t{share}", per_part=3, max_damaged=share)
-    tokenize(data, tokenizer, tmp_path / "t", per_part=3, max_damaged=0.5)
+            tokenize_files(data, tokenizer, tmp_path / f"t{share}", per_part=3, max_damaged=share)
+    tokenize_files(data, tokenizer, tmp_path / "t", per_part=3, max_damaged=0.5)
 
 
 def test_the_cache_knows_its_pictures(tokenizer, tmp_path):
@@ -244,28 +244,28 @@ def test_the_cache_knows_its_pictures(tokenizer, tmp_path):
     renamed = pictures_in(tmp_path / "renamed")
     (renamed / "a").rename(renamed / "z")
     words = dict(tokenizer=tokenizer, out=tmp_path / "t", per_part=4)
-    tokenize(one, **words)
+    tokenize_files(one, **words)
     assert [f.name for f in open_data(str(one)).files] == [
         f.name for f in open_data(str(renamed)).files
     ]
     with pytest.raises(ValueError, match="holds other tokens .names"):
-        tokenize(renamed, **words)
-    tokenize(one.rename(tmp_path / "moved"), **words)
-    tokenize(os.path.relpath(tmp_path / "moved"), **words)
+        tokenize_files(renamed, **words)
+    tokenize_files(one.rename(tmp_path / "moved"), **words)
+    tokenize_files(os.path.relpath(tmp_path / "moved"), **words)
 
 
 def test_tokenize_odd_names(tokenizer, tmp_path):
     data = pictures_in(tmp_path / "in")
     (data / "a" / "0.png").rename(data / "a" / os.fsdecode(b"caf\xe9.png"))
-    assert len(tokenize(data, tokenizer, tmp_path / "t")["names"]) == 16
+    assert len(tokenize_files(data, tokenizer, tmp_path / "t")["names"]) == 16
 
 
 def test_tokenize_refuses(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="there is no tokenizer at"):
-        tokenize("digits", tmp_path / "none", tmp_path / "t")
+        tokenize_files("digits", tmp_path / "none", tmp_path / "t")
     with pytest.raises(ValueError, match="no data at"):
-        tokenize(str(tmp_path / "nowhere"), tokenizer, tmp_path / "t")
+        tokenize_files(str(tmp_path / "nowhere"), tokenizer, tmp_path / "t")
     with pytest.raises(ValueError, match="token_size 30 does not divide"):
-        tokenize("digits", tokenizer, tmp_path / "t", token_size=30)
+        tokenize_files("digits", tokenizer, tmp_path / "t", token_size=30)
     with pytest.raises(ValueError, match="there are no tokens at"):
         load_tokens(tmp_path / "t")

@@ -18,16 +18,16 @@ from numpy.random import Generator, default_rng
 
 from ..images import PALETTE, to_pil, to_tensor
 from beit_nb.masking import (
-    Block,
+    MaskBlock,
     _check_rule,
     blockwise_mask,
     blockwise_steps,
-    follows,
+    neighbor_rate,
     mask_of,
     mask_statistics,
-    paper_steps,
+    algorithm1_blocks,
     random_mask,
-    set_count,
+    fix_mask_count,
 )
 
 # %% ../../nbs/61_explorers_masks.ipynb #mask-rule
@@ -49,20 +49,20 @@ class MaskRule:
     min_mask_patches_per_block: int = 16
     min_aspect: float = 0.3
 
-    def steps(self, rng: Generator) -> Iterator[Block]:
+    def steps(self, rng: Generator) -> Iterator[MaskBlock]:
         "The game, move by move; single patches count as blocks of 1 x 1."
         size = self.grid_size
         n = self.num_mask_patches
         least = self.min_mask_patches_per_block
         aspect = self.min_aspect
         single = lambda mask: (
-            Block(int(r), int(c), 1, 1, 1, True) for r, c in rng.permutation(np.argwhere(mask))
+            MaskBlock(int(r), int(c), 1, 1, 1, True) for r, c in rng.permutation(np.argwhere(mask))
         )
         if self.algorithm == ALGORITHMS[3]:
             return single(random_mask(size, n, rng))
         _check_rule(size, n, least, n, aspect)
         if self.algorithm == ALGORITHMS[1]:
-            return iter(list(paper_steps(size, n, least, aspect, rng)))
+            return iter(list(algorithm1_blocks(size, n, least, aspect, rng)))
         moves = []
         while not any(b.accepted for b in moves):  # the rare empty game is played again
             moves += blockwise_steps(size, n, least, None, aspect, rng)
@@ -70,7 +70,7 @@ class MaskRule:
             if len(moves) >= 1000:
                 blockwise_mask(size, n, least, None, aspect, rng=rng)
         if self.algorithm == ALGORITHMS[2]:
-            moves += single(set_count(mask := mask_of(moves, size), n, rng) & ~mask)
+            moves += single(fix_mask_count(mask := mask_of(moves, size), n, rng) & ~mask)
         return iter(moves)
 
     def mask(self, rng: Generator) -> np.ndarray:
@@ -90,7 +90,7 @@ class MaskRule:
         return f"blockwise_mask({block}{', exact=True' if self.algorithm == ALGORITHMS[2] else ''}, {dice})"
 
 # %% ../../nbs/61_explorers_masks.ipynb #describe
-def describe(block: Block, missing: int, grid_size: tuple[int, int]) -> str:
+def describe(block: MaskBlock, missing: int, grid_size: tuple[int, int]) -> str:
     "A move in words, given how many patches were missing before it."
     what = f"{block.height} × {block.width}" if block.height * block.width > 1 else "a single patch"
     if block.accepted:
@@ -179,7 +179,7 @@ class MaskHabits:
         "The clumps of one mask beside those of the rule, and of chance."
         self.mask = mask
         s = self.known.get(self.rule)
-        rows = [("this mask", follows(mask[None]), PALETTE["orange"])]
+        rows = [("this mask", neighbor_rate(mask[None]), PALETTE["orange"])]
         if s:
             rows += [
                 ("this rule", s["follows"], PALETTE["blue"]),
@@ -354,7 +354,7 @@ class MaskGuess:
             self.later.start(self.ask(image, mask))
 
     def ask(self, image: Image.Image, mask: np.ndarray) -> Iterator[None]:
-        "Predict, then show; a piece of work for `Later`."
+        "Predict, then show; a piece of work for `DebouncedCallback`."
         guess = self.predict(
             to_tensor(image.resize((self.size, self.size), Image.Resampling.BOX)), mask
         )
