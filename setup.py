@@ -1,4 +1,5 @@
-"Everything that setuptools needs stands in settings.ini, the one place of configuration (nbdev 2)."
+"What setuptools needs to know stands in settings.ini, where nbdev 2 reads it too."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -8,6 +9,8 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf8")
 cfg = ini["DEFAULT"]
+test_requirements = cfg["test_requirements"].split()
+dev_requirements = cfg["dev_requirements"].split()
 
 setup(
     name=cfg["lib_name"],
@@ -22,7 +25,8 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["beit_nb", "beit_nb.*"]),
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split()},
+    package_data={"beit_nb": ["py.typed"]},
+    extras_require={"test": test_requirements, "dev": test_requirements + dev_requirements},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": ["beit_nb=beit_nb._modidx:d"],

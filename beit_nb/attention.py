@@ -11,63 +11,67 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from . import BeitError
 from .images import show_images
-from .vit import VisionTransformer, attention_probs
+from .transformer import Attention, attention_probs
+from .vit import VisionTransformer
 
 # %% ../nbs/15_attention.ipynb #attention-maps
 @torch.no_grad()
 def attention_maps(
-    model: VisionTransformer,
-    images: Tensor,  # (B, C, H, W), normalised
-    # (B, N) or (B, h, w): hide patches, as in pre-training
-    bool_masked_pos: Tensor | None = None,
+    model: VisionTransformer, images: Tensor, bool_masked_pos: Tensor | None = None
 ) -> list[Tensor]:
-    """For every block the shares of attention (B, heads, 1+N, 1+N), in eval mode.
+    """The shares of attention of every block, (B, heads, 1+N, 1+N) each, in eval mode.
 
-    The model is left as it was.
+    `images`: (B, C, H, W), normalised. `bool_masked_pos`: (B, N) or (B, h, w), to hide patches as
+    in pre-training. Row i says how token i divides its attention; CLS comes first. The model is
+    left as it was.
     """
     maps = []
-    modes = [(m, m.training) for m in model.modules()]
+    modes = [(module, module.training) for module in model.modules()]
 
-    def listen(attn, args):
-        x, shared = args
+    def record(attn, args):
+        x, rel_pos_bias = args
         q, k, _ = attn.heads(x)
-        maps.append(attention_probs(q, k, attn.bias(shared)))
+        maps.append(attention_probs(q, k, attn.bias(rel_pos_bias)))
 
-    hooks = [block.attn.register_forward_pre_hook(listen) for block in model.blocks]
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     try:
         model.eval().forward_features(images.to(model.cls_token.device), bool_masked_pos)
     finally:
         for hook in hooks:
             hook.remove()
-        for m, mode in modes:
-            m.training = mode
+        for module, mode in modes:
+            module.training = mode
     return maps
 
 # %% ../nbs/15_attention.ipynb #rows
 def patch_attention(probs: Tensor, patch: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
-    """Shares (B, heads, 1+N, 1+N) to those that the patch at (row, column) gives to all patches,
-    (B, heads, h, w).
+    """What the patch at (row, column) gives to every patch, (B, heads, h, w).
+
+    `probs`: one of the `attention_maps`, (B, heads, 1+N, 1+N); `grid_size`: (h, w). The share of
+    CLS is left out. Raises BeitError if patch, grid and map do not fit together.
     """
-    (r, c) = patch
-    (h, w) = grid_size
-    if not (0 <= r < h and 0 <= c < w and probs.shape[-1] == 1 + h * w):
-        raise ValueError(
-            f"patch_attention: patch ({r}, {c}) or shape {tuple(probs.shape)} does not fit a grid "
-            f"of {h} x {w}; "
-            "use model.patch_embed.patch_shape"
+    row, column = patch
+    h, w = grid_size
+    if not (0 <= row < h and 0 <= column < w and probs.shape[-1] == 1 + h * w):
+        raise BeitError(
+            f"patch_attention: patch ({row}, {column}) or shape {tuple(probs.shape)} does not fit "
+            f"a grid of {h} x {w}; use model.patch_embed.patch_shape"
         )
-    return probs[:, :, 1 + r * w + c, 1:].unflatten(-1, (h, w))
+    return probs[:, :, 1 + row * w + column, 1:].unflatten(-1, (h, w))
 
 
 def cls_attention(probs: Tensor, grid_size: tuple[int, int]) -> Tensor:
-    "Shares (B, heads, 1+N, 1+N) to those that CLS gives to all patches, (B, heads, h, w)."
+    "What CLS gives to every patch: maps (B, heads, 1+N, 1+N) to (B, heads, h, w)."
     return probs[:, :, 0, 1:].unflatten(-1, grid_size)
 
-# %% ../nbs/15_attention.ipynb #keep-mass
+# %% ../nbs/15_attention.ipynb #top-mass-mask
 def top_mass_mask(attention: Tensor, mass: float = 0.6) -> Tensor:
-    """The fewest patches of each map (..., h, w) that hold the share `mass` of it, as (..., h, w)
-    bool.
+    """The fewest patches of each map that hold the share `mass` of it.
+
+    Maps (..., h, w) to (..., h, w) bool.
     """
     values, order = attention.flatten(-2).sort(-1, descending=True)
     before = values.cumsum(-1) - values  # held by the larger ones
@@ -76,27 +80,34 @@ def top_mass_mask(attention: Tensor, mass: float = 0.6) -> Tensor:
 
 # %% ../nbs/15_attention.ipynb #show-attention
 def show_attention(
-    image: Tensor,  # (3, H, W) in [0, 1]
-    attention: Tensor,  # (heads, h, w), of `patch_attention` or `cls_attention`
-    patch: tuple[int, int] | None = None,  # (row, column) of the patch that asks, drawn in red
-    # dim the patches outside the fewest with this share; None: dim nothing
+    image: Tensor,
+    attention: Tensor,
+    patch: tuple[int, int] | None = None,
     mass: float | None = 0.6,
-    size: float = 1.5,  # inches a picture
+    size: float = 1.5,
 ) -> Figure:
-    "Draw a picture and, head by head, where its patch looks."
-    a = attention.detach().cpu().float()
-    kept = top_mass_mask(a, mass) if mass else torch.ones_like(a, dtype=torch.bool)
-    titles = ["who asks" if patch else "CLS asks"] + [
-        f"head {i}: {k.float().mean():.0%}" for i, k in enumerate(kept)
-    ]
-    a = a / a.amax((1, 2), keepdim=True)
-    fig = show_images(
-        [image, *torch.where(kept, a, a * 0.3)], titles, size=size, cmap="magma", vmin=0, vmax=1
-    )
+    """Draw a picture and, head by head, where one of its tokens looks.
+
+    `image`: (3, H, W) in [0, 1]. `attention`: (heads, h, w), of `patch_attention` with its `patch`,
+    which gets a red frame, or of `cls_attention` without. Each head is stretched to its own
+    brightest patch; those outside the fewest that hold the share `mass` are dimmed (None: none),
+    and the title gives how many of all patches those fewest are. `size`: inches a picture.
+    """
+    maps = attention.detach().cpu().float()
+    if mass:
+        kept = top_mass_mask(maps, mass)
+    else:
+        kept = torch.ones_like(maps, dtype=torch.bool)
+    shares = kept.float().mean((1, 2))
+    titles = ["who asks" if patch else "CLS asks"]
+    titles += [f"head {i}: {share:.0%}" for i, share in enumerate(shares)]
+    maps = maps / maps.amax((1, 2), keepdim=True)
+    shown = torch.where(kept, maps, maps * 0.3)
+    fig = show_images([image, *shown], titles, size=size, cmap="magma", vmin=0, vmax=1)
     if patch:
-        P = image.shape[1] / a.shape[1]
-        Q = image.shape[2] / a.shape[2]
-        fig.axes[0].add_patch(
-            Rectangle((patch[1] * Q - 0.5, patch[0] * P - 0.5), Q, P, fill=False, ec="red", lw=2)
-        )
+        height = image.shape[1] / maps.shape[1]
+        width = image.shape[2] / maps.shape[2]
+        corner = (patch[1] * width - 0.5, patch[0] * height - 0.5)
+        frame = Rectangle(corner, width, height, fill=False, ec="red", lw=2)
+        fig.axes[0].add_patch(frame)
     return fig

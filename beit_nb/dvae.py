@@ -19,7 +19,10 @@ from .gumbel import gumbel_softmax
 
 # %% ../nbs/04_dvae.ipynb #resblock
 class ResBlock(nn.Module):
-    "A cell looks at its neighbours and adds what it learnt: (B, C, h, w) -> (B, C, h, w)."
+    """A residual block, x + conv1x1(relu(conv3x3(relu(x)))): (B, dim, h, w) to the same shape.
+
+    The 3x3 convolution has `hidden` channels; it lets a cell look at its eight neighbours.
+    """
 
     def __init__(self, dim: int, hidden: int):
         super().__init__()
@@ -31,14 +34,18 @@ class ResBlock(nn.Module):
 
 # %% ../nbs/04_dvae.ipynb #encoder
 def encoder(downsample: int, width: int, code_dim: int) -> nn.Sequential:
-    "Pictures (B, 3, H, W) to features (B, code_dim, H/downsample, W/downsample)."
+    """The network from pictures (B, 3, H, W) to features (B, code_dim, H/downsample, W/downsample).
+
+    downsample: a power of two. Every halving doubles the channels, up to `width`.
+    """
+    halvings = int(math.log2(downsample))
     layers = []
     c = 3
-    for i in reversed(range(int(math.log2(downsample)))):
+    for i in reversed(range(halvings)):
         layers += [nn.Conv2d(c, width >> i, 2, stride=2), nn.ReLU()]
         c = width >> i
     return nn.Sequential(
-        *layers[:-1],
+        *layers[:-1],  # a ResBlock begins with a ReLU of its own
         ResBlock(c, width // 2),
         ResBlock(c, width // 2),
         nn.ReLU(),
@@ -47,14 +54,18 @@ def encoder(downsample: int, width: int, code_dim: int) -> nn.Sequential:
 
 # %% ../nbs/04_dvae.ipynb #decoder
 def decoder(downsample: int, width: int, code_dim: int, out_chans: int) -> nn.Sequential:
-    "Features (B, code_dim, h, w) to pixel statistics (B, out_chans, h*downsample, w*downsample)."
+    """The network from features (B, code_dim, h, w) to statistics of every pixel.
+
+    Returns (B, out_chans, h*downsample, w*downsample). Every doubling halves the channels.
+    """
+    doublings = int(math.log2(downsample))
     layers = [
         nn.Conv2d(code_dim, width, 3, padding=1),
         ResBlock(width, width // 2),
         ResBlock(width, width // 2),
     ]
     c = width
-    for _ in range(int(math.log2(downsample)) - 1):
+    for _ in range(doublings - 1):
         layers += [nn.Conv2d(c, 4 * (c // 2), 1), nn.PixelShuffle(2), ResBlock(c // 2, c // 4)]
         c //= 2
     return nn.Sequential(*layers, nn.ReLU(), nn.Conv2d(c, 4 * out_chans, 1), nn.PixelShuffle(2))
@@ -64,7 +75,7 @@ EPS = 0.1  # DALL-E's margin at both ends of the pixel scale
 
 
 def map_pixels(x: Tensor) -> Tensor:
-    "[0, 1] to [0.1, 0.9], so that the logit of a pixel stays finite (DALL-E)."
+    "[0, 1] to [0.1, 0.9], so that the logit of a pixel stays finite (DALL-E, App. A.3)."
     return (1 - 2 * EPS) * x + EPS
 
 
@@ -74,44 +85,56 @@ def unmap_pixels(x: Tensor) -> Tensor:
 
 # %% ../nbs/04_dvae.ipynb #logit-laplace
 def logit_laplace_nll(x: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
-    """-log f(x | mu, b) for x in (0, 1).
+    """-log f(x | mu, b) in nats, elementwise, for mapped pixels x in (0, 1).
 
-    The logit of x is Laplace around mu with width b (DALL-E, App. A.3). Elementwise.
+    logit(x) has a Laplace distribution around mu with width b (DALL-E, App. A.3).
     """
-    return (
-        (torch.logit(x) - mu).abs() * (-log_b).exp()
-        + log_b
-        + math.log(2)
-        + x.log()
-        + torch.log1p(-x)
-    )
+    distance = (torch.logit(x) - mu).abs()
+    # the last two terms, log x(1 - x), belong to the stretching of the scale by logit
+    return distance * (-log_b).exp() + log_b + math.log(2) + x.log() + torch.log1p(-x)
 
 # %% ../nbs/04_dvae.ipynb #normal-nll
-# with this width the normal NLL is 4 (x - mu)^2 + a constant: the squared error of pixels in [-1,
-# 1]
+# With this width the NLL is 4 (x - mu)^2 + a constant: the squared error of pixels in [-1, 1].
 SIGMA = 8**-0.5
 
 
 def normal_nll(x: Tensor, mu: Tensor, sigma: float = SIGMA) -> Tensor:
-    "-log N(x | mu, sigma), elementwise: squared error with its constant."
+    "-log N(x | mu, sigma) in nats, elementwise: the squared error with its constant."
     return (x - mu) ** 2 / (2 * sigma**2) + math.log(sigma * math.sqrt(2 * math.pi))
 
 # %% ../nbs/04_dvae.ipynb #token-model
 class TokenModel(nn.Module):
-    """What every dVAE can do that has `logits(images)`, `decode_stats(z)` and a `likelihood`
-    ('normal' or 'laplace').
+    """What every dVAE can do, built on what a subclass gives: `logits`, `decode_stats`, `likelihood`.
+
+    likelihood: 'normal', where the decoder's statistics (B, 3, H, W) are means of pixels in
+    [-1, 1], or 'laplace', where (B, 6, H, W) are mu and log b of DALL-E's logit-Laplace.
     """
+
+    likelihood: str
+    vocab_size: int  # V tokens
+    downsample: int  # side in pixels of one token's cell
+
+    def logits(self, images: Tensor) -> Tensor:
+        "Pictures (B, 3, H, W) in [0, 1] to scores of every token at every cell, (B, V, h, w)."
+        raise NotImplementedError
+
+    def decode_stats(self, z: Tensor) -> Tensor:
+        "Ids (B, h, w), or (soft) one-hots (B, V, h, w), to what the decoder says of every pixel."
+        raise NotImplementedError
+
+    @property
+    def has_decoder(self) -> bool:
+        "Whether `decode` works: DALL-E's encoder alone reads pictures and paints none."
+        return True
 
     def pixels(self, stats: Tensor) -> Tensor:
         "The decoder's statistics to pictures (B, 3, H, W) in [0, 1]."
-        return (
-            unmap_pixels(stats[:, :3].sigmoid())
-            if self.likelihood == "laplace"
-            else (stats / 2 + 0.5).clamp(0, 1)
-        )
+        if self.likelihood == "laplace":
+            return unmap_pixels(stats[:, :3].sigmoid())
+        return (stats / 2 + 0.5).clamp(0, 1)
 
     def nll(self, stats: Tensor, images: Tensor) -> Tensor:
-        "-log p(x | z) of every pixel-channel, (B, 3, H, W)."
+        "-log p(x | z) in nats of every pixel value, (B, 3, H, W)."
         if self.likelihood == "laplace":
             return logit_laplace_nll(map_pixels(images), stats[:, :3], stats[:, 3:])
         return normal_nll(images, stats / 2 + 0.5)
@@ -120,13 +143,17 @@ class TokenModel(nn.Module):
         "Pictures (B, 3, H, W) in [0, 1] to token ids (B, h, w): plain argmax, no noise."
         return self.logits(images).argmax(1)
 
+    def indices_at(self, images: Tensor, masked_index: Tensor) -> Tensor:
+        "The ids (n,) of the cells `masked_index` (n,), counted over the whole batch."
+        return self.get_codebook_indices(images).flatten()[masked_index]
+
     def decode(self, ids: Tensor) -> Tensor:
         "Token ids (B, h, w) to pictures (B, 3, H, W) in [0, 1]."
         return self.pixels(self.decode_stats(ids))
 
 # %% ../nbs/04_dvae.ipynb #check-images
 def check_images(images: Tensor, downsample: int) -> None:
-    "Refuse what is not a batch of pictures (B, 3, H, W) that divide into tokens."
+    "Raises ValueError for what is no batch of pictures (B, 3, H, W) that divide into tokens."
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"dvae: got {images.dtype} of shape {tuple(images.shape)}; pass floats in [0, 1] of "
@@ -141,20 +168,22 @@ def check_images(images: Tensor, downsample: int) -> None:
 
 # %% ../nbs/04_dvae.ipynb #dvae
 class DiscreteVAE(TokenModel):
-    """Pictures (B, 3, H, W) in [0, 1] <-> token ids (B, h, w).
+    """Our small dVAE: pictures (B, 3, H, W) in [0, 1] <-> token ids (B, h, w).
 
-    Every token stands for downsample x downsample pixels.
+    vocab_size: V tokens; code_dim: width D of a row of the codebook; downsample: side in pixels of
+    one token's cell, 2, 4, 8 or 16; width: channels; logits: 'distance' scores a token by how near
+    its row is to the cell's feature, 'linear' is a 1x1 convolution as in DALL-E; likelihood:
+    'normal' or 'laplace' (see TokenModel). Raises ValueError for any other choice.
     """
 
     def __init__(
         self,
-        vocab_size: int = 256,  # V
-        code_dim: int = 32,  # width D of a row of the codebook
-        downsample: int = 4,  # pixels a side of a token
-        width: int = 128,  # channels
-        # scores from distances to the codes, or "linear": a 1x1 convolution as in DALL-E
+        vocab_size: int = 256,
+        code_dim: int = 32,
+        downsample: int = 4,
+        width: int = 128,
         logits: str = "distance",
-        likelihood: str = "normal",  # of a pixel: "normal", or "laplace" (DALL-E's logit-Laplace)
+        likelihood: str = "normal",
     ):
         super().__init__()
         if logits not in ("distance", "linear") or likelihood not in ("normal", "laplace"):
@@ -167,8 +196,9 @@ class DiscreteVAE(TokenModel):
         self.vocab_size = vocab_size
         self.downsample = downsample
         self.likelihood = likelihood
+        out_chans = 6 if likelihood == "laplace" else 3
         self.encoder = encoder(downsample, width, code_dim)
-        self.decoder = decoder(downsample, width, code_dim, 6 if likelihood == "laplace" else 3)
+        self.decoder = decoder(downsample, width, code_dim, out_chans)
         self.codebook = nn.Parameter(torch.randn(vocab_size, code_dim))  # (V, D)
         self.log_scale = nn.Parameter(torch.zeros(())) if logits == "distance" else None
         self.to_logits = nn.Conv2d(code_dim, vocab_size, 1) if logits == "linear" else None
@@ -176,80 +206,87 @@ class DiscreteVAE(TokenModel):
     def logits(self, images: Tensor) -> Tensor:
         "Pictures (B, 3, H, W) in [0, 1] to scores of every token at every cell, (B, V, h, w)."
         check_images(images, self.downsample)
-        f = self.encoder(2 * images - 1).float()
-        c = self.codebook  # (B, D, h, w), (V, D)
+        f = self.encoder(2 * images - 1).float()  # (B, D, h, w)
         with torch.autocast(f.device.type, enabled=False):  # scores in fp32, as in DALL-E
             if self.to_logits is not None:
                 return self.to_logits(f)
-            cross = torch.einsum("bdhw,vd->bvhw", f, c)  # |f - c|^2 without B*V*h*w*D differences
-            return self.log_scale.exp() * (
-                2 * cross - (c**2).sum(1)[:, None, None] - (f**2).sum(1, keepdim=True)
-            )
+            assert self.log_scale is not None
+            c = self.codebook
+            # -|f - c|^2, multiplied out: no tensor of B*V*h*w*D differences
+            cross = torch.einsum("bdhw,vd->bvhw", f, c)
+            c_squared = (c**2).sum(1)[:, None, None]  # (V, 1, 1)
+            f_squared = (f**2).sum(1, keepdim=True)  # (B, 1, h, w)
+            return self.log_scale.exp() * (2 * cross - c_squared - f_squared)
 
     def decode_stats(self, z: Tensor) -> Tensor:
         """Ids (B, h, w), or (soft) one-hots (B, V, h, w), to what the decoder says of every pixel.
 
-        (B, 3 or 6, H, W).
+        (B, 3, H, W), or (B, 6, H, W) with the likelihood 'laplace'.
         """
-        e = (
-            F.embedding(z, self.codebook).permute(0, 3, 1, 2)
-            if z.ndim == 3
-            else torch.einsum("bvhw,vd->bdhw", z, self.codebook)
-        )
-        return self.decoder(e).float()
+        if z.ndim == 3:
+            rows = F.embedding(z, self.codebook).permute(0, 3, 1, 2)  # (B, D, h, w)
+        else:
+            rows = torch.einsum("bvhw,vd->bdhw", z, self.codebook)
+        return self.decoder(rows).float()
 
 # %% ../nbs/04_dvae.ipynb #dvae-loss
 def dvae_loss(
-    model: nn.Module,  # a TokenModel
-    images: Tensor,  # (B, 3, H, W) in [0, 1]
-    tau: float = 1.0,  # temperature of the relaxed choice
-    kl_weight: float = 1.0,  # beta; 1 makes the loss the negative ELBO
-    usage_weight: float = 0.0,  # small-scale aid: deficit of the batch-average entropy, 0 .. 1
-    noise: Tensor | None = None,  # Gumbel noise (B, V, h, w); drawn if absent
+    model: TokenModel,
+    images: Tensor,
+    tau: float = 1.0,
+    kl_weight: float = 1.0,
+    usage_weight: float = 0.0,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The negative relaxed ELBO per pixel-channel, and what it is made of.
+    """The negative relaxed ELBO in nats for one pixel value, and what it is made of.
 
-    KL per token counts h*w / (3*H*W) of its nats (DALL-E: 1/192).
+    images: (B, 3, H, W) in [0, 1]; tau: temperature of the soft draw; kl_weight: beta, 1 makes the
+    loss the negative ELBO; usage_weight: our small-scale aid, it multiplies how far (0 .. 1) the
+    batch as a whole is from using all tokens alike; noise: Gumbel noise (B, V, h, w), drawn if not
+    given. A token's KL counts h*w / (3*H*W) of its nats (DALL-E: 1/192).
+    Also returns nll, kl (nats for one token), mse of the relaxed picture, and the perplexity of the
+    average belief. DALL-E, section 2.1 and App. A.2.
     """
     logits = model.logits(images)  # (B, V, h, w)
     stats = model.decode_stats(gumbel_softmax(logits, tau, dim=1, noise=noise))
     nll = model.nll(stats, images).mean()
     kl = kl_uniform(logits, dim=1).mean()
-    usage = logits.softmax(1).mean((0, 2, 3))  # (V,) how the batch as a whole uses the alphabet
-    # the 1e-9 keeps the gradient finite at an unused token
-    entropy = -(usage * (usage + 1e-9).log()).sum()
+    usage = logits.softmax(1).mean((0, 2, 3))  # (V,) the average belief
+    entropy = -(usage * (usage + 1e-9).log()).sum()  # 1e-9: a finite gradient at unused tokens
+    tokens = logits[0, 0].numel()  # h*w
+    pixel_values = images[0].numel()  # 3*H*W
     loss = (
         nll
-        + kl_weight * kl * logits[0, 0].numel() / images[0].numel()
+        + kl_weight * kl * tokens / pixel_values
         + usage_weight * (1 - entropy / math.log(len(usage)))
     )
-    return loss, dict(
-        nll=nll, kl=kl, mse=F.mse_loss(model.pixels(stats), images), perplexity=entropy.exp()
-    )
+    mse = F.mse_loss(model.pixels(stats), images)
+    return loss, dict(nll=nll, kl=kl, mse=mse, perplexity=entropy.exp())
 
 # %% ../nbs/04_dvae.ipynb #init-codes
 @torch.no_grad()
 def init_codes(model: DiscreteVAE, images: Tensor, seed: int = 0) -> None:
-    """Start the codes where the encoder's outputs are.
+    """Starts the codebook on outputs of the encoder, in place; nothing happens to linear scores.
 
-    Standardise its last layer, then pick far-apart outputs (k-means++).
+    images: (N, 3, H, W) in [0, 1]. The encoder's last layer is changed so that its outputs have
+    mean 0 and spread 1; then far-apart outputs (k-means++) become the rows. Raises ValueError if
+    the pictures have fewer cells than there are codes.
     """
     if model.log_scale is None:
         return  # linear scores do not compare with the codes
-    last = model.encoder[-1]
-    f = torch.cat([model.encoder(2 * x - 1) for x in images.split(64)])  # (B, D, h, w)
+    f = torch.cat([model.encoder(2 * x - 1) for x in images.split(64)])  # (N, D, h, w)
     mean = f.mean((0, 2, 3))
     std = f.std((0, 2, 3)) + 1e-6
-    last.weight.div_(std[:, None, None, None])
-    last.bias.sub_(mean).div_(std)
-    # (B*h*w, D)
-    f = ((f - mean[:, None, None]) / std[:, None, None]).permute(0, 2, 3, 1).flatten(0, 2).cpu()
-    few = f[torch.randperm(len(f), generator=torch.Generator().manual_seed(seed))[:16384]].numpy()
-    if len(few) < model.vocab_size:
+    weight, bias = model.encoder[-1].parameters()
+    weight.div_(std[:, None, None, None])
+    bias.sub_(mean).div_(std)
+    f = (f - mean[:, None, None]) / std[:, None, None]
+    cells = f.permute(0, 2, 3, 1).flatten(0, 2).cpu()  # (N*h*w, D)
+    some = torch.randperm(len(cells), generator=torch.Generator().manual_seed(seed))[:16384]
+    if len(some) < model.vocab_size:
         raise ValueError(
-            f"init_codes: {len(few)} cells cannot start {model.vocab_size} codes; give more "
+            f"init_codes: {len(some)} cells cannot start {model.vocab_size} codes; give more "
             "pictures, or lower vocab_size"
         )
-    model.codebook.copy_(
-        torch.from_numpy(kmeans_plusplus(few, model.vocab_size, random_state=seed)[0])
-    )
+    rows, _ = kmeans_plusplus(cells[some].numpy(), model.vocab_size, random_state=seed)
+    model.codebook.copy_(torch.from_numpy(rows))

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHAPE', 'BeitForImageClassification', 'build_classifier', 'build_from_checkpoint', 'load_classifier',
-           'timm_transform', 'FinetuneTransform', 'finetune_loss', 'evaluate_classifier', 'finetune']
+           'timm_transform', 'FinetuneTransform', 'FinetuneLoss', 'evaluate_classifier', 'EvaluateCallback', 'finetune']
 
 # %% ../nbs/45_finetuning.ipynb #imports
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,19 +17,21 @@ from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from . import BeitError
 from .checkpoints import load_backbone
-from .data import sample_labels, open_data
+from .configs import FinetuneRecipe
+from .data import open_data, sample_labels
 from .device import default_device, pick_precision, set_matmul_precision
 from .engine.augment import TwoViews
-from .engine.loading import TrainLoader, TransformedDataset, report_unreadable
-from .engine.optim import micro_batch_size
+from .engine.loading import LabelledBatch, TrainLoader, TransformedDataset, once
+from .engine.log import read_log
 from .engine.processes import join_processes, rank, sum_over_ranks, world_size
-from .engine.runs import write_metrics, read_metrics, load_checkpoint, open_run, read_log
+from .engine.runs import load_checkpoint, open_run, read_metrics, write_metrics
 from .engine.sources import ImageDataset
 from .engine.training import Trainer, fit
-from .images import MEAN_STD, denormalize, preprocess, to_pil
-from .recipes import Backbone, FinetuneRecipe, from_config
-from .vit import VisionTransformer
+from .images import MEAN_STD, denormalize, preprocess, to_float, to_pil
+from .recipes import from_config
+from .vit import VisionTransformer, backbone_args
 
 # %% ../nbs/45_finetuning.ipynb #classifier
 class BeitForImageClassification(VisionTransformer):
@@ -56,8 +59,7 @@ class BeitForImageClassification(VisionTransformer):
         return self.head(x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, 1:].mean(1)))
 
 # %% ../nbs/45_finetuning.ipynb #build-classifier
-# must be the checkpoint's
-SHAPE = (
+SHAPE = (  # fields that must be the checkpoint's
     "patch_size",
     "embed_dim",
     "depth",
@@ -70,57 +72,55 @@ SHAPE = (
 
 def build_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassification:
     "The model of a recipe, untrained."
-    args = {
-        k: getattr(r, k)
-        for k in (
-            *Backbone.__dataclass_fields__,
-            "weight_init",
-            "pos_embed_init",
-            "use_mean_pooling",
-            "init_scale",
-        )
-    }
-    # the official code draws untruncated here
+    args = backbone_args(r)
     if r.weight_init == "beit":
-        args["weight_init"] = "beit_finetune"
-    return BeitForImageClassification(num_classes, use_checkpoint=r.grad_checkpointing, **args)
+        args["weight_init"] = "beit_finetune"  # the official code draws untruncated here
+    return BeitForImageClassification(
+        num_classes, use_mean_pooling=r.use_mean_pooling, init_scale=r.init_scale, **args
+    )
 
 
 def build_from_checkpoint(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassification:
-    "The model of a recipe, from its `init` checkpoint where one is named."
+    """The model of a recipe, with the body of its `init` checkpoint where one is named.
+
+    Raises BeitError where that is of another shape.
+    """
     model = build_classifier(r, num_classes)
     if not r.init:
         return model
     state = load_checkpoint(r.init, ("pretrain", "finetune"))
-    src = from_config(state["config"])
-    for k in SHAPE:
-        if getattr(src, k) != getattr(r, k):
-            raise ValueError(
-                f"{k} is {getattr(src, k)} in {r.init}, but {getattr(r, k)} in this recipe; set "
-                f"it with --{k.replace('_', '-')}"
+    source = from_config(state["config"])
+    for field in SHAPE:
+        there, here = getattr(source, field), getattr(r, field)
+        if there != here:
+            raise BeitError(
+                f"{field} is {there} in {r.init}, but {here} in this recipe; set it with "
+                f"--{field.replace('_', '-')}"
             )
-    load_backbone(model, state["model"], (src.img_size // src.patch_size,) * 2)
+    side = source.img_size // source.patch_size
+    load_backbone(model, state["model"], (side, side))
     return model
 
 
 def load_classifier(
     path: str | Path,
 ) -> tuple[BeitForImageClassification, FinetuneRecipe, list[str]]:
-    """A fine-tuned model, its recipe and the names of its classes from `beit finetune`'s --out
-    folder or a checkpoint.
+    """A fine-tuned model, its recipe and the names of its classes.
+
+    From `beit finetune`'s --out folder or a checkpoint. Raises BeitError where there is none.
     """
     state = load_checkpoint(path, "finetune")
+    r = from_config(state["config"])
     classes = state["classes"]
-    model = build_classifier(r := from_config(state["config"]), len(classes))
+    model = build_classifier(r, len(classes))
     model.load_state_dict(state["model"])
     return model.eval(), r, classes
 
 # %% ../nbs/45_finetuning.ipynb #transforms
-def timm_transform(r: FinetuneRecipe, training: bool):
-    """timm's pipeline of a recipe.
+def timm_transform(r: FinetuneRecipe, training: bool) -> Callable:
+    """timm's pipeline of a recipe: crop, flip, auto-augment, normalise, erase with noise.
 
-    Crop, flip, auto-augment, normalise, erase with noise (official code); for evaluation a centre
-    crop.
+    As in the official code; for evaluation a centre crop. Raises BeitError for an unknown policy.
     """
     mean, std = MEAN_STD[r.mean_std]
     try:
@@ -140,150 +140,158 @@ def timm_transform(r: FinetuneRecipe, training: bool):
             std=std,
         )
     except (AssertionError, KeyError, ValueError) as e:
-        raise ValueError(
+        raise BeitError(
             f"augment {r.augment!r} is not 'shift', 'none' or a policy of timm's such as "
             f"'rand-m9-mstd0.5-inc1' ({e})"
         ) from e
 
 
 class FinetuneTransform:
-    "A picture, its number and a generator to (image uint8 or float, label, number)."
+    "A labelled picture to what a classifier sees of it: (3, H, W) uint8, or floats in [0, 1]."
 
     def __init__(self, r: FinetuneRecipe, labels: np.ndarray, training: bool):
         self.labels = labels
         self.mean_std = MEAN_STD[r.mean_std]
-        self.most = 2 if training else 0  # pixels to shift
-        self.view = TwoViews(r.img_size)
+        self.max_shift = 2 if training else 0  # pixels
+        self.views = TwoViews(r.img_size)
         self.timm = None if r.augment == "shift" else timm_transform(r, training)
 
-    def __call__(self, picture, number: int, rng: np.random.Generator):
-        if self.timm is None:
-            x = self.view(picture)[0]  # (3, H, W) uint8
-            top, left = (
-                (int(rng.integers(0, 2 * self.most + 1)) for _ in range(2)) if self.most else (0, 0)
-            )
-            x = F.pad(x, [self.most] * 4)[:, top : top + x.shape[1], left : left + x.shape[2]]
-        else:
-            x = self.timm(to_pil(picture.float() / 255) if isinstance(picture, Tensor) else picture)
-            x = denormalize(x, self.mean_std)  # (3, H, W), [0, 1] but for the noise
-        return x, int(self.labels[number]), number
+    def __call__(self, picture, number: int, rng: np.random.Generator) -> LabelledBatch:
+        image = self.shifted(picture, rng) if self.timm is None else self.by_timm(picture)
+        return LabelledBatch(image, int(self.labels[number]), number)
+
+    def shifted(self, picture, rng: np.random.Generator) -> Tensor:
+        "The whole picture, moved by a few pixels."
+        x = self.views(picture).patch_view  # (3, H, W) uint8
+        if not self.max_shift:
+            return x
+        top = int(rng.integers(0, 2 * self.max_shift + 1))
+        left = int(rng.integers(0, 2 * self.max_shift + 1))
+        padded = F.pad(x, [self.max_shift] * 4)
+        return padded[:, top : top + x.shape[1], left : left + x.shape[2]]
+
+    def by_timm(self, picture) -> Tensor:
+        "timm's pipeline, its normalisation undone: in [0, 1] but for the noise of erasing."
+        if isinstance(picture, Tensor):
+            picture = to_pil(to_float(picture))
+        return denormalize(self.timm(picture), self.mean_std)
 
 # %% ../nbs/45_finetuning.ipynb #finetune-loss
-def finetune_loss(r: FinetuneRecipe, num_classes: int):
-    """(model, batch, step) -> loss, {}.
+class FinetuneLoss:
+    """(model, batch, step) -> loss, {}: label smoothing, or timm's mixup and cutmix.
 
-    Label smoothing, or timm's mixup and cutmix with soft targets.
+    Raises BeitError where pictures cannot be paired, because a micro-batch is odd.
     """
-    mix = (
-        Mixup(r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=num_classes)
-        if r.mixup or r.cutmix
-        else None
-    )
-    if mix and (size := micro_batch_size(r, world_size())) % 2:
-        raise ValueError(
-            f"mixup and cutmix pair pictures, but a process takes {size} at once, which is odd; "
-            "make it even with --batch-size or --device-batch-size"
-        )
-    loss = SoftTargetCrossEntropy() if mix else LabelSmoothingCrossEntropy(r.label_smoothing)
 
-    def loss_of(model, batch, step):
-        x = preprocess(batch[0], r.mean_std)
-        y = batch[1]
-        if mix:
+    def __init__(self, r: FinetuneRecipe, num_classes: int, micro_batch_size: int):
+        self.mean_std = r.mean_std
+        self.mix = None
+        self.criterion: nn.Module = LabelSmoothingCrossEntropy(r.label_smoothing)
+        if r.mixup or r.cutmix:
+            if micro_batch_size % 2:
+                raise BeitError(
+                    f"mixup and cutmix pair pictures, but a process takes {micro_batch_size} at "
+                    "once, which is odd; make it even with --batch-size or --device-batch-size"
+                )
+            self.mix = Mixup(
+                r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=num_classes
+            )
+            self.criterion = SoftTargetCrossEntropy()
+
+    def __call__(self, model: nn.Module, batch: LabelledBatch, step: int):
+        images = preprocess(batch.image, self.mean_std)
+        labels = batch.label
+        if self.mix is not None:
             # timm draws from numpy's global generator; the engine has seeded torch's
             np.random.seed(torch.randint(2**31, ()).item())
-            x, y = mix(x, y)
-        return loss(model(x).float(), y), {}
-
-    return loss_of
+            images, labels = self.mix(images, labels)
+        return self.criterion(model(images).float(), labels), {}
 
 # %% ../nbs/45_finetuning.ipynb #evaluate-classifier
 @torch.no_grad()
-def evaluate_classifier(model, r: FinetuneRecipe, pictures: ImageDataset, chunk: int = 250) -> dict:
+def evaluate_classifier(
+    model: nn.Module, r: FinetuneRecipe, pictures: ImageDataset, batch_size: int = 250
+) -> dict:
     """Top-1 accuracy and mean cross-entropy on all readable pictures of a set.
 
-    Several processes share them.
+    Several processes share them; all must take part.
     """
     device = next(model.parameters()).device
-    training = model.training
-    n = len(pictures)
-    samples = TransformedDataset(pictures, FinetuneTransform(r, pictures.labels, training=False))
-    sums = torch.zeros(3, dtype=torch.float64)
     dtype = pick_precision(r.precision, device)
+    training = model.training
+    samples = TransformedDataset(pictures, FinetuneTransform(r, pictures.labels, training=False))
+    sums = torch.zeros(3, dtype=torch.float64)  # pictures, right ones, cross-entropy
     model.eval()
-    # all take equally many: a model in shards is read together
-    for part in torch.arange(rank(), n + -n % world_size(), world_size()).split(chunk):
-        x, y, _, lost = zip(*(samples[int(i)] for i in part % n))
-        y = torch.tensor(y)
-        real = (part < n) & (torch.tensor(lost) < 0)
+    for batch, valid, _ in once(samples, batch_size, rank=rank(), world=world_size()):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(preprocess(torch.stack(x).to(device), r.mean_std)).float().cpu()
-        sums += torch.stack(
-            [
-                real.sum(),
-                (logits.argmax(1) == y)[real].sum(),
-                F.cross_entropy(logits, y, reduction="none")[real].sum(),
-            ]
-        )
-        report_unreadable(pictures, [i for i in lost if i >= 0])
+            logits = model(preprocess(batch.image.to(device), r.mean_std)).float().cpu()
+        right = (logits.argmax(1) == batch.label)[valid]
+        losses = F.cross_entropy(logits, batch.label, reduction="none")[valid]
+        sums += torch.stack([valid.sum(), right.sum(), losses.sum()])
     model.train(training)
     read, right, loss = sum_over_ranks(sums).tolist()
-    return dict(accuracy=right / read, val_loss=loss / read) | (
-        dict(val_damaged=n - int(read)) if read < n else {}
-    )
+    metrics = {"accuracy": right / read, "val_loss": loss / read}
+    unreadable = len(pictures) - int(read)
+    return metrics | {"val_damaged": unreadable} if unreadable else metrics
 
 # %% ../nbs/45_finetuning.ipynb #finetune
+class EvaluateCallback:
+    "A callback: scores the model on held-out pictures every so many steps, and at the end."
+
+    def __init__(self, r: FinetuneRecipe, held_out: ImageDataset, every: int):
+        self.recipe = r
+        self.held_out = held_out
+        self.every = every
+
+    def __call__(self, trainer: Trainer) -> dict | None:
+        if trainer.step % self.every and not trainer.finished:
+            return None
+        return evaluate_classifier(trainer.model, self.recipe, self.held_out)
+
+
 @join_processes()
 def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
-    """Fine-tune to the recipe, or continue.
+    """Fine-tune to the recipe, or continue; returns the final metrics.
 
-    Returns the final metrics, and leaves checkpoints, log.jsonl and metrics.json in its folder.
+    Leaves checkpoints, log.jsonl and metrics.json in its folder. Raises BeitError for bad input.
     """
     set_matmul_precision(default_device(), r.embed_dim)
-    with open_run("finetune", r) as out:
+    with open_run("finetune", r, r.resume) as out:
         pictures = open_data(r.data, "train", labels=True)
-        held = open_data(r.data, r.split, labels=True)
+        held_out = open_data(r.data, r.split, labels=True)
         ids = sample_labels(pictures.labels, r.labels_per_class, r.seed)
-        classes = pictures.classes
-        samples = TransformedDataset(
-            pictures, FinetuneTransform(r, pictures.labels, training=True), r.seed, ids
-        )
-        torch.manual_seed(r.seed)
+        transform = FinetuneTransform(r, pictures.labels, training=True)
+        samples = TransformedDataset(pictures, transform, r.seed, ids)
         per_epoch = len(samples) // r.batch_size
         total = r.steps or r.epochs * per_epoch
-        every = r.eval_every or per_epoch
+        classes = pictures.classes
+        torch.manual_seed(r.seed)
         model = build_from_checkpoint(r, len(classes))
-        t = Trainer(
+        trainer = Trainer(
             "finetune",
             r,
             out,
             model,
             total,
             per_epoch,
-            r.layer_decay,
-            quiet,
-            extra=dict(classes=classes),
+            layer_decay=r.layer_decay,
+            metadata={"classes": classes},
+            quiet=quiet,
         )
-        if t.step == total and (done := read_metrics(out)):
-            return done  # nothing is left to do
-
-        def after_step(step, model):
-            return (
-                evaluate_classifier(model, r, held) if step % every == 0 or step == total else None
-            )
-
-        fit(
-            t, TrainLoader(samples, r, rank(), world_size()), finetune_loss(r, len(classes)), after_step
-        )
+        metrics = read_metrics(out)
+        if trainer.finished and metrics:
+            return metrics  # nothing is left to do
+        loader = TrainLoader(samples, r, trainer.micro_batch_size, rank=rank(), world=world_size())
+        compute_loss = FinetuneLoss(r, len(classes), trainer.micro_batch_size)
+        evaluate = EvaluateCallback(r, held_out, r.eval_every or per_epoch)
+        fit(trainer, loader, compute_loss, [evaluate])
         curve = [(row["step"], row["accuracy"]) for row in read_log(out) if "accuracy" in row]
-        return write_metrics(
-            out,
-            dict(
-                accuracy=curve[-1][1] if curve else None,
-                curve=curve,
-                split=r.split,
-                steps=t.step,
-                images=t.step * r.batch_size,
-                damaged=len(t.data["damaged"]),
-            ),
-        )
+        metrics = {
+            "accuracy": curve[-1][1] if curve else None,
+            "curve": curve,
+            "split": r.split,
+            "steps": trainer.step,
+            "images": trainer.step * r.batch_size,
+            "damaged": len(trainer.data["damaged"]),
+        }
+        return write_metrics(out, metrics, trainer.finished)

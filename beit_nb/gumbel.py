@@ -12,51 +12,58 @@ from torch import Tensor
 
 # %% ../nbs/03_gumbel.ipynb #sample-gumbel
 def sample_gumbel(
-    shape,  # shape of the noise
-    generator: torch.Generator | None = None,  # for repeatable noise; it lives on `device`
+    shape,
+    generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    "Standard Gumbel noise, -log of a waiting time; always finite."
+    """Standard Gumbel noise -log(-log u) of the given shape; always finite.
+
+    u is drawn in float32 at least, since half precision would cut off the long right tail. A
+    generator must live on `device`. Raises ValueError for a dtype without fractions.
+    """
     if not dtype.is_floating_point:
         raise ValueError(
             f"sample_gumbel: noise cannot be {dtype}; ask for a floating type, or pass floating "
             "logits"
         )
-    # half precision would cut off the long right tail
-    work = torch.promote_types(dtype, torch.float32)
-    ends = torch.finfo(work)
-    u = torch.rand(shape, generator=generator, device=device, dtype=work).clamp_(
-        ends.tiny, 1 - ends.eps / 2
-    )
-    # u -> waiting time -log u -> score -log(-log u)
-    return u.log_().neg_().log_().neg_().to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    limits = torch.finfo(wide)
+    u = torch.rand(shape, generator=generator, device=device, dtype=wide)
+    u.clamp_(limits.tiny, 1 - limits.eps / 2)  # strictly between 0 and 1
+    waiting_time = u.log_().neg_()
+    return waiting_time.log_().neg_().to(dtype)
+
+
+def _noise_like(logits: Tensor, generator: torch.Generator | None) -> Tensor:
+    "Noise for logits, float32 at least: half precision would make ties among 8,192 tokens."
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return sample_gumbel(logits.shape, generator, logits.device, dtype)
 
 # %% ../nbs/03_gumbel.ipynb #gumbel-max
 @torch.no_grad()
 def gumbel_max(logits: Tensor, dim: int = -1, generator: torch.Generator | None = None) -> Tensor:
-    """Logits (..., V, ...) to one drawn id (..., ...) int64 for each place.
+    """One id for each place, drawn with the softmax probabilities of `logits`.
 
-    An id wins with its softmax probability.
+    Logits (..., V, ...) with V along `dim` to int64 ids (..., ...).
     """
-    noise = sample_gumbel(
-        logits.shape, generator, logits.device, torch.promote_types(logits.dtype, torch.float32)
-    )
-    return noise.add_(logits).argmax(dim)
+    return _noise_like(logits, generator).add_(logits).argmax(dim)
 
 # %% ../nbs/03_gumbel.ipynb #gumbel-softmax
 def gumbel_softmax(
-    logits: Tensor,  # (..., V, ...), V along `dim`
-    tau: float = 1.0,  # temperature, above 0
-    hard: bool = False,  # one-hot values, with the gradient of the soft ones
+    logits: Tensor,
+    tau: float = 1.0,
+    hard: bool = False,
     dim: int = -1,
-    # Gumbel noise of the logits' shape; drawn here if absent
     noise: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Logits to a soft one-hot of the same shape that sums to 1 along `dim`.
+    """A soft draw softmax((logits + noise) / tau), through which a gradient flows.
 
-    softmax((logits + noise) / tau).
+    logits: (..., V, ...), V along `dim`; tau: temperature above 0; noise: Gumbel noise of the same
+    shape, drawn if not given. Returns the shape and dtype of the logits, summing to 1 along `dim`.
+    With `hard` the values are one-hot and the gradient is that of the soft ones (straight-through).
+    Jang et al., arXiv 1611.01144; Maddison et al., arXiv 1611.00712.
     """
     if not logits.is_floating_point():
         raise ValueError(
@@ -67,36 +74,31 @@ def gumbel_softmax(
             f"gumbel_softmax: the temperature tau is {tau}; it must be above 0 (for a hard choice "
             "use gumbel_max)"
         )
-    # at least float32: half precision would make ties among 8,192 tokens
     if noise is None:
-        noise = sample_gumbel(
-            logits.shape, generator, logits.device, torch.promote_types(logits.dtype, torch.float32)
-        )
+        noise = _noise_like(logits, generator)
     if noise.shape != logits.shape:
         shapes = f"noise {tuple(noise.shape)} does not fit logits {tuple(logits.shape)}"
         raise ValueError(f"gumbel_softmax: {shapes}; draw it with sample_gumbel(logits.shape)")
     soft = (logits + noise).div_(tau).softmax(dim)
     if hard:
-        one_hot = torch.zeros_like(soft).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
-        # the bracket is exactly 0: it only carries the gradient
-        soft = one_hot + (soft - soft.detach())
+        winner = soft.argmax(dim, keepdim=True)
+        one_hot = torch.zeros_like(soft).scatter_(dim, winner, 1.0)
+        soft = one_hot + (soft - soft.detach())  # the bracket is 0: it only carries the gradient
     return soft.to(logits.dtype)
 
 # %% ../nbs/03_gumbel.ipynb #temperature-schedule
 def temperature_schedule(
-    start: float,  # first temperature
-    final: float,  # temperature from update `steps` on
-    steps: int,  # updates on the way down (a half cosine)
-    total: int | None = None,  # length of the result (default: `steps`)
+    start: float, final: float, steps: int, total: int | None = None
 ) -> np.ndarray:
-    """One temperature for each update, (total,).
+    """The temperature of every update: half a cosine from `start` to `final` in `steps` updates.
 
-    DALL-E: temperature_schedule(1, 1 / 16, 150_000, 3_000_000), paper, App. A.2.
+    Afterwards it stays at `final`, up to `total` updates (default: `steps`). Returns (total,).
+    DALL-E: temperature_schedule(1, 1 / 16, 150_000, 3_000_000), its paper's appendix A.2.
     """
     if min(start, final) <= 0 or steps < 1:
         raise ValueError(
             f"temperature_schedule: start {start}, final {final} and steps {steps} must all be "
             "above 0"
         )
-    way = np.minimum(np.arange(total or steps) / max(steps - 1, 1), 1)
-    return final + (start - final) * (1 + np.cos(np.pi * way)) / 2
+    progress = np.minimum(np.arange(total or steps) / max(steps - 1, 1), 1)  # 0 .. 1
+    return final + (start - final) * (1 + np.cos(np.pi * progress)) / 2

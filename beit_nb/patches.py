@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 # %% ../nbs/01_patches.ipynb #patchify
 def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """(B, C, H, W) to patches (B, N, P*P*C).
+    """Images (B, C, H, W) to patches (B, N, P*P*C), row by row; N = H/P * W/P.
 
-    Patches row by row, in each one row, column, channel (as in mae).
+    Inside a patch the numbers run row, column, channel, as in the code of MAE. Raises ValueError
+    where the sides do not divide by the patch size.
     """
     if images.ndim != 4:
         raise ValueError(
@@ -30,16 +31,18 @@ def patchify(images: Tensor, patch_size: int) -> Tensor:
         )
     h = H // P
     w = W // P
-    x = images.reshape(B, C, h, P, w, P)  # (B, C, h, P, w, P)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(B, h * w, P * P * C)  # (B, N, P*P*C)
+    x = images.reshape(B, C, h, P, w, P)  # row of patches, row inside a patch; columns likewise
+    x = x.permute(0, 2, 4, 3, 5, 1)  # (B, h, w, P, P, C)
+    return x.reshape(B, h * w, P * P * C)  # (B, N, P*P*C)
 
 # %% ../nbs/01_patches.ipynb #unpatchify
 def unpatchify(
     patches: Tensor, patch_size: int, grid_size: tuple[int, int] | None = None
 ) -> Tensor:
-    """Patches (B, N, P*P*C) back to images (B, C, h*P, w*P).
+    """Patches (B, N, P*P*C) back to images (B, C, h*P, w*P): the inverse of `patchify`.
 
-    The inverse of `patchify`. Default: a square grid.
+    grid_size: rows and columns (h, w); a square if not given. Raises ValueError where the patches
+    do not fill the grid, or are no whole channels of P*P pixels.
     """
     if patches.ndim != 3:
         raise ValueError(f"unpatchify: got shape {tuple(patches.shape)}, not (B, N, P*P*C)")
@@ -56,22 +59,25 @@ def unpatchify(
             "patch_size"
         )
     C = D // (P * P)
-    x = patches.reshape(B, h, w, P, P, C)  # (B, h, w, P, P, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(B, C, h * P, w * P)  # (B, C, H, W)
+    x = patches.reshape(B, h, w, P, P, C)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, h, P, w, P)
+    return x.reshape(B, C, h * P, w * P)  # (B, C, H, W)
 
 # %% ../nbs/01_patches.ipynb #patch-embed
 class PatchEmbed(nn.Module):
-    """Images (B, C, H, W) to patch vectors (B, N, D).
+    """Images (B, C, H, W) to patch vectors (B, N, D) by one linear map that all patches share.
 
-    One linear map, shared by all patches (paper, section 2.1).
+    BEiT paper, section 2.1; names as in timm. The map is written as a convolution whose window and
+    step are one patch. `patch_shape` is the grid (h, w), `num_patches` is N = h * w. Raises
+    ValueError where a patch would be cut, or where pictures of another size come in.
     """
 
     def __init__(
         self,
-        img_size: int | tuple[int, int] = 224,  # side of the picture, or (height, width)
-        patch_size: int = 16,  # side P of a patch
-        in_chans: int = 3,  # colour channels C
-        embed_dim: int = 768,  # numbers D in the vector of a patch
+        img_size: int | tuple[int, int] = 224,  # one side, or (height, width)
+        patch_size: int = 16,
+        in_chans: int = 3,
+        embed_dim: int = 768,  # D
     ):
         super().__init__()
         H, W = (img_size, img_size) if isinstance(img_size, int) else img_size
@@ -89,8 +95,9 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         want = (self.proj.in_channels, *self.img_size)
         if x.ndim != 4 or tuple(x.shape[1:]) != want:
+            C, H, W = want
             raise ValueError(
-                f"PatchEmbed: got shape {tuple(x.shape)}, wanted (B, {', '.join(map(str, want))}); "
+                f"PatchEmbed: got shape {tuple(x.shape)}, wanted (B, {C}, {H}, {W}); "
                 "resize the pictures, or build the model with their img_size and in_chans"
             )
         return self.proj(x).flatten(2).transpose(1, 2)  # (B, D, h, w) -> (B, N, D)

@@ -9,69 +9,84 @@ __all__ = ['Tokenizer', 'codebook_usage']
 import torch
 from torch import Tensor, nn
 
+from .dvae import TokenModel
+
 # %% ../nbs/06_tokens.ipynb #tokenizer
 class Tokenizer(nn.Module):
-    """A trained dVAE in use.
+    """A trained dVAE in use: pictures (B, 3, H, W) in [0, 1] <-> token ids (B, h, w).
 
-    Pictures (B, 3, H, W) in [0, 1] to ids (B, h, w) and back. It never trains again.
+    It never trains again, reads by argmax without noise, and computes in fp32 even where autocast
+    is on, so that a picture has the same ids each time. img_size: the size it was trained on, if
+    known. Raises ValueError for pictures or ids of a wrong type, shape or range.
     """
 
-    def __init__(self, dvae: nn.Module, img_size: int | None = None):
+    def __init__(self, dvae: TokenModel, img_size: int | None = None):
         super().__init__()
         self.dvae = dvae.eval().requires_grad_(False)
-        # the size it was trained on, if known
         self.vocab_size = dvae.vocab_size
         self.downsample = dvae.downsample
         self.img_size = img_size
 
+    @property
+    def has_decoder(self) -> bool:
+        "Whether `decode` works: DALL-E's encoder alone reads pictures and paints none."
+        return self.dvae.has_decoder
+
     @torch.no_grad()
     def get_codebook_indices(self, images: Tensor) -> Tensor:
-        "Token ids (B, h, w) int64: argmax of the encoder's scores, no noise, always in fp32."
-        if not images.is_floating_point():
-            raise ValueError(
-                f"Tokenizer: pictures are {images.dtype}; pass floats in [0, 1], such as "
-                "images.float() / 255"
-            )
+        "Pictures (B, 3, H, W) in [0, 1] to token ids (B, h, w) int64."
+        self._check_pictures(images)
         with torch.autocast(images.device.type, enabled=False):
             return self.dvae.get_codebook_indices(images.float())
 
     @torch.no_grad()
     def indices_at(self, images: Tensor, masked_index: Tensor) -> Tensor:
-        """The ids (n,) of the cells `where` (n,), counted over the whole batch.
+        """The ids (n,) of the cells `masked_index` (n,), counted over the whole batch.
 
-        All that masked image modelling asks for.
+        Masked image modelling asks for no others; DALL-E's network saves an eighth of its work.
         """
+        self._check_pictures(images)
         with torch.autocast(images.device.type, enabled=False):
-            # DALL-E's runs its head only there
-            if hasattr(self.dvae, "indices_at"):
-                return self.dvae.indices_at(images.float(), masked_index)
-            return self.dvae.get_codebook_indices(images.float()).flatten()[masked_index]
+            return self.dvae.indices_at(images.float(), masked_index)
 
     @torch.no_grad()
     def decode(self, ids: Tensor) -> Tensor:
-        "Pictures (B, 3, H, W) in [0, 1] from ids (B, h, w)."
+        "Token ids (B, h, w) to pictures (B, 3, H, W) in [0, 1]."
+        self._check_ids(ids)
+        with torch.autocast(ids.device.type, enabled=False):
+            return self.dvae.decode(ids)
+
+    def _check_pictures(self, images: Tensor):
+        if not images.is_floating_point():
+            raise ValueError(
+                f"Tokenizer: pictures are {images.dtype}; pass floats in [0, 1], such as "
+                "images.float() / 255"
+            )
+
+    def _check_ids(self, ids: Tensor):
         if ids.ndim != 3 or ids.is_floating_point():
             raise ValueError(
                 f"Tokenizer: ids are {ids.dtype} of shape {tuple(ids.shape)}; pass integers of "
                 "shape (B, h, w)"
             )
-        if len(bad := ids[(ids < 0) | (ids >= self.vocab_size)]):
+        wrong = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if len(wrong):
             raise ValueError(
-                f"Tokenizer: there is no token {bad[0]}; ids run from 0 to {self.vocab_size - 1}"
+                f"Tokenizer: there is no token {wrong[0]}; ids run from 0 to {self.vocab_size - 1}"
             )
-        with torch.autocast(ids.device.type, enabled=False):
-            return self.dvae.decode(ids)
 
 # %% ../nbs/06_tokens.ipynb #codebook-usage
 def codebook_usage(ids: Tensor, vocab_size: int) -> dict:
-    """How an alphabet is used.
+    """How an alphabet is used by token ids of any shape.
 
-    Counts (V,), the number of codes seen, and their perplexity exp(entropy) between 1 and V.
+    Returns counts (V,), codes_used (how many of the V tokens occur), and perplexity, the
+    exponential of their entropy: from 1 (one token does all) to V (all alike).
     """
     counts = torch.bincount(ids.flatten().cpu(), minlength=vocab_size)
     p = counts / counts.sum()
+    entropy = -torch.xlogy(p, p).sum()
     return dict(
         counts=counts,
         codes_used=int((counts > 0).sum()),
-        perplexity=float(torch.exp(-torch.xlogy(p, p).sum())),
+        perplexity=float(torch.exp(entropy)),
     )

@@ -1,34 +1,49 @@
-"""Runs lessons from top to bottom.
+"""Runs lessons from top to bottom, and draws the map of the book.
 
     python tests/lessons.py nbs/02_elbo.ipynb ...   # run and save the outputs (what the web shows)
     python tests/lessons.py --slow nbs/...          # cells marked `#| slow` too
     python tests/lessons.py --tidy nbs/...          # run nothing, only make the saved outputs small
+    python tests/lessons.py --map                   # the table of lessons in index.ipynb and README
 
 Cells marked `#| slow` are skipped unless asked for; the outputs that they have stay.
 """
 
-import base64, io, sys, time
+import base64
+import io
+import re
+import sys
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
-from PIL import Image
 from nbclient import NotebookClient
-from nbdev.clean import clean_nb
-from execnb.nbio import dict2nb, read_nb, write_nb
+from PIL import Image
 
+ROOT = Path(__file__).parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PARTS = {  # first digit of a lesson's number: the part of the book
+    "0": "Words for pictures",
+    "1": "Hide and guess",
+    "2": "The engine: what a run is",
+    "3": "The engine: where pictures come from",
+    "4": "Train it, and put it to work",
+    "5": "What it costs, and is it fast",
+    "6": "Things to touch",
+    "7": "All of it",
+}
 
 
-def flagged(cell, flag):
-    return any(l.replace(" ", "").startswith(f"#|{flag}") for l in cell.source.splitlines())
+def flagged(cell, flag: str) -> bool:
+    return any(line.replace(" ", "").startswith(f"#|{flag}") for line in cell.source.splitlines())
 
 
-def run(path, slow=False, timeout=600):
+def run(path, slow: bool = False, timeout: int = 600):
     "The notebook at `path` with fresh outputs; an error in a cell is raised as it stands."
     nb = nbformat.read(path, as_version=4)
-    full = [c for c in nb.cells if c.cell_type == "code"]
-    skipped = {c.id: c.copy() for c in full if flagged(c, "slow") and not slow}
-    for c in full:
+    code = [c for c in nb.cells if c.cell_type == "code"]
+    skipped = {c.id: c.copy() for c in code if flagged(c, "slow") and not slow}
+    for c in code:
         if c.id in skipped:
             c.source = "pass"
     client = NotebookClient(
@@ -45,23 +60,20 @@ def run(path, slow=False, timeout=600):
     return nb
 
 
-def small_png(data):
-    """A PNG (base64) with a palette of 256 colours where that is smaller.
-
-    A third of the size, and no eye tells.
-    """
-    im = Image.open(io.BytesIO(base64.b64decode(data)))
-    out = io.BytesIO()
-    if im.mode == "P":
+def small_png(data: str) -> str:
+    "A PNG (base64) with a palette of 256 colors where that is smaller; no eye tells."
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    if image.mode == "P":
         return data
-    im.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    out = io.BytesIO()
+    image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
     return min(data, base64.b64encode(out.getvalue()).decode(), key=len)
 
 
 def tidy(nb):
-    """What a full run leaves behind that nobody reads.
+    """Without what a full run leaves behind that nobody reads.
 
-    Widget views beside their pictures, progress on stderr, colours that nobody sees.
+    Widget views beside their pictures, progress on stderr, colors that nobody sees.
     """
     nb.metadata.pop("widgets", None)
     for c in nb.cells:
@@ -74,20 +86,79 @@ def tidy(nb):
     return nb
 
 
-def save(path, slow=False, execute=True):
+def save(path, slow: bool = False, execute: bool = True) -> None:
+    # only who saves needs nbdev: the same cleaning as `nbdev_clean`, so that git stays quiet
+    from execnb.nbio import dict2nb, read_nb, write_nb
+    from nbdev.clean import clean_nb
+
     nb = tidy(run(path, slow) if execute else nbformat.read(path, as_version=4))
-    nb.metadata = nbformat.from_dict(
-        {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    )
+    kernel = {"display_name": "python3", "language": "python", "name": "python3"}
+    nb.metadata = nbformat.from_dict({"kernelspec": kernel})
     nbformat.write(nb, path)
-    # the same cleaning as `nbdev_clean`, so that git stays quiet
     clean = dict2nb(read_nb(path))
     clean_nb(clean, clear_all=False, clean_ids=True)
     write_nb(clean, path)
 
 
+class Lesson(NamedTuple):
+    "What the map says of a lesson."
+
+    number: str
+    file: str
+    question: str  # its title
+    module: str  # what it exports, or nothing
+    sentence: str  # the first line of that module's docstring
+
+
+def lessons() -> list[Lesson]:
+    "All numbered lessons, in the order of the book."
+    rows = []
+    for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+        nb = nbformat.read(path, as_version=4)
+        title = nb.cells[0].source
+        question = re.search(r"^# (.+)$", title, re.M)[1]
+        sentence = re.search(r"^> (.+)$", title, re.M)[1]
+        code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
+        module = re.search(r"^#\| ?default_exp (\S+)", code, re.M)
+        rows.append(
+            Lesson(path.stem[:2], path.name, question, module[1] if module else "", sentence)
+        )
+    return rows
+
+
+def map_table(folder: str = "") -> str:
+    "The map of the book as a markdown table; `folder` stands before the links."
+    lines = ["| | a question | module | in one line |", "|---|---|---|---|"]
+    part = ""
+    for lesson in lessons():
+        if lesson.number[0] != part:
+            part = lesson.number[0]
+            lines.append(f"| | **{PARTS[part]}** | | |")
+        module = f"`beit_nb.{lesson.module}`" if lesson.module else ""
+        link = f"[{lesson.question}]({folder}{lesson.file})"
+        lines.append(f"| {lesson.number} | {link} | {module} | {lesson.sentence} |")
+    return "\n".join(lines)
+
+
+TABLE = re.compile(r"^\| \| a question .*?(?=\n\n|\Z)", re.M | re.S)
+
+
+def draw_map() -> None:
+    "Write the table of lessons into index.ipynb and README.md."
+    index = ROOT / "nbs" / "index.ipynb"
+    nb = nbformat.read(index, as_version=4)
+    [cell] = [c for c in nb.cells if c.id == "map"]
+    cell.source = TABLE.sub(lambda _: map_table(), cell.source)
+    nbformat.write(nb, index)
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf8")
+    readme.write_text(TABLE.sub(lambda _: map_table("nbs/"), text), encoding="utf8")
+
+
 if __name__ == "__main__":
+    if "--map" in sys.argv:
+        draw_map()
     for p in [a for a in sys.argv[1:] if not a.startswith("--")]:
-        t = time.time()
+        began = time.time()
         save(p, "--slow" in sys.argv, "--tidy" not in sys.argv)
-        print(f"{p}: {time.time() - t:.0f} s, {Path(p).stat().st_size // 1024} KB")
+        print(f"{p}: {time.time() - began:.0f} s, {Path(p).stat().st_size // 1024} KB")

@@ -16,7 +16,8 @@ from beit_nb.finetuning import finetune
 from beit_nb.engine.loading import TrainLoader, TransformedDataset, batch_indices
 from beit_nb.pretraining import PretrainTransform, pretrain
 from beit_nb.recipes import recipe_named
-from beit_nb.engine.runs import load_checkpoint, read_log
+from beit_nb.engine.log import read_log
+from beit_nb.engine.runs import load_checkpoint
 from beit_nb.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)

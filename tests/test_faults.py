@@ -16,7 +16,8 @@ from beit_nb.cli import main
 from beit_nb.engine.sources import Digits, ImageDataset
 from beit_nb.recipes import check_recipe, recipe_named
 from beit_nb.engine.processes import rank, world_size
-from beit_nb.engine.runs import load_checkpoint, open_run, read_log, run_checkpoints
+from beit_nb.engine.log import read_log
+from beit_nb.engine.runs import load_checkpoint, open_run, run_checkpoints
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)

@@ -1,34 +1,70 @@
-"""Every lesson runs from top to bottom, and the book holds together."""
+"""Every lesson runs from top to bottom, and the book and its library hold together."""
 
-import ast, re, subprocess, sys
+import ast
+import re
+import subprocess
+import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import lessons
 import nbformat
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-import lessons
-
 ROOT = Path(__file__).parents[1]
 NBS = sorted((ROOT / "nbs").glob("*.ipynb"))
-MODULES = {p.stem: p for p in (ROOT / "beit_nb").glob("*.py") if not p.stem.startswith("_")}
-numbers = lambda: {
-    m: int(re.search(r"File to edit: \.\./nbs/(\d+)_", p.read_text())[1])
-    for m, p in MODULES.items()
-}
+LIBRARY = ROOT / "beit_nb"
+
+
+def dotted(path: Path) -> str:
+    "beit_nb/engine/runs.py -> engine.runs"
+    return ".".join(path.relative_to(LIBRARY).with_suffix("").parts)
+
+
+MODULES = {dotted(p): p for p in sorted(LIBRARY.rglob("*.py")) if not p.stem.startswith("_")}
+
+
+def notebook_of(module: str) -> str:
+    "The stem of the notebook that a module was exported from, such as 25_engine_runs."
+    found = re.search(r"File to edit: (?:\.\./)+nbs/(\S+)\.ipynb", MODULES[module].read_text())
+    assert found, f"{MODULES[module]} was not exported from a notebook"
+    return found[1]
+
+
+def number(module: str) -> int:
+    return int(notebook_of(module)[:2])
+
+
+def imported(source: str, package: str) -> set[str]:
+    "The modules of ours that a source imports, wherever in the file; `package`: where it lies."
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {a.name.removeprefix("beit_nb.") for a in node.names}
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        parts = package.split(".") if package else []
+        base = parts[: len(parts) - node.level + 1] if node.level else []
+        name = [*base, *(node.module or "").removeprefix("beit_nb").strip(".").split(".")]
+        full = ".".join(filter(None, name))
+        found |= {full} | {f"{full}.{a.name}".strip(".") for a in node.names}
+    return found & set(MODULES)
+
+
+def arrows() -> list[tuple[str, str]]:
+    return [
+        (module, other)
+        for module, path in MODULES.items()
+        for other in sorted(imported(path.read_text(), module.rpartition(".")[0]))
+    ]
 
 
 @pytest.fixture(scope="session")
 def runs(request):
-    """All chosen lessons, two at a time (each in a kernel of its own), so that the book takes half
-    as long.
-    """
-    chosen = [
-        i.callspec.params["path"]
-        for i in request.session.items
-        if i.originalname == "test_lesson_runs"
-    ]
+    "All chosen lessons, two at a time (each in a kernel of its own): half as long."
+    items = request.session.items
+    chosen = [i.callspec.params["path"] for i in items if i.originalname == "test_lesson_runs"]
     with ThreadPoolExecutor(2) as pool:
         yield {p: pool.submit(lessons.run, p) for p in chosen}
 
@@ -38,75 +74,138 @@ def test_lesson_runs(path, runs):
     runs[path].result()
 
 
-def ours(module):
-    "The modules of ours that a module imports, wherever in the file."
-    for n in ast.walk(ast.parse(MODULES[module].read_text())):
-        if isinstance(n, ast.ImportFrom) and (n.level or (n.module or "").startswith("beit_nb")):
-            yield from (
-                [n.module.split(".")[-1]]
-                if n.module and n.module != "beit_nb"
-                else [a.name for a in n.names]
+def test_imports_go_down():
+    "An import only ever goes down to a lesson with a smaller number."
+    assert len(MODULES) >= 45 and len(arrows()) > 100
+    up = [f"{a} ({number(a)}) -> {b} ({number(b)})" for a, b in arrows() if number(b) >= number(a)]
+    assert up == []
+
+
+def test_concept_rooms_are_pure():
+    "What BEiT is (lessons 0x and 1x) imports nothing of what makes it run."
+    plumbing = [(a, b) for a, b in arrows() if number(a) < 20 <= number(b)]
+    assert plumbing == []
+    for module in MODULES:
+        if number(module) < 20:
+            source = MODULES[module].read_text()
+            names = {
+                a.name
+                for n in ast.walk(ast.parse(source))
+                if isinstance(n, ast.Import)
+                for a in n.names
+            }
+            assert not names & {"subprocess", "argparse", "tyro", "fcntl", "multiprocessing"}, (
+                module
             )
 
 
-def test_staircase():
-    "An import only ever goes down to a lesson with a smaller number."
-    n = numbers()
-    assert len(n) == len(MODULES) >= 18
-    arrows = [(a, b) for a in MODULES for b in ours(a) if b in n]
-    assert len(arrows) > 25
-    assert [f"{a} ({n[a]}) imports {b} ({n[b]})" for a, b in arrows if n[b] >= n[a]] == []
+def test_the_engine_knows_no_beit():
+    "engine/ imports concept rooms only for what flows through it: pictures, tokens, devices."
+    allowed = {"images", "tokens", "device", "dalle", "dvae", "configs", "recipes"}
+    engine = [(a, b) for a, b in arrows() if a.startswith("engine.")]
+    assert len(engine) > 20
+    assert [(a, b) for a, b in engine if not b.startswith("engine.") and b not in allowed] == []
 
 
-def test_every_module_has_its_notebook():
-    for name, path in MODULES.items():
-        notebook = re.search(r"File to edit: \.\./nbs/(\S+)\.ipynb", path.read_text())
-        assert notebook, f"{path} was not exported from a notebook"
-        file = ROOT / "nbs" / f"{notebook[1]}.ipynb"
-        assert file.exists(), f"{path} comes from {file.name}, which is gone"
-        assert file.stem == f"{numbers()[name]:02d}_{name}"
+def test_beit_on_one_page_needs_no_engine():
+    path = ROOT / "nbs" / "19_beit_on_one_page.ipynb"
+    cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    used = set().union(*(imported(re.sub(r"^[%!].*$", "", c, flags=re.M), "") for c in cells))
+    assert used and all(number(m) < 20 for m in used), used
+    lines = [x for c in cells for x in c.splitlines() if x.strip() and not x.startswith("#|")]
+    assert len(lines) < 150
+    assert not any(re.search(r"^#\| ?(export|default_exp)", c, re.M) for c in cells)
 
 
-@pytest.mark.parametrize("name", sorted(MODULES))
-def test_module_imports_alone(name):
-    subprocess.run([sys.executable, "-c", f"import beit_nb.{name}"], check=True, cwd="/")
+@pytest.mark.parametrize("module", MODULES)
+def test_every_module_has_its_notebook(module):
+    stem = notebook_of(module)
+    assert (ROOT / "nbs" / f"{stem}.ipynb").exists(), f"{module} comes from {stem}, which is gone"
+    assert stem[3:] == module.replace(".", "_")
+
+
+def test_a_name_means_one_thing():
+    "No two modules define the same public name."
+    homes = defaultdict(set)
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                homes[node.name].add(module)
+    shared = {k: sorted(v) for k, v in homes.items() if len(v) > 1 and not k.startswith("_")}
+    assert shared == {}
+
+
+def test_every_module_imports_alone():
+    "In one process, each after the others are forgotten: nobody leans on a neighbor's import."
+    code = (
+        "import importlib, sys\n"
+        f"for name in {list(MODULES)!r}:\n"
+        "    for m in [m for m in sys.modules if m.split('.')[0] == 'beit_nb']:\n"
+        "        del sys.modules[m]\n"
+        "    importlib.import_module(f'beit_nb.{name}')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_names_from_the_top():
+    "The contract's names lie at the top, and asking for none of them loads no torch."
+    code = (
+        "import sys, beit_nb\n"
+        "assert 'torch' not in sys.modules\n"
+        "names = [n for room in beit_nb.HOMES.values() for n in room.split()]\n"
+        "assert len(names) > 30 and all(getattr(beit_nb, n) is not None for n in names)\n"
+        "assert set(names) <= set(dir(beit_nb))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+    import beit_nb
+
+    with pytest.raises(AttributeError, match="no attribute 'bite'"):
+        _ = beit_nb.bite
 
 
 @pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
 def test_notebook_is_tidy(path):
     nb = nbformat.read(path, as_version=4)
     code = [c for c in nb.cells if c.cell_type == "code"]
+    ids = [c.id for c in nb.cells]
     assert "widgets" not in nb.metadata, "widget state is saved"
-    assert all(re.fullmatch(r"[a-z][a-z0-9-]*", c.id) for c in nb.cells), "cell ids are words"
+    assert all(re.fullmatch(r"[a-z][a-z0-9-]*", i) for i in ids), "cell ids are words"
+    assert len(set(ids)) == len(ids)
     assert any(c.outputs for c in code), "run it from top to bottom before committing"
     for c in code:
-        assert not any(o.output_type == "error" or o.get("name") == "stderr" for o in c.outputs), (
-            f"cell {c.id} saved an error or stderr"
-        )
-        assert sum(1 for l in c.source.splitlines() if l.strip()) <= 37, f"cell {c.id} is too long"
+        for o in c.outputs:
+            loud = o.output_type == "error" or o.get("name") == "stderr"
+            assert not loud, f"cell {c.id} saved an error or stderr"
+        lines = [x for x in c.source.splitlines() if x.strip() and not x.startswith("#|")]
+        wide = [x for x in lines if len(x) > 100]
+        assert not wide, f"cell {c.id} has a line of {len(wide[0])} columns"
     assert path.stat().st_size <= 400 * 1024, "a notebook stays under 400 KB"
-    assert (
-        nb.cells[0].source.startswith("# ")
-        and "\n> " in nb.cells[0].source
-        and "index.ipynb" in nb.cells[0].source
-        or path.stem == "index"
-    )
+    title = nb.cells[0].source
+    assert title.startswith("# ") and "\n> " in title
+    assert "index.ipynb" in title
 
 
 def test_links_between_lessons():
     for path in NBS:
-        text = "\n".join(
-            c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "markdown"
-        )
+        cells = nbformat.read(path, as_version=4).cells
+        text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
         for target in re.findall(r"\]\(([\w./-]+\.ipynb)\)", text):
-            assert (path.parent / target).exists(), (
-                f"{path.name} links to {target}, which is not there"
-            )
+            assert (path.parent / target).exists(), f"{path.name} links to {target}, not there"
 
 
-def test_index_lists_every_lesson():
-    text = (ROOT / "nbs" / "index.ipynb").read_text()
-    readme = (ROOT / "README.md").read_text()
+def test_links_say_the_right_number():
+    "[05 dalle](05_dalle.ipynb): a number in a link's text is that of the lesson."
     for path in NBS:
-        if path.stem != "index":
-            assert path.name in text and path.name in readme, f"{path.name} is not on the map"
+        cells = nbformat.read(path, as_version=4).cells
+        text = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+        for words, target in re.findall(r"\[([^\]]*)\]\((\d\d)_\w+\.ipynb\)", text):
+            found = re.fullmatch(r"(?:lesson )?(\d\d)(?: \w+)*", words)
+            assert not found or found[1] == target, f"{path.name}: [{words}] leads to {target}"
+
+
+def test_the_map_is_the_book():
+    "index.ipynb and README have the table that the lessons themselves make (lessons.py --map)."
+    index = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)
+    [cell] = [c for c in index.cells if c.id == "map"]
+    assert lessons.map_table() in cell.source
+    assert lessons.map_table("nbs/") in (ROOT / "README.md").read_text(encoding="utf8")

@@ -13,11 +13,12 @@ from beit_nb.engine.sources import Digits
 from beit_nb.dalle import DalleEncoder, DalleVAE
 from beit_nb.finetuning import finetune
 from beit_nb.pretraining import pretrain
-from beit_nb.reconstructions import ReconstructionCallback, has_decoder, painter, reconstruction_figure
+from beit_nb.reconstructions import ReconstructionCallback, has_decoder, reconstruction_figure
+from beit_nb.targets import decoder_of
 from beit_nb.probing import probe
 from beit_nb.recipes import recipe_named
 from beit_nb.report import run_report
-from beit_nb.engine.runs import read_log
+from beit_nb.engine.log import read_log
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 from beit_nb.tokens import Tokenizer
 

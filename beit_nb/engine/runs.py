@@ -4,33 +4,33 @@
 
 # %% auto #0
 __all__ = ['REASONS', 'save_checkpoint', 'read_checkpoint', 'prune_checkpoints', 'run_checkpoints', 'load_checkpoint',
-           'run_config', 'lock_run_folder', 'open_run', 'read_log', 'Log', 'memory_mb', 'write_metrics', 'read_metrics']
+           'newest_sound', 'run_config', 'take_lock', 'lock_run_folder', 'open_run', 'write_metrics', 'read_metrics']
 
 # %% ../../nbs/25_engine_runs.ipynb #imports
 import fcntl
 import json
 import os
-import resource
 import shutil
 import sys
-import time
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from zipfile import BadZipFile, ZipFile
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
+from .. import BeitError
+from ..configs import as_config, check_recipe, check_same_run
 from .files import atomic_write, explain_write_errors
-from .processes import join_processes, rank, rank_0_first
-from ..recipes import as_config, check_recipe, check_same_run
+from .processes import join_processes, memory_mb, rank, rank_0_first
 
 # %% ../../nbs/25_engine_runs.ipynb #save-checkpoint
 def save_checkpoint(path: str | Path, state: dict) -> None:
-    "Write a checkpoint whole or not at all: at no moment is the newest name broken."
+    """Write a checkpoint whole or not at all: at no moment is the newest name broken.
+
+    `state` holds tensors and plain data. Raises BeitError where the disk refuses.
+    """
     path = Path(path)
     with explain_write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,17 +47,20 @@ REASONS = {
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    "What is in one checkpoint file; nothing in it is run, and every checksum is looked at."
+    """What is in one checkpoint file; nothing in it is run, and every checksum is looked at.
+
+    Raises BeitError for a file that is damaged, or none of ours.
+    """
     try:
-        with ZipFile(path) as z:
-            # torch does not look
-            if broken := z.testzip():
-                raise ValueError(f"the checksum of {broken} is wrong")
+        with ZipFile(path) as archive:
+            broken = archive.testzip()  # torch does not look at checksums
+        if broken:
+            raise OSError(f"the checksum of {broken} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         state["config"]["command"]
     except Exception as e:
         why = REASONS.get(type(e), (str(e) or type(e).__name__).splitlines()[0][:120])
-        raise ValueError(
+        raise BeitError(
             f"{path} is damaged, or not a beit_nb checkpoint ({why}); give another file, or "
             "delete it to start over"
         ) from e
@@ -93,214 +96,126 @@ def run_checkpoints(out: str | Path) -> list[Path]:
     return list({f.stat().st_ino: f for f in files if f.is_file()}.values())[::-1]
 
 # %% ../../nbs/25_engine_runs.ipynb #load-checkpoint
-def load_checkpoint(path: str | Path, command: str | tuple | None = None) -> dict:
+def load_checkpoint(path: str | Path, command: str | tuple[str, ...] | None = None) -> dict:
     """Read a checkpoint file, or the newest sound one of a run's folder.
 
-    `command` says which training(s) it must come from.
+    `command` says which training(s) it must come from. Raises BeitError where there is none,
+    where all are damaged, and where it comes from another training.
     """
     path = Path(path)
-    wanted = (command,) if isinstance(command, str) else command
     files = run_checkpoints(path) if path.is_dir() else [path]
     if not files or not files[0].is_file():
-        raise ValueError(f"no checkpoint at {path}; give a .pt file or the --out folder of a run")
-    for file, older in zip(files, [*files[1:], None]):
-        try:
-            state = read_checkpoint(file)
-        except ValueError as e:
-            if older is None:
-                raise
-            if rank() == 0:
-                print(
-                    f"beit: {str(e).split(';')[0]}; going on from the one before, {older}",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        else:
-            break
-    kind = state["config"]["command"]
-    if wanted and kind not in wanted:
-        raise ValueError(
-            f"{file} comes from `beit {kind}`, but a checkpoint of `beit {' or '.join(wanted)}` "
+        raise BeitError(f"no checkpoint at {path}; give a .pt file or the --out folder of a run")
+    state = newest_sound(files)
+    made_by = state["config"]["command"]
+    wanted = (command,) if isinstance(command, str) else command
+    if wanted and made_by not in wanted:
+        raise BeitError(
+            f"{path} comes from `beit {made_by}`, but a checkpoint of `beit {' or '.join(wanted)}` "
             "is needed here"
         )
     return state
 
+
+def newest_sound(files: list[Path]) -> dict:
+    "The first of `files` (newest first) that can be read; says which ones it passes over."
+    *newer, oldest = files
+    for file, older in zip(newer, files[1:]):
+        try:
+            return read_checkpoint(file)
+        except BeitError as e:
+            what = str(e).split(";")[0]
+            if rank() == 0:
+                line = f"beit: {what}; going on from the one before, {older}"
+                print(line, file=sys.stderr, flush=True)
+    return read_checkpoint(oldest)
+
 # %% ../../nbs/25_engine_runs.ipynb #own-folder
 def run_config(out: Path) -> dict | None:
-    """The recipe of the run in a folder.
+    """The configuration of the run in a folder, or None where there is no run.
 
-    Config.json's, or its newest checkpoint's where that is gone; None where there is no run.
+    It stands in config.json and, should that be gone, in every checkpoint.
     """
+    file = out / "config.json"
+    if not file.exists():
+        return load_checkpoint(out)["config"] if run_checkpoints(out) else None
     try:
-        return (
-            json.loads(file.read_text())
-            if (file := out / "config.json").exists()
-            else load_checkpoint(out)["config"]
-            if run_checkpoints(out)
-            else None
-        )
+        return json.loads(file.read_text())
     except json.JSONDecodeError as e:
-        raise ValueError(
-            f"{file} is damaged; choose another --out, or delete "
-            f"{'that file' if run_checkpoints(out) else 'that folder'}"
-        ) from e
+        what = "that file" if run_checkpoints(out) else "that folder"
+        raise BeitError(f"{file} is damaged; choose another --out, or delete {what}") from e
+
+
+def take_lock(lock, out: Path) -> None:
+    "Lock an open file for this process until it is closed; refuses if another process has it."
+    os.register_at_fork(after_in_child=lock.close)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise BeitError(
+            f"another run is at work in {out}; wait for it, or choose another --out"
+        ) from None
+    except OSError:
+        line = f"beit: the file system of {out} knows no locks; nothing stops a second run there"
+        print(line, file=sys.stderr)
 
 
 @contextmanager
-def lock_run_folder(command: str, recipe):
-    "The run's folder, ours alone while we are in it; refuses a folder that holds another run."
+def lock_run_folder(command: str, recipe, resume: bool = True) -> Iterator[Path]:
+    """The run's folder, ours alone while we are in it, with the resolved recipe in config.json.
+
+    Raises BeitError for a recipe that cannot work and a folder that holds another run.
+    """
     check_recipe(recipe)
     out = Path(recipe.out or f"runs/{command}")
     config = as_config(command, recipe)
     if out.is_file():
-        raise ValueError(f"--out {out} is a file; choose a folder")
+        raise BeitError(f"--out {out} is a file; choose a folder")
     out.mkdir(parents=True, exist_ok=True)
-    file = out / "config.json"
     with open(out / ".lock", "w") as lock:
-        os.register_at_fork(after_in_child=lock.close)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"another run is at work in {out}; wait for it, or choose another --out"
-            ) from None
-        except OSError:
-            print(
-                f"beit: the file system of {out} knows no locks; nothing stops a second run there",
-                file=sys.stderr,
-            )
-        if old := run_config(out):
+        take_lock(lock, out)
+        old = run_config(out)
+        if old:
             check_same_run(old, config, out)
-            if not getattr(recipe, "resume", True):
-                raise ValueError(
+            if not resume:
+                raise BeitError(
                     f"{out} holds a run already, and --no-resume was given; choose another --out, "
                     "or delete that folder"
                 )
-        with explain_write_errors(file), atomic_write(file) as f:
+        file = out / "config.json"
+        with atomic_write(file) as f:
             f.write(json.dumps(config, indent=1).encode())
         try:
             yield out
-        # failed before its first checkpoint: leave the folder free for a corrected try
         except BaseException:
+            # it failed before its first checkpoint: leave the folder free for a corrected try
             if not old and not run_checkpoints(out):
                 file.unlink(missing_ok=True)
             raise
 
 
 @contextmanager
-def open_run(command: str, recipe):
-    """Where every training begins.
-
-    The processes are joined, and rank 0 has the folder ready for all.
-    """
+def open_run(command: str, recipe, resume: bool = True) -> Iterator[Path]:
+    "Where every training begins: processes are joined, and rank 0 has the folder ready for all."
     with join_processes(), ExitStack() as stack:
-        yield rank_0_first(lambda: stack.enter_context(lock_run_folder(command, recipe)))
-
-# %% ../../nbs/25_engine_runs.ipynb #read-log
-def read_log(out: str | Path) -> list[dict]:
-    "The lines of a run's log.jsonl; a last line that a kill cut short is passed over."
-    file = Path(out) / "log.jsonl"
-    rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-# %% ../../nbs/25_engine_runs.ipynb #log
-class Log:
-    """OUT/log.jsonl, and what a person sees meanwhile.
-
-    A bar on a terminal, a plain line now and then elsewhere.
-    """
-
-    def __init__(
-        self,
-        out: Path,
-        start: int,
-        total: int,
-        label: str = "",
-        tensorboard: bool = False,
-        quiet: bool = False,
-    ):
-        self.file = out / "log.jsonl"
-        self.total = total
-        self.label = label
-        self.quiet = quiet or rank() > 0
-        self.said = time.time()
-        self.tb = None
-        # a killed run may have logged past its last checkpoint
-        kept = [r for r in read_log(out) if r["step"] <= start]
-        if rank() == 0:
-            with explain_write_errors(self.file), atomic_write(self.file) as f:
-                f.write("".join(json.dumps(r) + "\n" for r in kept).encode())
-        self.bar = (
-            tqdm(total=total, initial=start, desc=label, dynamic_ncols=True)
-            if sys.stderr.isatty() and not self.quiet
-            else None
-        )
-        if tensorboard and rank() == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.tb = SummaryWriter(out / "tb", purge_step=start + 1)
-
-    def write(self, step: int, values: dict) -> None:
-        if rank() > 0:
-            return
-        pictures = {k: v for k, v in values.items() if isinstance(v, np.ndarray)}  # (H, W, 3) uint8
-        values = {k: v for k, v in values.items() if k not in pictures}
-        if values:
-            with explain_write_errors(self.file), open(self.file, "a") as f:
-                f.write(json.dumps({"step": step, **values}) + "\n")
-        for k, v in values.items() if self.tb else ():
-            if isinstance(v, (int, float)):
-                self.tb.add_scalar(k, v, step)
-        for k, v in pictures.items() if self.tb else ():
-            self.tb.add_image(k, v, step, dataformats="HWC")
-        text = ", ".join(
-            f"{k} {v:.4g}"
-            for k, v in values.items()
-            if k in ("loss", "mlm_acc", "mse", "accuracy", "images_per_s", "memory_mb")
-        )
-        if "seconds_left" in values:
-            text += f", {timedelta(seconds=round(values['seconds_left']))} left"
-        if self.bar is not None:
-            self.bar.update(step - self.bar.n)
-            if text:
-                self.bar.set_postfix_str(text)
-        elif text and not self.quiet and (time.time() - self.said > 5 or step == self.total):
-            print(f"{self.label} {step}/{self.total}: {text}", flush=True)
-            self.said = time.time()
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
-        if self.tb:
-            self.tb.close()
+        folder = lock_run_folder(command, recipe, resume)
+        yield rank_0_first(lambda: stack.enter_context(folder))
 
 # %% ../../nbs/25_engine_runs.ipynb #finish
-def memory_mb(what: str = "VmHWM") -> float:
-    """MB that this process held at most (VmHWM) or holds now (VmRSS).
+def write_metrics(out: Path, metrics: dict, finished: bool = True) -> dict:
+    """Write OUT/metrics.json, the figures of a run; returns them.
 
-    Elsewhere than on Linux always the most.
+    `finished` false says that the run stopped before its last step (--max-steps, --dry-run).
     """
-    # getrusage would not do here: a child inherits its parent's peak
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split(f"{what}:")[1].split()[0]) / 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**20 if sys.platform == "darwin" else 2**10
-    )
-
-
-def write_metrics(out: Path, metrics: dict) -> dict:
-    "Write OUT/metrics.json, the final figures of a run and the memory that it took; returns them."
-    metrics = dict(peak_rss_mb=memory_mb()) | metrics
+    metrics = {"finished": finished, "peak_rss_mb": memory_mb()} | metrics
     if rank() == 0:
-        with explain_write_errors(out / "metrics.json"), atomic_write(out / "metrics.json") as f:
+        with atomic_write(out / "metrics.json") as f:
             f.write(json.dumps(metrics, indent=1).encode())
     return metrics
 
 
 def read_metrics(out: Path) -> dict | None:
-    "The metrics that a complete run left, or None."
-    return json.loads(file.read_text()) if (file := out / "metrics.json").exists() else None
+    "The figures of a run that went to its end, or None."
+    file = Path(out) / "metrics.json"
+    metrics = json.loads(file.read_text()) if file.exists() else {}
+    return metrics if metrics.get("finished") else None

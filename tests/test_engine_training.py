@@ -1,27 +1,51 @@
 "The engine's promise: stop a run anywhere, even by SIGKILL, and the weights at the end are the same bit for bit."
 
-import multiprocessing, os, random, signal, subprocess, sys, time
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from beit_nb.recipes import Run, recipe_named
+from beit_nb import BeitError
+from beit_nb.configs import Run
+from beit_nb.recipes import recipe_named
 from beit_nb.tokenizer import train_tokenizer
-from beit_nb.engine.runs import (
-    load_checkpoint,
-    open_run,
-    read_log,
-    run_checkpoints,
-    save_checkpoint,
-)
-from beit_nb.engine.training import Trainer, fit
+from beit_nb.engine.log import read_log
+from beit_nb.engine.runs import load_checkpoint, open_run, run_checkpoints, save_checkpoint
+from beit_nb.engine.training import StepLoader, Trainer, fit
 
 torch.set_num_threads(1)
 ENV = dict(os.environ, OMP_NUM_THREADS="1")
 FORK = multiprocessing.get_context("fork")  # a real process to kill, without importing torch again
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+class PairLoader(StepLoader):
+    "One micro-batch of 8 rows a step, made by `batch(step)`."
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def steps(self, first, last):
+        for step in range(first, last):
+            yield [Pair(*self.batch(step))], [8]
+
+
+def squared_error(model, batch, step):
+    return F.mse_loss(model(batch.x), batch.y), {}
 
 
 def tokenizer_run(out, **changes):
@@ -94,7 +118,7 @@ def test_workers_change_nothing(whole, tmp_path):
     assert equal(weights(tmp_path), weights(whole))
 
 
-def toy(out, loss_of=None, after_step=None, **changes):
+def toy(out, compute_loss=squared_error, callbacks=(), **changes):
     "A toy regression with dropout through the real engine."
     r = Run(
         **dict(
@@ -110,19 +134,15 @@ def toy(out, loss_of=None, after_step=None, **changes):
         | changes
     )
 
-    def batches(first, last):
-        for step in range(first, last):
-            x = torch.from_numpy(np.random.default_rng(step).normal(size=(8, 4))).float()
-            yield x, x.square().sum(1, keepdim=True)
+    def batch(step):
+        x = torch.from_numpy(np.random.default_rng(step).normal(size=(8, 4))).float()
+        return x, x.square().sum(1, keepdim=True)
 
-    def loss(model, batch, step):
-        return F.mse_loss(model(batch[0]), batch[1]), {}
-
-    with open_run("toy", r) as folder:
+    with open_run("toy", r, r.resume) as folder:
         torch.manual_seed(r.seed)
         model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Tanh(), nn.Linear(16, 1))
         t = Trainer("toy", r, folder, model, r.steps, 10, quiet=True)
-        fit(t, batches, loss_of or loss, after_step)
+        fit(t, PairLoader(batch), compute_loss, callbacks)
         return {k: v.clone() for k, v in model.state_dict().items()}
 
 
@@ -133,38 +153,45 @@ def test_stopped_at_every_step(tmp_path):
         assert equal(toy(tmp_path / str(stop)), straight), f"stopped at {stop}"
 
 
+def finger(number):
+    "A callback that sends ourselves a signal after step 10."
+
+    def press(trainer):
+        if trainer.step == 10:
+            os.kill(os.getpid(), number)
+
+    return press
+
+
 def test_signals_save_and_stop(tmp_path):
     for number in (signal.SIGINT, signal.SIGTERM):
         out = tmp_path / number.name
         before = signal.getsignal(number)
         with pytest.raises(KeyboardInterrupt, match="stopped after step 10 of 30 and saved"):
-            toy(
-                out,
-                after_step=lambda step, model: os.kill(os.getpid(), number) if step == 10 else None,
-            )
+            toy(out, callbacks=[finger(number)])
         assert load_checkpoint(out)["step"] == 10 and signal.getsignal(number) == before
         assert equal(toy(out), toy(tmp_path / "straight"))
 
 
 def test_other_recipe_is_refused(tmp_path):
     toy(tmp_path, max_steps=5)
-    with pytest.raises(ValueError, match=r"holds another run \(lr 0.01 there, 0.02 now\)"):
+    with pytest.raises(BeitError, match=r"holds another run \(lr 0.01 there, 0.02 now\)"):
         toy(tmp_path, lr=0.02)
     (tmp_path / "config.json").unlink()
     # the checkpoint knows it too
-    with pytest.raises(ValueError, match="another run"):
+    with pytest.raises(BeitError, match="another run"):
         toy(tmp_path, lr=0.02)
     (tmp_path / "config.json").write_text('{"comma')
-    with pytest.raises(ValueError, match="config.json is damaged"):
+    with pytest.raises(BeitError, match="config.json is damaged"):
         toy(tmp_path)
-    with pytest.raises(ValueError, match="log_every 0"):
+    with pytest.raises(BeitError, match="log_every 0"):
         toy(tmp_path / "new", log_every=0)
     assert not (tmp_path / "new").exists(), "a bad recipe leaves nothing behind"
 
 
 def test_two_runs_in_one_folder(tmp_path):
     r = Run(out=str(tmp_path))
-    with open_run("toy", r), pytest.raises(ValueError, match="another run is at work"):
+    with open_run("toy", r), pytest.raises(BeitError, match="another run is at work"):
         with open_run("toy", r):
             pass
     with open_run("toy", r):
@@ -180,12 +207,12 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     middle = len(good) // 2
     for bad in (good[:middle], good[:-1], b"", b"--2021-06-15-- resolving host"):
         last.write_bytes(bad)
-        with pytest.raises(ValueError, match="last.pt is damaged"):
+        with pytest.raises(BeitError, match="last.pt is damaged"):
             toy(tmp_path)
     state = load_checkpoint(tmp_path / "compare.pt")
     at = good.index(state["model"]["0.weight"].numpy().tobytes())
     last.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-    with pytest.raises(ValueError, match="checksum"):
+    with pytest.raises(BeitError, match="checksum"):
         toy(tmp_path)
     last.write_bytes(good)
     toy(tmp_path)
@@ -193,11 +220,12 @@ def test_damaged_checkpoints_are_refused(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_bad_numbers_never_reach_a_checkpoint(tmp_path, value):
-    def loss_of(model, batch, step):
-        return F.mse_loss(model(batch[0]), batch[1]) * (value if step == 9 else 1), {}
+    def compute_loss(model, batch, step):
+        loss, metrics = squared_error(model, batch, step)
+        return loss * (value if step == 9 else 1), metrics
 
     with pytest.raises(FloatingPointError, match="in step 10 .* lower --lr"):
-        toy(tmp_path, loss_of, checkpoint_every=4, log_every=100)
+        toy(tmp_path, compute_loss, checkpoint_every=4, log_every=100)
     state = load_checkpoint(tmp_path)
     assert state["step"] == 8 and all(v.isfinite().all() for v in state["model"].values())
 
@@ -211,8 +239,9 @@ import resource, signal, torch
 from beit_nb.engine.runs import save_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
+from beit_nb import BeitError
 try: save_checkpoint({str(path)!r}, dict(config=dict(command="toy"), x=torch.zeros(300_000)))
-except ValueError as e: print(e)
+except BeitError as e: print(e)
 """
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=ENV, check=True
@@ -226,9 +255,13 @@ except ValueError as e: print(e)
 def line(out, **changes):
     "The engine on a line y = 2x, in one process."
 
-    def batches(first, last):
-        for step in range(first, last):
-            yield [x := torch.randn(8, 1, generator=torch.Generator().manual_seed(step)), 2 * x]
+    def batch(step):
+        x = torch.randn(8, 1, generator=torch.Generator().manual_seed(step))
+        return x, 2 * x
+
+    def look(trainer):
+        if trainer.step % 20 == 0:
+            return {"view": np.full((4, 6, 3), trainer.step, np.uint8)}
 
     r = Run(
         **dict(
@@ -242,15 +275,10 @@ def line(out, **changes):
         )
         | changes
     )
-    with open_run("line", r) as folder:
+    with open_run("line", r, r.resume) as folder:
         torch.manual_seed(0)
         t = Trainer("line", r, folder, nn.Linear(1, 1), r.steps, 20, quiet=True)
-        look = lambda step, model: (
-            dict(view=np.full((4, 6, 3), step, np.uint8)) if step % 20 == 0 else None
-        )
-        return fit(
-            t, batches, lambda model, bite, step: (F.mse_loss(model(bite[0]), bite[1]), {}), look
-        )
+        return fit(t, PairLoader(batch), squared_error, [look])
 
 
 def test_a_log_says_all_and_tensorboard_too(tmp_path):
@@ -337,9 +365,9 @@ def test_the_folder_is_not_poisoned_by_a_refused_command(tmp_path):
     """
     line(tmp_path, max_steps=20)
     (tmp_path / "config.json").unlink()
-    with pytest.raises(ValueError, match="seed"):
+    with pytest.raises(BeitError, match="seed"):
         line(tmp_path, seed=7)
-    with pytest.raises(ValueError, match="no-resume"):
+    with pytest.raises(BeitError, match="no-resume"):
         line(tmp_path, resume=False)
     line(tmp_path)
     assert load_checkpoint(tmp_path)["step"] == 40

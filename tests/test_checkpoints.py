@@ -1,0 +1,110 @@
+"Weights that move: resized tables, other heads, and what does not fit."
+
+import pytest
+import torch
+
+from beit_nb import BeitError
+from beit_nb.checkpoints import load_backbone, resize_pos_embed, resize_rel_pos_bias
+from beit_nb.finetuning import BeitForImageClassification
+from beit_nb.mim import BeitForMaskedImageModeling
+from beit_nb.vit import VisionTransformer
+
+SIZE = dict(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=4)
+PLUS = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+SHARED = dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1)
+
+
+def shaken(model):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("grid", [(6, 6), (8, 8), (12, 12), (10, 7), (3, 24)])
+def test_bias_table_keeps_neighbours_and_class_rows(grid):
+    table = torch.randn(15 * 15 + 3, 2)
+    new = resize_rel_pos_bias(table, (8, 8), grid)
+    assert (
+        new.shape == ((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, 2)
+        and new.isfinite().all()
+        and torch.equal(new[-3:], table[-3:])
+    )
+    square = new[:-3].unflatten(0, (2 * grid[0] - 1, -1))
+    old = table[:-3].unflatten(0, (15, 15))
+    c = grid[0] - 1
+    d = grid[1] - 1
+    torch.testing.assert_close(
+        square[c - 1 : c + 2, d - 1 : d + 2], old[6:9, 6:9], atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        square[[0, 0, -1, -1], [0, -1, 0, -1]],
+        old[[0, 0, -1, -1], [0, -1, 0, -1]],
+        atol=1e-4,
+        rtol=1e-4,
+    )
+    assert (resize_rel_pos_bias(table, (8, 8), grid) is table) == (grid == (8, 8))
+
+
+def test_bias_table_is_near_timms_linear_one_where_it_is_smooth():
+    from timm.layers import resize_rel_pos_bias_table
+
+    y, x = torch.meshgrid(torch.arange(-13.0, 14), torch.arange(-13.0, 14), indexing="ij")
+    table = torch.cat([torch.exp(-(x**2 + y**2) / 60).reshape(-1, 1), torch.ones(3, 1)])
+    ours = resize_rel_pos_bias(table, (14, 14), (24, 24))
+    theirs = resize_rel_pos_bias_table(table, (24, 24), (2212, 1))
+    assert (ours - theirs).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    "form", [{}, SHARED, PLUS, dict(use_rel_pos_bias=True, use_shared_rel_pos_bias=True)]
+)
+def test_a_model_reloads_its_own_kind_exactly(form):
+    old = shaken(VisionTransformer(**SIZE, **form))
+    new = VisionTransformer(**SIZE, **form)
+    assert load_backbone(new, old.state_dict(), (8, 8)) == []
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(old(x), new.eval()(x))
+
+
+def test_a_shared_table_means_the_same_in_every_block():
+    old = shaken(BeitForMaskedImageModeling(**SIZE, vocab_size=9, **SHARED))
+    new = BeitForImageClassification(10, **SIZE, **PLUS).eval()
+    load_backbone(new, old.state_dict(), (8, 8))
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(
+        old.forward_features(x), new.forward_features(x), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "form, words",
+    [
+        (dict(depth=4), "blocks.3"),
+        (dict(depth=2), "blocks.2"),
+        (dict(init_values=None), "gamma_1"),
+        (dict(embed_dim=32), "shape"),
+        (dict(use_rel_pos_bias=False), "use_rel_pos_bias"),
+        (dict(patch_size=8), "patch_embed"),
+    ],
+)
+def test_what_does_not_fit_is_named(form, words):
+    old = BeitForMaskedImageModeling(**SIZE, vocab_size=9, **SHARED).state_dict()
+    with pytest.raises(BeitError, match=words) as e:
+        load_backbone(BeitForImageClassification(10, **SIZE | PLUS | form), old, (8, 8))
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "work, words",
+    [
+        (lambda: resize_rel_pos_bias(torch.zeros(732, 2), (14, 12), (24, 24)), "732 rows"),
+        (lambda: resize_rel_pos_bias(torch.zeros(12, 2), (2, 2), (4, 4)), "at least 3"),
+        (lambda: resize_pos_embed(torch.zeros(1, 65, 2), (7, 7), (9, 9)), "65 positions"),
+    ],
+)
+def test_bad_input_is_named_in_one_line(work, words):
+    with pytest.raises(BeitError, match=words) as e:
+        work()
+    assert "\n" not in str(e.value)

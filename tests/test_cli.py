@@ -1,0 +1,312 @@
+"The command `beit`, as a person types it: help, recipes, refusals, exit statuses, a new training."
+
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import toy_command
+from helpers import FEW_STEPS, beit, few_steps_of_each, mixed_photos, refused
+
+from beit_nb import BeitError
+from beit_nb.cli import main, read_recipe, usage
+from beit_nb.configs import check_recipe
+from beit_nb.recipes import COMMANDS, from_config
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return few_steps_of_each(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return mixed_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.mark.parametrize("words", ["--help", "pretrain --help", "pretrain nano --help"])
+def test_help_is_fast_and_needs_no_torch(words):
+    code = (
+        f"import sys; sys.argv = ['beit', *{words.split()}]\n"
+        "import beit_nb.cli as c\n"
+        "try: c.main()\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+
+    # wall time says more about the neighbours
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < 0.5
+
+
+@pytest.mark.parametrize("start", ["module", "script"])
+def test_the_two_ways_to_start_it(start):
+    starts = {
+        "module": [sys.executable, "-m", "beit_nb"],
+        "script": [str(Path(sys.executable).with_name("beit"))],
+    }
+    bad = subprocess.run([*starts[start], "pretrain", "huge"], capture_output=True, text=True)
+    good = subprocess.run([*starts[start], "--help"], capture_output=True, text=True)
+
+    assert bad.returncode == 2 and bad.stdout == ""
+    assert bad.stderr.startswith("beit: error: unknown pretrain recipe 'huge'")
+    assert bad.stderr.count("\n") == 1
+    assert good.returncode == 0 and "usage: beit" in good.stdout
+
+
+def test_read_recipe():
+    recipe = read_recipe("pretrain", ["nano", "--lr", "1e-3", "--num-mask-patches", "20"])
+    switched = read_recipe("pretrain", ["nano", "--no-resume", "--batch_size=8"])
+
+    assert (recipe.lr, recipe.num_mask_patches, recipe.embed_dim) == (1e-3, 20, 128)
+    assert recipe.out == "runs/pretrain-nano"
+    assert not switched.resume and switched.batch_size == 8
+    assert COMMANDS["pretrain"].presets["nano"][1].out == ""
+
+
+def test_recipes_page():
+    page = beit("pretrain", "--help").stdout
+
+    assert "masked image modelling" in page
+    for name, (text, _) in COMMANDS["pretrain"].presets.items():
+        assert name in page and text in page
+
+
+def test_bad_words(runs, tmp_path):
+    refused("pretrian", says=["pretrian", "pretrain"])
+    refused("pretrain", says=["name a pretrain recipe", "base-in1k"])
+    refused("pretrain", "--lr", 1, says="name a pretrain recipe")
+    refused("pretrain", "huge", says=["huge", "nano", "base-in1k"])
+    refused("pretrain", "nano", "--lrr", 1, says=["no option --lrr (do you mean --lr?)", "--flip"])
+    refused("pretrain", "nano", "cifar", says="no option cifar")
+    refused("predict", "--init", "x", "--images", "y", "--to", 1, says="no option --to")
+    assert "--lr" in beit("pretrain", "nano", "--lr", "fast", ok=2).stderr  # tyro's own message
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ("--img-size 30", ["30", "patch_size 4"]),
+        ("--num-mask-patches 65", ["65", "64"]),
+        ("--num-mask-patches 1", ["num_mask_patches 1", "no block fits"]),
+        ("--token-size 64", ["grids differ", "32"]),
+        ("--vocab-size 99", ["99", "256"]),
+    ],
+)
+def test_recipes_that_cannot_work(runs, tmp_path, changes, says):
+    words = ["pretrain", "nano", "--tokenizer", runs / "tok", "--out", tmp_path / "x"]
+    refused(*words, *changes.split(), says=says)
+
+
+def test_what_a_training_starts_from(runs, tmp_path):
+    out = ["--out", tmp_path / "x"]
+
+    refused("pretrain", "nano", *out, says="--tokenizer")
+    wrong = ["--tokenizer", runs / "pre"]
+    refused("pretrain", "nano", *wrong, *out, says=["beit pretrain", "beit tokenizer"])
+    refused("finetune", "nano", "--init", runs / "tok", *out, says="beit tokenizer")
+    other = ["--init", runs / "pre", "--embed-dim", 64]
+    refused("finetune", "nano", *other, *out, says=["embed_dim", "128", "64"])
+
+
+def test_bad_data(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("no picture")
+    words = [*FEW_STEPS, "--out", tmp_path / "x", "--data"]
+
+    refused("tokenizer", "nano", *words, tmp_path / "nowhere", says=["nowhere", "digits"])
+    refused("tokenizer", "nano", *words, tmp_path / "empty", says=["empty", "no pictures"])
+    refused("tokenizer", "nano", *words, tmp_path / "text", says=["text", "no pictures"])
+    refused("finetune", "nano", *words, tmp_path / "text", says="train")
+
+
+def test_bad_checkpoints(runs, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'pwned'}",)
+
+    whole = (runs / "tok" / "checkpoints" / "last.pt").read_bytes()
+    (tmp_path / "short.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "log.pt").write_text("--2021-06-15-- resolving host")
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Evil()))
+    torch.save({"config": {"command": "tokenizer"}, "model": Evil()}, tmp_path / "evil2.pt")
+
+    for name in ("short.pt", "log.pt", "evil.pt", "evil2.pt", "missing.pt"):
+        tokenizer = ["--tokenizer", tmp_path / name, "--out", tmp_path / "x"]
+        refused("pretrain", "nano", *FEW_STEPS, *tokenizer, says=name)
+    assert not (tmp_path / "pwned").exists(), "loading ran pickled code"
+
+
+def test_other_run_in_the_folder(runs):
+    words = ["tokenizer", "nano", *FEW_STEPS, "--out", runs / "tok"]
+
+    refused(*words, "--lr", 0.1, says=["another run", "lr"])
+    refused(*words, "--no-resume", says="--no-resume")
+
+
+@pytest.mark.parametrize(
+    "name, command", [("tok", "tokenizer"), ("pre", "pretrain"), ("fine", "finetune")]
+)
+def test_files_of_a_run(runs, name, command):
+    out = runs / name
+    config = json.loads((out / "config.json").read_text())
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    state = torch.load(out / "checkpoints" / "last.pt", weights_only=True)
+    metrics = json.loads((out / "metrics.json").read_text())
+    html = (out / "report.html").read_text()
+
+    assert config["command"] == command and config["steps"] == 4
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    assert list(losses) == [2, 4] and np.isfinite([*losses.values()]).all()
+    parts = {"model", "optimizer", "step", "epoch", "scaler", "random", "data", "config"}
+    assert parts <= set(state) and state["config"] == config
+    assert metrics["finished"] is True
+    assert html.count("<img") >= 1 and "http://" not in html and "https://" not in html
+
+
+def test_finished_run_is_left_alone(runs):
+    last = runs / "fine" / "checkpoints" / "last.pt"
+    before = last.stat().st_mtime_ns
+
+    again = ["--init", runs / "pre", "--out", runs / "fine", "--eval-every", 2]
+    beit("finetune", "nano", *FEW_STEPS, *again)
+
+    assert last.stat().st_mtime_ns == before
+
+
+def test_stopped_early_is_not_finished(tmp_path):
+    "metrics.json of a run that --max-steps or --dry-run ended does not pass for a finished run's."
+    words = ["tokenizer", "nano", *FEW_STEPS, "--out", tmp_path / "run"]
+
+    beit(*words, "--dry-run")
+    stopped = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    page = (tmp_path / "run" / "report.html").read_text()
+    beit(*words)
+    ended = json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+    assert stopped["finished"] is False and "Not finished: step 2 of 4" in page
+    assert ended["finished"] is True
+    assert "Finished: step 4 of 4" in (tmp_path / "run" / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_folder_of_pictures(photos, tmp_path):
+    "Tokenizer, pre-training and fine-tuning on somebody's own pictures, and a prediction."
+    data = [*FEW_STEPS, "--data", photos, "--batch-size", 4]
+    view = "--depth 1 --img-size 32 --patch-size 4 --token-size 64 --vocab-size 512".split()
+    beit("tokenizer", "photos", *data, "--out", tmp_path / "tok")
+    from_tokens = ["--tokenizer", tmp_path / "tok", "--out", tmp_path / "pre"]
+    beit("pretrain", "cifar", *data, *view, *from_tokens)
+    from_body = ["--init", tmp_path / "pre", "--depth", 1, "--out", tmp_path / "fine"]
+    beit("finetune", "cifar", *data, *from_body)
+
+    picture = photos / "val" / "dog" / "deep" / "0.jpg"
+    said = beit("predict", "--init", tmp_path / "fine", "--images", picture).stdout
+    assert "dog" in said and "cat" in said
+
+
+def test_damaged_pictures_are_counted(photos, tmp_path):
+    words = ["tokenizer", "photos", *FEW_STEPS, "--data", photos, "--batch-size", 16]
+
+    tolerant = beit(*words, "--out", tmp_path / "a")
+    strict = beit(*words, "--out", tmp_path / "b", "--max-damaged", 0, ok=2)
+
+    assert "broken.jpg" in tolerant.stderr  # named, and the run went on
+    last = strict.stderr.strip().splitlines()[-1]
+    assert last.startswith("beit: error: more than max_damaged=0")
+
+
+def fail_with(error):
+    def training(recipe):
+        raise error
+
+    return training
+
+
+@pytest.mark.parametrize(
+    "error, status, says",
+    [
+        (BeitError("img_size 3 is odd:\n take 4"), 2, "beit: error: img_size 3 is odd: take 4\n"),
+        (FileNotFoundError(2, "No such file", "x.jpg"), 2, "beit: error: [Errno 2] No such file"),
+        (FloatingPointError("the loss is nan"), 1, "beit: error: the loss is nan\n"),
+        (KeyboardInterrupt("saved"), 130, "\nbeit: saved\n"),
+        (KeyboardInterrupt(), 130, "\nbeit: stopped; the same command continues"),
+    ],
+)
+def test_exit_statuses(monkeypatch, tmp_path, error, status, says):
+    monkeypatch.setattr("beit_nb.tokenizer.train_tokenizer", fail_with(error))
+
+    said = beit("tokenizer", "nano", "--out", tmp_path, ok=status).stderr
+
+    assert said.startswith(says) and "Traceback" not in said
+
+
+@pytest.mark.parametrize("error", [ValueError("shapes differ"), RuntimeError("oops"), KeyError(3)])
+def test_a_defect_of_ours_shows_its_traceback(monkeypatch, tmp_path, error):
+    "A ValueError too: nobody should look for a mistake in what they typed when it is in the code."
+    monkeypatch.setattr("beit_nb.tokenizer.train_tokenizer", fail_with(error))
+
+    said = beit("tokenizer", "nano", "--out", tmp_path, ok=1).stderr
+
+    assert said.startswith("Traceback") and type(error).__name__ in said
+    assert "beit: error:" not in said
+
+
+def test_debug_shows_every_traceback():
+    with pytest.raises(BeitError, match="unknown command 'pretrian'"):
+        main(["pretrian", "--debug"])
+
+
+def test_a_broken_page_does_not_hide_why_a_run_ended(monkeypatch, tmp_path):
+    stop = fail_with(KeyboardInterrupt("saved after step 3"))
+    monkeypatch.setattr("beit_nb.tokenizer.train_tokenizer", stop)
+    monkeypatch.setattr("beit_nb.report.run_report", lambda out: 1 / 0)
+
+    said = beit("tokenizer", "nano", "--out", tmp_path, ok=130).stderr
+
+    assert said == "\nbeit: saved after step 3\n"
+
+
+def test_a_new_training_is_its_module_and_one_entry(monkeypatch, tmp_path):
+    """Help, recipe check, log line, page, plan and the way back from a config.
+
+    All from `toy_command.COMMAND`; not one of these places has heard of it.
+    """
+    monkeypatch.setitem(COMMANDS, "toy", toy_command.COMMAND)
+    words = ["toy", "tiny", "--out", tmp_path / "run"]
+
+    # help
+    assert "toy RECIPE          how bright is a picture?  [tiny]" in usage()
+    assert "four steps on the digits" in beit("toy", "--help").stdout
+    assert "numbers between picture and answer" in beit("toy", "tiny", "--help").stdout
+    # recipe check
+    refused(*words, "--hidden", 0, says="hidden 0 must be at least 1")
+    refused(*words, "--hidden", 99, says="hidden 99 is above img_size 16: lower it")
+    refused(*words, "--hiden", 1, says="a toy recipe has no option --hiden (do you mean --hidden?)")
+    # log line
+    said = beit(*words).stdout
+    [line] = [line for line in said.splitlines() if line.startswith("toy 4/4: ")]
+    assert "loss " in line and "toy_error " in line and "images_per_s " in line
+    # page
+    html = (tmp_path / "run" / "report.html").read_text()
+    assert "<h1>beit toy</h1>" in html and "Finished: step 4 of 4" in html
+    assert "<span>typical error</span>" in html
+    assert html.count("<img") == 4 and "The toy&#x27;s only number." in html
+    # plan
+    plan = beit("plan", "tiny", "--command", "toy", "--gpus", 1).stdout
+    assert "toy tiny" in plan and "4 steps of 8 pictures" in plan
+    # and back
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    recipe = from_config(config)
+    assert type(recipe) is toy_command.ToyRecipe and recipe.hidden == 4
+    check_recipe(recipe)

@@ -1,0 +1,256 @@
+"Every number that a recipe must not have, and which settings do not go together."
+
+import contextlib
+import io
+import json
+import math
+import re
+from dataclasses import asdict, dataclass, fields, replace
+
+import pytest
+
+from beit_nb import BeitError
+from beit_nb.cli import main
+from beit_nb.configs import (
+    FREE,
+    FinetuneRecipe,
+    PretrainRecipe,
+    ProbeRecipe,
+    Recipe,
+    Run,
+    TokenizerRecipe,
+    as_config,
+    check_recipe,
+    check_same_run,
+    limit_of,
+    wrong_fields,
+)
+from beit_nb.recipes import COMMANDS, from_config
+
+CLASSES = (TokenizerRecipe, PretrainRecipe, FinetuneRecipe, ProbeRecipe)
+NANOS = {name: command.presets["nano"][1] for name, command in COMMANDS.items()}
+
+
+def refusal(recipe):
+    "The one line with which a recipe is refused."
+    with pytest.raises(BeitError) as e:
+        check_recipe(recipe)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def test_every_number_has_its_limits():
+    for recipe_class in CLASSES:
+        for field in fields(recipe_class):
+            if field.type not in (str, bool):
+                assert limit_of(field.type), f"{recipe_class.__name__}.{field.name}"
+
+
+WRONG = dict(
+    clip_grad=(-1.0, math.nan, math.inf),
+    weight_decay=(-0.1, math.nan, math.inf),
+    lr=(0.0, -1.0, math.nan, math.inf),
+    min_lr=(1.0, -1.0, math.nan),
+    beta2=(1.0, 1.5, -0.1, math.nan),
+    warmup_steps=(-5,),
+    warmup_epochs=(-1.0, math.nan, math.inf),
+    seed=(-1, 2**32),
+    workers=(-1,),
+    max_damaged=(-1.0, 2.0, math.nan),
+    epochs=(0, -3),
+    batch_size=(0,),
+    keep_checkpoints=(0,),
+    color_jitter=(-1.0, math.nan, math.inf),
+    flip=(2.0, -1.0, math.nan),
+    crop_scale=((0.5, 2.0), (-1.0, 1.0), (1.0, 0.5), (0.0, 0.0), (math.nan, 1.0), (0.5, math.nan)),
+    drop_path_rate=(1.0, 1.5, -0.5, math.nan),
+    init_values=(-1.0, math.nan),
+    mlp_ratio=(0.0, -4.0, math.nan),
+    min_aspect=(0.0, -1.0, 2.0, math.nan),
+    num_mask_patches=(0, 65),
+    min_mask_patches_per_block=(0, -3, 70),
+    max_mask_patches_per_block=(0, 2),
+    watch_every=(0,),
+    layer_decay=(-0.1, 1.1, math.nan),
+    label_smoothing=(1.0, -0.1),
+    mixup=(-1.0,),
+    cutmix=(math.inf,),
+    erasing=(1.5,),
+    init_scale=(-1.0, math.nan),
+    labels_per_class=(0,),
+    draws=(0,),
+    downsample=(3, 0),
+    ema=(1.0, -0.1, math.nan),
+    kl_weight=(-1.0, math.nan),
+    kl_steps=(-1,),
+    usage_weight=(-0.1,),
+    tau_start=(0.0, math.inf),
+    tau_end=(0.0, -1.0),
+    tau_share=(0.0, 1.5),
+    tau_steps=(0,),
+    lr_steps=(0,),
+    masking=("diagonal",),
+    precision=("fp8",),
+    weight_init=("zeros",),
+    likelihood=("uniform",),
+    split=("train",),
+)
+
+
+@pytest.mark.parametrize("command", NANOS)
+def test_a_wrong_value_is_refused_in_one_line_that_names_it(command):
+    nano = NANOS[command]
+    for field, values in WRONG.items():
+        for value in values if field in asdict(nano) else ():
+            line = refusal(replace(nano, **{field: value}))
+            assert re.search(rf"{field} {re.escape(str(value))}\W", line), line
+
+
+CONFLICTS = [  # a preset, changes of it, what the refusal says
+    ("pretrain", dict(img_size=30), "img_size 30 is not divisible by patch_size 4"),
+    ("pretrain", dict(num_heads=5), "embed_dim 128 is not divisible by num_heads 5"),
+    ("pretrain", dict(embed_dim=6, num_heads=3), "embed_dim 6 is not divisible by the 4 waves"),
+    ("finetune", dict(embed_dim=6, num_heads=3), "embed_dim 6 is not divisible by the 4 waves"),
+    ("pretrain", dict(num_mask_patches=65), "num_mask_patches 65 does not fit 64 patches"),
+    ("pretrain", dict(num_mask_patches=3), "masks stay empty"),
+    ("pretrain", dict(max_mask_patches_per_block=3), "max_mask_patches_per_block 3 is below"),
+    (
+        "pretrain",
+        dict(num_mask_patches=64, min_mask_patches_per_block=57),
+        "min_mask_patches_per_block 57 is too large",
+    ),
+    ("pretrain", dict(min_lr=1.0), "min_lr 1.0 is above lr"),
+    ("tokenizer", dict(img_size=30), "img_size 30 is not divisible by downsample 4"),
+    ("tokenizer", dict(width=3), "width 3 must be at least downsample 4"),
+    ("tokenizer", dict(arch="dalle"), "logits linear"),
+    ("tokenizer", dict(arch="dalle", width=6), "width 6 is not divisible by"),
+    ("tokenizer", dict(parallel="fsdp"), "set parallel ddp"),
+    ("finetune", dict(mixup=0.8, batch_size=31), "mixup and cutmix pair pictures"),
+    ("finetune", dict(cutmix=0.8, device_batch_size=1), "mixup and cutmix pair pictures"),
+]
+
+
+@pytest.mark.parametrize("command, changes, words", CONFLICTS)
+def test_what_does_not_go_together_is_refused(command, changes, words):
+    assert words in refusal(replace(NANOS[command], **changes))
+
+
+UNUSUAL = [
+    ("pretrain", dict(clip_grad=0)),
+    ("pretrain", dict(clip_grad=None)),
+    ("pretrain", dict(weight_decay=0)),
+    ("pretrain", dict(min_lr=0)),
+    ("pretrain", dict(lr=1e-4, min_lr=1e-4)),
+    ("pretrain", dict(drop_path_rate=0)),
+    ("pretrain", dict(init_values=0)),
+    ("pretrain", dict(beta2=0)),
+    ("pretrain", dict(flip=1)),
+    ("pretrain", dict(crop_scale=(1, 1))),
+    ("pretrain", dict(crop_scale=None)),
+    ("pretrain", dict(color_jitter=2)),
+    ("pretrain", dict(warmup_steps=0)),
+    ("pretrain", dict(warmup_epochs=0.5)),
+    ("pretrain", dict(seed=2**32 - 1)),
+    ("pretrain", dict(masking="random", num_mask_patches=1)),
+    ("pretrain", dict(masking="random", num_mask_patches=3, min_mask_patches_per_block=60)),
+    ("pretrain", dict(num_mask_patches=64)),
+    ("pretrain", dict(num_mask_patches=64, min_mask_patches_per_block=56)),
+    ("pretrain", dict(min_aspect=1)),
+    ("pretrain", dict(watch_every=None)),
+    ("pretrain", dict(embed_dim=6, num_heads=3, use_abs_pos_emb=False)),
+    ("finetune", dict(layer_decay=0)),
+    ("finetune", dict(layer_decay=None, label_smoothing=0)),
+    ("finetune", dict(batch_size=31)),
+    ("tokenizer", dict(arch="dalle", width=8, logits="linear", likelihood="laplace")),
+]
+
+
+@pytest.mark.parametrize("command, changes", UNUSUAL)
+def test_what_is_unusual_but_sound_passes(command, changes):
+    check_recipe(replace(NANOS[command], **changes))
+
+
+def test_the_defaults_pass():
+    for recipe_class in (Run, *CLASSES):
+        check_recipe(recipe_class())
+
+
+def test_the_largest_smallest_block_leaves_no_mask_empty():
+    "The limit of `min_mask_patches_per_block` is where the masking gives up, not somewhere near."
+    from beit_nb.masking import blockwise_steps
+
+    blocks = list(blockwise_steps((8, 8), 64, 57, min_aspect=1.0))
+    assert not any(block.accepted for block in blocks)
+    blocks = list(blockwise_steps((8, 8), 56, 56, min_aspect=1.0))
+    assert any(block.accepted for block in blocks)
+
+
+def test_all_faults_in_one_line():
+    line = refusal(replace(NANOS["pretrain"], clip_grad=-1.0, flip=2.0, log_every=0))
+
+    named = [fault.split()[0] for fault in line.split("; ")]
+    assert sorted(named) == ["clip_grad", "flip", "log_every"]
+
+
+def test_a_recipe_of_tomorrow_brings_its_own_rules():
+    @dataclass
+    class Tomorrow(Recipe):
+        split: str = "val"
+        draws: int = 1
+
+        def conflicts(self):
+            if self.draws > 1 and self.split == "val":
+                yield f"draws {self.draws} of val: take test"
+
+    check_recipe(Tomorrow())
+    assert refusal(Tomorrow(draws=2)) == "draws 2 of val: take test"
+    assert wrong_fields(Tomorrow(draws=2)) == []
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "pretrain", "finetune"])
+def test_every_training_asks_first(command, tmp_path):
+    "Exit status 2, one line, and no folder is left: at the command line, before any data is read."
+    mistakes = [
+        "--clip-grad -1",
+        "--weight-decay nan",
+        "--lr inf",
+        "--min-lr 1",
+        "--beta2 1.5",
+        "--warmup-steps -5",
+        "--seed -1",
+        "--flip 2",
+        "--crop-scale 0.5 2.0",
+    ]
+    if command != "tokenizer":
+        mistakes.append("--drop-path-rate 1")
+    elsewhere = ["--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
+    for mistake in mistakes:
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said):
+            status = main([command, "nano", *mistake.split(), *elsewhere])
+
+        field = mistake.split()[0][2:].replace("-", "_")
+        lines = said.getvalue().splitlines()
+        assert status == 2 and len(lines) == 1, (mistake, said.getvalue())
+        assert lines[0].startswith(f"beit: error: {field} "), lines[0]
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_config_goes_through_json():
+    for name, command in COMMANDS.items():
+        for _, recipe in command.presets.values():
+            config = json.loads(json.dumps(as_config(name, recipe)))
+            assert from_config(config) == recipe
+
+
+def test_who_may_go_on():
+    old = as_config("pretrain", NANOS["pretrain"])
+
+    check_same_run(old, old | dict.fromkeys(FREE, "changed"), "runs/a")
+    check_same_run({k: v for k, v in old.items() if k != "loss_mean"}, old, "of an older version")
+    with pytest.raises(BeitError, match="runs/a holds another run .lr 0.0015 there, 0.001 now"):
+        check_same_run(old, old | dict(lr=1e-3), "runs/a")
+
+
+def test_free_fields_exist():
+    assert FREE < {field.name for field in fields(Run)}

@@ -1,0 +1,167 @@
+"The main job: it can be stopped, goes on, and never shows the figures of another demo."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import refused
+
+from beit_nb import BeitError
+from beit_nb.demo import QUICK, STAGES, DemoPlan, arm_recipes, arm_run, demo, spread, stage
+from beit_nb.demo_report import ARMS
+from beit_nb.tools import Demo
+
+ENV = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+
+
+def count_calls(plan, name="think"):
+    "Ask for a stage; its figures, and whether it had to work for them."
+    calls = []
+
+    def work(plan):
+        calls.append(plan)
+        return {"answer": 42}
+
+    return stage(plan, name, work), len(calls)
+
+
+def test_a_stage_is_done_once(tmp_path):
+    plan = DemoPlan(str(tmp_path))
+
+    first, worked = count_calls(plan)
+    second, worked_again = count_calls(plan)
+
+    assert (worked, worked_again) == (1, 0)
+    assert first == second and first["answer"] == 42 and first["seconds"] >= 0
+
+
+OTHERS = [dict(seed=1), QUICK, dict(draws=2), dict(lrs=(1e-3,)), dict(pretrain_steps=1)]
+
+
+@pytest.mark.parametrize("changes", OTHERS)
+def test_a_stage_of_another_plan_is_refused(tmp_path, changes):
+    plan = DemoPlan(str(tmp_path / "demo"))
+    (tmp_path / "demo").mkdir()
+    count_calls(plan)
+
+    with pytest.raises(BeitError) as e:
+        count_calls(replace(plan, **changes))
+
+    line = str(e.value)
+    assert "\n" not in line and line.startswith(f"{plan.out} holds another demo (")
+    assert f"{next(iter(changes))} " in line and line.endswith(f"--out {plan.out}-2")
+
+
+@pytest.mark.parametrize("kept", [{"mse": 0.1}, {"settings": {"version": "0.0"}, "result": {}}])
+def test_a_stage_of_another_version_is_refused(tmp_path, kept):
+    (tmp_path / "dvae.json").write_text(json.dumps(kept))
+
+    with pytest.raises(BeitError, match="holds another demo .version "):
+        stage(DemoPlan(str(tmp_path)), "dvae", lambda plan: {})
+
+
+def test_the_folder_that_is_offered_is_free(tmp_path):
+    plan = DemoPlan(str(tmp_path / "demo"))
+    for name in ("demo", "demo-2", "demo-3"):
+        (tmp_path / name).mkdir()
+    count_calls(plan)
+
+    with pytest.raises(BeitError, match="--out .*/demo-4$"):
+        count_calls(replace(plan, seed=1))
+
+
+def test_a_rehearsal_never_passes_for_the_demo(tmp_path):
+    "Refused in one line before any work, in whatever order, and from the command line too."
+    quick = DemoPlan(str(tmp_path), **QUICK)
+    count_calls(quick, "dvae")
+    count_calls(quick, "probe")
+    before = sorted(file.name for file in tmp_path.iterdir())
+
+    with pytest.raises(BeitError, match="tokenizer_steps 60 there, 720 now"):
+        demo(DemoPlan(str(tmp_path)))
+    line = refused("demo", "--out", tmp_path, says=["holds another demo", "--out"])
+    refused("demo", "--out", tmp_path, "--quick", "--seed", 1, says="seed 0 there, 1 now")
+
+    assert "60 there" in line
+    assert sorted(file.name for file in tmp_path.iterdir()) == before
+
+
+def test_options_become_a_plan(monkeypatch):
+    plans = []
+    monkeypatch.setattr("beit_nb.demo.demo", plans.append)
+
+    Demo().run()
+    Demo(quick=True, seed=3).run()
+    Demo("elsewhere", quick=True).run()
+
+    assert plans[0] == DemoPlan()
+    assert plans[1] == DemoPlan("runs/demo-quick", seed=3, **QUICK)
+    assert plans[2] == DemoPlan("elsewhere", **QUICK)
+
+
+def test_arms_differ_in_nothing_else():
+    plan = DemoPlan("x", longer=2)
+    arms = arm_recipes(plan)
+
+    assert list(arms) == list(ARMS)
+    alike = dict(init="", layer_decay=None)
+    assert replace(arms["pretrained"], **alike) == arms["scratch_equal_steps"]
+    longer = replace(arms["scratch_equal_steps"], steps=2 * plan.finetune_steps)
+    assert arms["scratch_best"] == longer
+    run = arm_run(plan, "pretrained", 7e-4, 2)
+    assert (run.lr, run.seed, run.out) == (7e-4, 2, "x/finetune/pretrained-lr0.0007-draw2")
+
+
+def test_spread():
+    assert spread([1.0, 3.0]) == dict(mean=2.0, std=2**0.5, runs=[1.0, 3.0])
+    assert spread([0.5])["std"] == 0
+
+
+@pytest.mark.slow
+def test_demo_stops_and_continues(tmp_path):
+    """Ctrl-C in the middle of the demo.
+
+    The same command ends it, with every figure and a self-contained report.
+    """
+    out = tmp_path / "demo"
+    words = [sys.executable, "-m", "beit_nb", "demo", "--quick", "--out", str(out)]
+    log = out / "pretrain" / "log.jsonl"
+
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV
+    )
+    deadline = time.time() + 300
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None and time.time() < deadline, process.stdout.read()
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    last = out / "pretrain" / "checkpoints" / "last.pt"
+    stopped = torch.load(last, weights_only=True)["step"]
+    again = subprocess.run(words, capture_output=True, text=True, env=ENV, check=True)
+
+    assert process.returncode == 130 and "saved; the same command continues" in said, said
+    assert "== dvae ==" not in again.stdout and "== mim ==" in again.stdout
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == sorted(steps) and 0 < stopped < steps[-1]
+    check_metrics(json.loads((out / "metrics.json").read_text()))
+    html = (out / "report.html").read_text()
+    assert html.count("<img") >= 7 and "https://" not in html and "http://" not in html
+
+
+def check_metrics(metrics):
+    "The keys that users rely on."
+    assert {*STAGES, "seconds", "peak_rss_mb"} <= set(metrics)
+    assert {"mse", "pixel_variance", "perplexity", "codes_used"} <= set(metrics["dvae"])
+    assert {"masked_top1", "best_constant_top1", "images", "seconds"} <= set(metrics["mim"])
+    assert {"labels_per_class", "steps", *ARMS} <= set(metrics["finetune"])
+    for arm in ARMS:
+        assert {"mean", "std", "runs", "steps", "lr"} <= set(metrics["finetune"][arm])
+    assert {"labels", "pretrained", "random", "pixels"} <= set(metrics["probe"])
+    assert metrics["finished"] is True

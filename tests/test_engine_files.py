@@ -1,0 +1,264 @@
+"""beit_nb.engine.files away from its lesson: full disks, long lists, odd names, open files."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import save_gray
+
+from beit_nb import BeitError, UnreadableImage
+from beit_nb.engine.files import (
+    EXTENSIONS,
+    FileList,
+    FileReader,
+    atomic_write,
+    class_folders,
+    explain_write_errors,
+    fingerprint,
+    image_names,
+    list_images,
+    walk_files,
+    write_json,
+)
+
+# A disk that is full after 100 kB, and three ways to meet its end.
+FULL_DISK = """
+import resource, signal, sys, numpy, torch
+from beit_nb import BeitError
+from beit_nb.engine.files import atomic_write
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
+for write in (
+    lambda f: f.write(bytes(300_000)),
+    lambda f: torch.save(torch.zeros(300_000), f),
+    lambda f: numpy.save(f, numpy.zeros(300_000)),
+):
+    try:
+        with atomic_write(sys.argv[1]) as f:
+            write(f)
+    except BeitError as e:
+        print(e)
+"""
+
+
+def write_until_killed(file: Path) -> None:
+    for k in range(1_000_000):
+        with atomic_write(file) as f:
+            for _ in range(50):
+                f.write(bytes([k % 256]) * 4000)
+
+
+def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path):
+    file = tmp_path / "page"
+    rng = np.random.default_rng(0)
+    parts = 0
+    for _ in range(20):
+        writer = multiprocessing.get_context("fork").Process(target=write_until_killed, args=[file])
+        writer.start()
+        while not file.exists():
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02))
+        writer.kill()
+        writer.join()
+
+        page = file.read_bytes()
+
+        assert len(page) == 200_000
+        assert len(set(page)) == 1
+        parts += Path(f"{file}.part").exists()
+    assert parts  # some were killed in the middle
+
+
+def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
+    file = tmp_path / "page"
+    file.write_text("old")
+    command = [sys.executable, "-c", FULL_DISK, file]
+
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    assert len(said) == 3
+    for line in said:
+        assert line.startswith(f"cannot write {file}: ")
+        assert "make room, or choose another --out" in line
+    assert file.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["page"]
+
+
+def test_a_place_that_is_no_folder_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "page", tmp_path / "nowhere" / "page"):
+        with pytest.raises(BeitError, match="cannot write .*page: No"), atomic_write(place):
+            pass
+    with pytest.raises(BeitError, match="cannot write .*log"):
+        with explain_write_errors("log"):
+            open(tmp_path / "nowhere" / "log", "a")
+
+
+@pytest.mark.parametrize("fault", [ZeroDivisionError, RuntimeError, KeyboardInterrupt])
+def test_faults_that_are_not_the_disks_pass_through(tmp_path, fault):
+    "An error of the network that is being saved must not read as a full disk."
+    with pytest.raises(fault), atomic_write(tmp_path / "page") as f:
+        f.write(b"half")
+        raise fault("mine")
+    assert not list(tmp_path.iterdir())
+
+
+def test_nested_with_the_explanation_of_appends(tmp_path):
+    with explain_write_errors(tmp_path / "a"), atomic_write(tmp_path / "a") as f:
+        f.write(b"new")
+    with pytest.raises(BeitError, match="^cannot write .*/no/a: No such file") as e:
+        with explain_write_errors(tmp_path / "no" / "a"), atomic_write(tmp_path / "no" / "a"):
+            pass
+    assert (tmp_path / "a").read_bytes() == b"new"
+    assert str(e.value).count("cannot write") == 1
+
+
+def test_json(tmp_path):
+    data = {"name": "x", "sizes": [1, 2], "none": None}
+
+    write_json(tmp_path / "x.json", data)
+
+    assert json.loads((tmp_path / "x.json").read_text()) == data
+    assert (tmp_path / "x.json").read_text().splitlines()[1] == ' "name": "x",'
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "x.json", {"no": object()})
+    assert json.loads((tmp_path / "x.json").read_text()) == data
+
+
+def test_order_is_that_of_paths(tmp_path):
+    "A folder a-b and a folder a: in the order of their parts, as ever."
+    names = ["a-b/1.png", "a/2.png", "a/c/3.png", "a/c.png", "B/4.png", "5.png"]
+    for name in names:
+        save_gray(tmp_path / name, 0)
+
+    assert list_images(tmp_path) == sorted(tmp_path / name for name in names)
+
+
+def test_every_ending_is_a_picture_in_any_case(tmp_path):
+    for ending in EXTENSIONS:
+        (tmp_path / f"a{ending}").touch()
+        (tmp_path / f"B{ending.upper()}").touch()
+    for name in ("a.txt", ".png", "png", "a.png.part", "a.jpgx"):
+        (tmp_path / name).touch()
+
+    assert len(list_images(tmp_path)) == 2 * len(EXTENSIONS)
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    for folder in "ab":
+        for k in range(3):
+            save_gray(tmp_path / "store" / folder / f"{k}.png", 10 * k)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a").symlink_to(tmp_path / "store" / "a")
+    (tmp_path / "store" / "a" / "up").symlink_to(tmp_path / "store")
+    (tmp_path / "store" / "b" / "dead.png").symlink_to("/nowhere.png")
+
+    assert len(list_images(tmp_path / "store")) == 6
+    assert len(list_images(tmp_path / "store" / "b")) == 3
+    assert [name for name in walk_files(tmp_path / "set") if "up" not in name] == [
+        "a/0.png",
+        "a/1.png",
+        "a/2.png",
+    ]
+
+
+def test_folders_without_pictures_are_refused(tmp_path):
+    (tmp_path / "note.txt").touch()
+    with pytest.raises(BeitError, match=r"no pictures in .* \(looked for .bmp, .*at any depth"):
+        list_images(tmp_path)
+    with pytest.raises(BeitError, match="does not exist; give a folder of pictures"):
+        list(image_names(tmp_path / "note.txt"))
+
+
+def test_class_folders_are_sorted_and_seen(tmp_path):
+    for name in ("b", "a", ".git"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "c.png").touch()
+
+    assert class_folders(tmp_path) == ["a", "b"]
+
+
+def test_a_list_of_millions_is_small():
+    "Below 60 bytes a picture (a Path has 506), and no object that a worker could copy."
+    names = [f"n{c:08d}/n{c:08d}_{k}.JPEG" for c in range(20) for k in range(1000)]
+    tracemalloc.start()
+    files = FileList("root", iter(names))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+
+    assert held / len(names) < 60
+    assert list(files) == [Path("root", name) for name in names]
+    assert pickle.loads(pickle.dumps(files))[-1] == files[19_999]
+    for i in (20_000, -20_001):
+        with pytest.raises(IndexError):
+            files[i]
+    assert len(FileList("root", [])) == 0
+
+
+def test_names_that_are_not_utf8():
+    odd = [os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "日本.png"]
+    files = FileList("a", odd)
+
+    assert [file.name for file in files] == odd
+    assert len({fingerprint(name) for name in odd}) == 3
+
+
+def test_fingerprints_of_everything():
+    x = torch.arange(6.0)
+    plain = ["ab", b"ab", bytearray(b"abc"), 7, None]
+    things = [*plain, np.arange(3), x, x.half(), x.bfloat16(), x[::2]]
+
+    prints = {fingerprint(thing) for thing in things}
+
+    assert len(prints) == len(things) - 1  # the text "ab" and the bytes b"ab" are the same
+    assert fingerprint(x.reshape(2, 3).T) == fingerprint(x.reshape(2, 3).T.contiguous())
+    assert fingerprint(x.requires_grad_()) == fingerprint(x.detach().numpy())
+    assert fingerprint("ab", "c") != fingerprint("a", "bc")
+    assert all(len(p) == 16 for p in prints)
+
+
+def test_a_reader_of_many_files_keeps_few_open(tmp_path):
+    files = []
+    for k in range(9):
+        files.append(tmp_path / str(k))
+        files[-1].write_bytes(bytes(range(k, k + 100)))
+    reader = FileReader(max_open=2)
+
+    pieces = [reader.read(file, 10, 3) for file in files]
+
+    assert pieces == [bytes([k + 10, k + 11, k + 12]) for k in range(9)]
+    assert list(reader.open) == files[-2:]
+    assert [reader.read(file, 10, 3) for file in reversed(files)] == pieces[::-1]
+    assert pickle.loads(pickle.dumps(reader)).open == {}
+
+
+def test_what_the_reader_cannot_read_is_an_unreadable_picture(tmp_path):
+    (tmp_path / "short").write_bytes(b"12345")
+    reader = FileReader()
+    with pytest.raises(UnreadableImage, match="at byte 3 of .*short: the file is shorter"):
+        reader.read(tmp_path / "short", 3, 3)
+    with pytest.raises(UnreadableImage, match="at byte 0 of .*gone: No such file"):
+        reader.read(tmp_path / "gone", 0, 1)
+    reader.read_ahead(tmp_path / "gone", 0, 1)  # only a wish: it fails silently
+
+
+def test_a_piece_is_read_ahead_once(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(bytes(10))
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: asked.append(args[1]), raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)  # macOS has neither
+    reader = FileReader()
+    for start in [0, 1, 0, 1, *range(2, 1001), 0]:  # 0 has been forgotten at the end
+        reader.read_ahead(tmp_path / "x", start, 1)
+
+    assert asked == [0, 1, *range(2, 1001), 0]
+    assert len(reader.requested) == 1000

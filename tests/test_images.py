@@ -1,0 +1,147 @@
+"""beit_nb.images away from its lesson: odd files, devices and types, and errors by class."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from beit_nb import BeitError, UnreadableImage
+from beit_nb.images import (
+    BEIT_MEAN_STD,
+    IMAGENET_MEAN_STD,
+    MEAN_STD,
+    denormalize,
+    load_image,
+    normalize,
+    preprocess,
+    show_image,
+    show_images,
+    to_float,
+    to_pil,
+    to_tensor,
+)
+
+
+def refused(path):
+    with pytest.raises(UnreadableImage) as e:
+        load_image(path)
+    return str(e.value)
+
+
+def test_damaged_and_missing_files_raise_one_class_with_the_path(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "empty.jpg").write_bytes(b"")
+
+    assert issubclass(UnreadableImage, BeitError)
+    assert "there is no picture at" in refused(tmp_path / "missing.png")
+    for name in ("text.png", "empty.jpg"):
+        message = refused(tmp_path / name)
+        assert str(tmp_path / name) in message
+        assert "replace or delete that file" in message
+
+
+def test_a_picture_that_would_burst_the_memory(tmp_path, monkeypatch):
+    Image.new("L", (100, 100)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+
+    assert "cannot read the picture" in refused(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16", "I", "F"])
+def test_every_mode_becomes_rgb(tmp_path, mode):
+    gray = Image.new("L", (6, 4), 255)
+    if mode == "I;16":
+        image = Image.fromarray(np.full((4, 6), 65535, np.uint16))
+    elif mode == "I":
+        image = Image.fromarray(np.full((4, 6), 65535, np.int32))
+    else:
+        image = gray.convert(mode)
+    image.save(tmp_path / "x.tif")
+
+    loaded = load_image(tmp_path / "x.tif")
+
+    assert (loaded.mode, loaded.size) == ("RGB", (6, 4))
+    assert np.array(loaded).min() > 250
+
+
+def test_a_transparent_palette(tmp_path):
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([255, 0, 255, 0, 0, 0])
+    image.putpixel((1, 0), 1)
+    image.save(tmp_path / "x.gif", transparency=0)
+
+    loaded = load_image(tmp_path / "x.gif")
+
+    assert np.array(loaded).tolist() == [[[255, 255, 255], [0, 0, 0]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_floats_keep_their_type(dtype):
+    x = torch.rand(2, 3, 4, 4).to(dtype)
+
+    assert to_float(x) is x
+    assert normalize(x).dtype == dtype
+    assert denormalize(x).dtype == dtype
+
+
+def test_levels_become_what_a_picture_becomes():
+    levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+
+    x = to_float(levels)
+
+    assert x.dtype == torch.float32
+    torch.testing.assert_close(x, to_tensor(to_pil(x)), atol=1e-7, rtol=0)
+    assert torch.equal((x * 255).round().byte(), levels)
+
+
+@pytest.mark.parametrize(
+    "name, mean_std", [("beit", BEIT_MEAN_STD), ("imagenet", IMAGENET_MEAN_STD)]
+)
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 3, 4, 5), (6, 2, 3, 4, 5)])
+def test_preprocess_is_both_steps(name, mean_std, shape):
+    levels = torch.randint(256, shape, dtype=torch.uint8)
+
+    x = preprocess(levels, name)
+
+    assert MEAN_STD[name] == mean_std
+    assert torch.equal(x, normalize(levels.float() / 255, mean_std))
+    assert torch.equal(x, preprocess(levels.float() / 255, name))
+    torch.testing.assert_close(denormalize(x, mean_std), levels / 255, atol=1e-6, rtol=0)
+
+
+def test_normalize_may_be_called_first_in_inference_mode_and_then_trained_through():
+    mean_std = (
+        (0.11, 0.12, 0.13),
+        (0.21, 0.22, 0.23),
+    )  # new: the constants are made now
+    with torch.inference_mode():
+        normalize(torch.rand(3, 2, 2), mean_std)
+    x = torch.rand(3, 2, 2, requires_grad=True)
+
+    normalize(x, mean_std).sum().backward()
+
+    torch.testing.assert_close(x.grad[:, 0, 0], 1 / torch.tensor(mean_std[1]))
+
+
+def test_pictures_are_drawn_in_rows():
+    pictures = torch.rand(5, 3, 4, 4)
+
+    fig = show_images(pictures, titles="abcde", ncols=2, suptitle="five")
+
+    assert len(fig.axes) == 6
+    assert [len(ax.images) for ax in fig.axes] == [1, 1, 1, 1, 1, 0]
+    assert [ax.get_title() for ax in fig.axes] == ["a", "b", "c", "d", "e", ""]
+    assert fig.get_suptitle() == "five"
+
+
+def test_one_channel_is_gray_whatever_its_shape():
+    for x in (torch.rand(4, 4), torch.rand(1, 4, 4), np.random.rand(4, 4), np.random.rand(4, 4, 1)):
+        drawn = show_image(x).images[0]
+        assert drawn.get_array().shape == (4, 4)
+        assert drawn.get_cmap().name == "gray"
+    assert show_image(torch.rand(4, 4), cmap="viridis").images[0].get_cmap().name == "viridis"
+
+
+def test_nothing_to_draw_is_refused():
+    with pytest.raises(ValueError, match="give at least one"):
+        show_images([])

@@ -1,0 +1,86 @@
+"Linear probes: the fit, the choice of a layer, and a checkpoint on a folder of pictures."
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from helpers import red_and_blue
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from beit_nb.configs import ProbeRecipe, as_config
+from beit_nb.engine.runs import save_checkpoint
+from beit_nb.pretraining import build_mim
+from beit_nb.probing import STRENGTHS, best_on_val, linear_scores, probe, raw_pixels
+from beit_nb.recipes import recipe_named
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return red_and_blue(tmp_path_factory.mktemp("pictures"))
+
+
+def test_the_small_fit_is_the_direct_fit():
+    "Rotated onto the span of the training rows, the accuracies are those of the plain pipeline."
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 40)
+    t = rng.integers(0, 3, 60)
+    # five constant features
+    make = lambda labels: (
+        rng.normal(size=(len(labels), 300)) * (np.arange(300) > 4)
+        + 1.5 * np.eye(3, 300, 10)[labels]
+    )
+    x = make(y)
+    h = make(t)
+    want = [
+        [
+            make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=5000, tol=1e-8))
+            .fit(x, y)
+            .score(h, t)
+        ]
+        for c in STRENGTHS
+    ]
+    assert np.abs(linear_scores((x, y), [(h, t)]) - want).max() <= 1 / 60
+
+
+def test_probe_of_a_folder(folder, tmp_path, capsys):
+    pre = recipe_named("pretrain", "nano", tokenizer="none", embed_dim=32, depth=2, num_heads=2)
+    body = build_mim(pre)
+    save_checkpoint(
+        tmp_path / "pre.pt", dict(model=body.state_dict(), config=as_config("pretrain", pre))
+    )
+    m = probe(
+        ProbeRecipe(
+            data=str(folder),
+            init=str(tmp_path / "pre.pt"),
+            out=str(tmp_path / "probe"),
+            labels_per_class=4,
+            draws=2,
+            batch_size=5,
+        )
+    )
+    assert (
+        m["labels"] == 8
+        and m["pixels"]["mean"] == 1
+        and len(m["pretrained"]["layers"]) == 2
+        and re.search(r"pixels: 1\.000", capsys.readouterr().out)
+    )
+
+
+def test_the_choice_never_sees_the_reported_set():
+    scores = np.random.default_rng(0).random((3, 4, 5, 2))
+    other = scores.copy()
+    other[..., 1] = 0.5
+    assert (
+        best_on_val(scores)["layer"] == best_on_val(other)["layer"]
+        and best_on_val(other)["mean"] == 0.5
+        and best_on_val(other)["std"] == 0
+    )
+
+
+def test_large_pictures_are_averaged_for_the_pixel_arm():
+    x = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    want = x.float().view(2, 3, 32, 2, 32, 3).mean((3, 5)) / 255
+    np.testing.assert_allclose(raw_pixels(x)[0], want.flatten(1), atol=1e-6)

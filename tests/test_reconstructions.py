@@ -1,0 +1,101 @@
+"The looks at a pre-training on its way: pictures, TensorBoard, and tokenizers that cannot paint."
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from beit_nb import BeitError
+from beit_nb.dalle import DalleEncoder, DalleVAE
+from beit_nb.data import open_data
+from beit_nb.engine.log import read_log
+from beit_nb.engine.sources import Digits
+from beit_nb.engine.token_files import tokenize_files
+from beit_nb.images import to_float
+from beit_nb.pretraining import build_mim, pretrain
+from beit_nb.recipes import recipe_named
+from beit_nb.reconstructions import ReconstructionCallback, reconstruction_figure
+from beit_nb.tokenizer import load_tokenizer, train_tokenizer
+from beit_nb.tokens import Tokenizer
+
+SMALL = dict(batch_size=16, log_every=2, precision="fp32")
+
+
+def recipe(top, out, **changes):
+    small = SMALL | dict(steps=4, watch_every=2, embed_dim=32, num_heads=2, depth=2)
+    where = dict(tokenizer=f"{top}/tok", out=f"{top}/{out}")
+    return recipe_named("pretrain", "nano", **small | where | changes)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    top = tmp_path_factory.mktemp("runs")
+    small = dict(out=f"{top}/tok", width=32, steps=24, **SMALL)
+    train_tokenizer(recipe_named("tokenizer", "nano", **small), quiet=True)
+    pretrain(recipe(top, "pre"), quiet=True)
+    return top
+
+
+def test_a_look_is_a_picture(runs):
+    "OUT/watch/STEP.png shows what the model saw, its guess and the truth: three different rows."
+    watch = runs / "pre" / "watch"
+    page = np.asarray(Image.open(watch / "0000004.png")).astype(int)
+    look = torch.load(watch / "0000004.pt", weights_only=True)
+    tokenizer = load_tokenizer(runs / "tok")
+
+    assert sorted(file.name for file in watch.glob("*.png")) == [f"{s:07d}.png" for s in (0, 2, 4)]
+    assert page.shape == (3 * 100 + 4, 52 + 6 * 100 + 4, 3)
+    seen, guess, truth = (page[4 + 100 * i : 100 + 100 * i, 56:] for i in range(3))
+    assert np.abs(guess - truth).max() > 20 and np.abs(seen - guess).max() > 20
+    shown = ~look["masks"]
+    assert not torch.equal(look["guess"], look["ids"])
+    assert torch.equal(look["guess"][shown], look["ids"][shown])
+    assert torch.equal(look["ids"], tokenizer.get_codebook_indices(to_float(look["views"])))
+    # 32 pixels, three screen pixels each
+    painted = (tokenizer.decode(look["ids"])[0] * 255).round().permute(1, 2, 0).int().numpy()
+    assert np.abs(truth[:96:3, :96:3] - painted).max() <= 1
+
+
+def test_looks_go_to_tensorboard(runs):
+    "The engine sends what the callback returns to TensorBoard, and leaves it out of the log."
+    pretrain(recipe(runs, "tb", tensorboard=True), quiet=True)
+
+    events = EventAccumulator(str(runs / "tb" / "tb")).Reload()
+
+    assert [event.step for event in events.Images("reconstruction")] == [2, 4]
+    assert not [row for row in read_log(runs / "tb") if "reconstruction" in row]
+
+
+def test_a_tokenizer_that_cannot_paint(tmp_path):
+    "DALL-E's encoder alone reads but paints nothing: ids are shown as colors, and looks go on."
+    blind = Tokenizer(DalleVAE(DalleEncoder(3, 8, 1, vocab_size=256)))
+    views = torch.stack([Digits("val").images[i] for i in range(6)])
+    masks = torch.rand(6, 8, 8) < 0.4
+    ids = blind.get_codebook_indices(to_float(views))
+    watch = ReconstructionCallback(tmp_path, 1, views, masks, ids, blind)
+
+    picture = watch.look(3, build_mim(recipe(tmp_path, "x")))["reconstruction"]
+
+    assert not blind.has_decoder
+    assert picture.dtype == np.uint8
+    assert np.array_equal(picture, Image.open(tmp_path / "watch" / "0000003.png"))
+    cells = picture[204:300, 56:152].reshape(8, 12, 8, 12, 3).swapaxes(1, 2).reshape(64, 144, 3)
+    assert (cells == cells[:, :1]).all()  # a cell has one color, and a color is a token
+    assert len(np.unique(cells[:, 0], axis=0)) == len(ids[0].unique()) > 1
+    assert len(reconstruction_figure(tmp_path, None).axes) == 6 * 4
+
+
+def test_where_nobody_looked(runs):
+    with pytest.raises(BeitError, match="nobody has watched"):
+        reconstruction_figure(runs / "tok", None)
+
+
+def test_tokens_from_disk_are_painted_too(runs):
+    "With --tokens no tokenizer runs; if --tokenizer is given still, it paints: the same looks."
+    tokenize_files(open_data("digits"), load_tokenizer(runs / "tok"), runs / "tokens")
+
+    pretrain(recipe(runs, "table", tokens=f"{runs}/tokens"), quiet=True)
+
+    wanted = (runs / "pre" / "watch" / "0000004.png").read_bytes()
+    assert (runs / "table" / "watch" / "0000004.png").read_bytes() == wanted

@@ -1,0 +1,214 @@
+"What a page says of a run: finished, stopped, at work, failed, and without its pictures."
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from beit_nb import BeitError
+from beit_nb.engine.log import read_log
+from beit_nb.finetuning import finetune
+from beit_nb.pretraining import pretrain
+from beit_nb.probing import probe
+from beit_nb.recipes import recipe_named
+from beit_nb.report import Progress, progress, run_report
+from beit_nb.tokenizer import train_tokenizer
+
+SMALL = dict(steps=8, batch_size=16, log_every=2, checkpoint_every=2, precision="fp32")
+BODY = dict(embed_dim=32, num_heads=2, depth=2)
+FETCHES = ("http:", "https:", "<script", "<link", 'src="/')
+
+
+def report(out):
+    "The page of a run, which asks nobody for anything."
+    html = run_report(out).read_text()
+    assert html.startswith("<!doctype html>") and html.endswith("</html>")
+    assert not [bait for bait in FETCHES if bait in html]
+    return html
+
+
+def pretrain_recipe(top, out, **changes):
+    return recipe_named(
+        "pretrain",
+        "nano",
+        tokenizer=f"{top}/tok",
+        out=f"{top}/{out}",
+        **SMALL | BODY | dict(watch_every=2) | changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    "A tokenizer, a pre-training that is stopped half-way, and its probe."
+    top = tmp_path_factory.mktemp("runs")
+    short = SMALL | dict(steps=24)
+    train_tokenizer(
+        recipe_named("tokenizer", "nano", out=f"{top}/tok", width=32, **short), quiet=True
+    )
+    pretrain(pretrain_recipe(top, "pre", max_steps=4), quiet=True)
+    few = dict(labels_per_class=2, draws=1)
+    probe(recipe_named("probe", "nano", init=f"{top}/pre", out=f"{top}/probe", **few), quiet=True)
+    return top
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    "A copy of the stopped pre-training, to be spoilt."
+    return Path(shutil.copytree(runs / "pre", tmp_path / "pre"))
+
+
+def test_stopped_run(runs):
+    "Not finished though there is a metrics.json; its film, and three groups of curves."
+    html = report(runs / "pre")
+
+    assert json.loads((runs / "pre" / "metrics.json").read_text())["finished"] is False
+    assert "<h1>beit pretrain</h1>" in html and "Not finished: step 4 of 8 (50%)" in html
+    assert "left at this speed" in html and "Final figures" not in html
+    assert html.count("<img") == 4 and "(decoded)" in html
+    for heading in ("What it learns", "How it is driven", "What the machine does"):
+        assert heading in html
+
+
+def test_finished_run(runs):
+    pretrain(pretrain_recipe(runs, "whole"), quiet=True)
+    metrics = json.loads((runs / "whole" / "metrics.json").read_text())
+    last = [row for row in read_log(runs / "whole") if "loss" in row][-1]
+
+    html = report(runs / "whole")
+
+    assert metrics["loss"] == last["loss"] and metrics["mlm_acc"] == last["mlm_acc"]
+    assert "Finished: step 8 of 8 (100%)." in html and "Not finished" not in html
+    assert "left at this speed" not in html
+    assert f"<td>mlm_acc</td><td>{metrics['mlm_acc']:.3f}</td>" in html
+
+
+def test_running_run(run):
+    "No metrics.json yet, the log's last line half written."
+    (run / "metrics.json").unlink()
+    whole = report(run).split("<footer>")[0]
+    with open(run / "log.jsonl", "a") as f:
+        f.write('{"step": 6, "loss": 1.2')
+
+    assert report(run).split("<footer>")[0] == whole
+    assert "Not finished: step 4 of 8" in whole
+
+
+def test_run_before_its_first_line(run):
+    "A checkpoint may be newer than the log; there may be no log at all."
+    (run / "log.jsonl").unlink()
+    html = report(run)
+    assert "Not finished: step 4 of 8" in html
+    assert "What it learns" not in html and html.count("<img") == 1
+
+    shutil.rmtree(run / "checkpoints")
+    shutil.rmtree(run / "watch")
+    assert "Not finished: step 0 of 8" in report(run)
+
+
+def test_failed_run(run):
+    record = dict(step=5, loss="nan", grad_norm="nan", samples=["a.png"])
+    (run / "nonfinite-step-5.json").write_text(json.dumps(record))
+
+    html = report(run)
+
+    assert "It failed: in step 5 the loss was nan" in html and "nonfinite-step-5.json" in html
+
+
+def test_run_that_lost_its_config(run):
+    "The checkpoints know it; a run that failed before the first of them is drawn without."
+    (run / "config.json").unlink()
+    assert "<h1>beit pretrain</h1>" in report(run)
+
+    shutil.rmtree(run / "checkpoints")
+    html = report(run)
+    assert "<h1>beit run</h1>" in html and "What it learns" in html
+
+
+def test_damaged_config(run):
+    (run / "config.json").write_text('{"command": "pretr')
+
+    with pytest.raises(BeitError, match="config.json is damaged"):
+        run_report(run)
+
+
+def test_without_the_tokenizer(run):
+    "The film is shown in colors, one a token."
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | dict(tokenizer="/gone")))
+
+    html = report(run)
+
+    assert html.count("<img") == 4 and "one colour a token" in html and "(decoded)" not in html
+
+
+def test_tokenizer(runs, tmp_path):
+    "It paints; where its pictures have moved, the page is made without them."
+    assert report(runs / "tok").count("<img") == 4
+
+    moved = Path(shutil.copytree(runs / "tok", tmp_path / "tok"))
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | dict(data="/nowhere")))
+    assert report(moved).count("<img") == 3
+
+
+def test_probe(runs):
+    html = report(runs / "probe")
+
+    assert '<p class="lead">Finished.' in html and html.count("<img") == 1
+    for features in ("pretrained", "random", "pixels"):
+        assert f"<td>{features}</td>" in html
+
+
+def test_finetune(runs):
+    recipe = recipe_named(
+        "finetune", "nano", init=f"{runs}/pre", out=f"{runs}/fine", eval_every=4, **SMALL | BODY
+    )
+    finetune(recipe, quiet=True)
+
+    html = report(runs / "fine")
+
+    assert "Finished: step 8 of 8" in html and "<span>accuracy</span>" in html
+    assert "<td>accuracy</td>" in html and html.count("<img") == 3
+
+
+def test_whole_or_not_at_all(run, monkeypatch):
+    "A page that cannot be written leaves the old one; where there is no run nothing is written."
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    before = run_report(run).read_bytes()
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(BeitError, match="No space left"):
+        run_report(run)
+    with pytest.raises(BeitError, match="there is no run in"):
+        run_report(run / "watch")
+
+    assert (run / "report.html").read_bytes() == before and not list(run.glob("*.part"))
+    assert not (run / "watch" / "report.html").exists()
+
+
+LOG = [{"step": step, "epoch": step / 20, "loss": 1.0} for step in (20, 40, 60)]
+
+
+@pytest.mark.parametrize(
+    "config, metrics, wanted",
+    [
+        ({"epochs": 4}, None, Progress(60, 80, False)),
+        ({"epochs": 4}, {"finished": False}, Progress(60, 80, False)),
+        ({"epochs": 4, "steps": 60}, {"finished": True}, Progress(60, 60, True)),
+        ({}, {"finished": True}, Progress(60, None, True)),
+    ],
+)
+def test_progress(tmp_path, config, metrics, wanted):
+    if metrics:
+        (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+
+    assert progress(tmp_path, config, LOG) == wanted
+
+
+def test_progress_in_words():
+    assert str(Progress(600, 1200, False)) == "step 600 of 1,200 (50%)"
+    assert str(Progress(7, None, False)) == "step 7"

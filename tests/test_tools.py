@@ -1,0 +1,168 @@
+"The tools of the command `beit`: predict, attention, tokenize, shard, plan, report."
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import FEW_STEPS, beit, few_steps_of_each, mixed_photos, refused
+from PIL import Image
+
+from beit_nb.tools import TOOLS
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return few_steps_of_each(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    return mixed_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def white(tmp_path):
+    Image.fromarray(np.full((32, 32), 255, np.uint8)).save(tmp_path / "white.png")
+    return tmp_path / "white.png"
+
+
+def weights(run):
+    return torch.load(run / "checkpoints" / "last.pt", weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_tool_says_what_it_does(tool):
+    page = beit(tool, "--help").stdout
+    first = (TOOLS[tool].__doc__ or "").splitlines()[0]
+
+    assert f"beit {tool}" in page and first[:40] in page
+
+
+def test_predict(runs, white):
+    said = beit("predict", "--init", runs / "fine", "--images", white, "--top", 10).stdout
+    probs = [float(word.rstrip(",")) for word in said.split()[2::2]]
+
+    assert len(probs) == 10 and abs(sum(probs) - 1) < 0.01
+    assert probs == sorted(probs, reverse=True)
+    refused("predict", "--init", runs / "fine", "--images", "none.png", says="none.png")
+    refused("predict", "--init", runs / "fine", "--images", white, "--top", 0, says="top 0 must be")
+    refused("predict", "--init", runs / "pre", "--images", white, says="beit pretrain")
+
+
+def test_attention(runs, white, tmp_path):
+    words = ["--images", white, "--out", tmp_path / "maps"]
+
+    for run in ("pre", "fine"):
+        said = beit("attention", "--init", runs / run, *words).stdout
+        assert said.strip() == str(tmp_path / "maps" / "white.png")
+        assert Image.open(tmp_path / "maps" / "white.png").size[0] > 200
+
+    words += ["--init", runs / "pre"]
+    refused("attention", *words, "--block", 4, says=["block 4", "0 to 3"])
+    refused("attention", *words, "--query", 8, 0, says=["(8, 0)", "8 x 8"])
+
+
+def test_probe(runs, tmp_path):
+    few = ["--labels-per-class", 2, "--draws", 1, "--out", tmp_path]
+    beit("probe", "nano", "--init", runs / "pre", *few)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+
+    assert {"pretrained", "random", "pixels"} <= set(metrics)
+    assert len(metrics["pretrained"]["layers"]) == 4
+
+
+def test_tokens_from_disk_give_the_same_training(runs, tmp_path):
+    "Bit for bit the training that the tokenizer gives; tokens of something else are refused."
+    made = ["tokenize", "digits", "--tokenizer", runs / "tok", "--out", tmp_path / "tokens"]
+    words = ["pretrain", "nano", *FEW_STEPS, "--tokenizer", runs / "tok"]
+    tokens = ["--tokens", tmp_path / "tokens"]
+
+    said = beit(*made).stdout
+    beit(*words, *tokens, "--out", tmp_path / "pre", "--watch-every", 2)
+
+    assert "14,400 pictures, 8 x 8 tokens" in said
+    assert len(list((tmp_path / "tokens").glob("part-*.npz"))) == 4
+    wanted = weights(runs / "pre")
+    for name, x in weights(tmp_path / "pre").items():
+        assert torch.equal(x, wanted[name]), name
+    out = ["--out", tmp_path / "x"]
+    missing = ["--tokens", tmp_path / "none"]
+    refused(*words, *missing, *out, says=["there are no tokens", "beit tokenize"])
+    refused(*words, *tokens, "--flip", 0.5, *out, says="tokens")
+    refused("tokenize", "digits", "--tokenizer", tmp_path, *out, says="no checkpoint")
+    refused(*made, "--per-part", 0, says="per_part 0 must be at least 1")
+
+
+def test_a_substitutes_tokens_are_never_learnt(runs, photos, tmp_path):
+    """A picture that could not be read when the tokens were made is passed over later, repaired or
+    not; `beit tokenize` again mends it."""
+    pictures = tmp_path / "pictures"
+    shutil.copytree(photos, pictures)
+    tokens = tmp_path / "tokens"
+    made = ["tokenize", pictures, "--tokenizer", runs / "tok", "--out", tokens]
+    made += ["--max-damaged", 0.5]
+    words = "pretrain nano --precision fp32 --steps 3 --batch-size 8".split()
+    words += ["--data", pictures, "--tokenizer", runs / "tok", "--tokens", tokens]
+
+    first = beit(*made)
+    Image.new("RGB", (40, 40), "red").save(pictures / "train" / "cat" / "broken.jpg")
+    before = beit(*words, "--out", tmp_path / "a")
+    second = beit(*made)
+    after = beit(*words, "--out", tmp_path / "b")
+
+    assert "1 unreadable" in first.stdout and "unreadable" not in second.stdout
+    assert "broken.jpg when its tokens were made" in before.stderr
+    assert "broken" not in after.stderr
+    damaged = [json.loads((tmp_path / run / "metrics.json").read_text())["damaged"] for run in "ab"]
+    assert damaged == [1, 0]
+
+
+def test_shards_train_like_the_folder(photos, tmp_path):
+    "The same pictures in tar files give the same weights, bit for bit."
+    words = ["tokenizer", "photos", *FEW_STEPS, "--batch-size", 4]
+    shutil.copytree(photos, tmp_path / "folder")
+    (tmp_path / "folder" / "train" / "cat" / "broken.jpg").unlink()
+
+    said = beit("shard", tmp_path / "folder", "--out", tmp_path / "shards", "--per-shard", 5).stdout
+    beit(*words, "--data", tmp_path / "folder", "--out", tmp_path / "a")
+    beit(*words, "--data", tmp_path / "shards", "--out", tmp_path / "b")
+
+    assert "24 pictures" in said and "damaged" not in said
+    assert len(list((tmp_path / "shards" / "train").glob("*.tar"))) == 4
+    a = weights(tmp_path / "a")
+    b = weights(tmp_path / "b")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    refused("shard", tmp_path / "nowhere", "--out", tmp_path / "s", says="nowhere")
+
+
+def test_a_damaged_picture_is_told_when_sharding(photos, tmp_path):
+    said = beit("shard", photos, "--out", tmp_path / "shards").stdout
+
+    assert "damaged" in said
+
+
+def test_plan():
+    said = beit("plan", "base-in1k", "--gpus", 16, "--hardware", "v100").stdout
+    large = beit("plan", "large-in1k").stdout
+    finetune = beit("plan", "base-in1k", "--command", "finetune", "--batch-size", 64).stdout
+
+    assert "500,000 steps" in said and "92,089,856" in said and "160.1 GFLOP" in said
+    assert "311,674,880" in large
+    assert "finetune base-in1k on 8 x A100" in finetune and "steps of 64 pictures" in finetune
+    refused("plan", "huge", says=["huge", "base-in1k"])
+    refused("plan", "nano", "--gpus", 0, says="gpus")
+    refused("plan", "nano", "--gpu", 1, says=["no option --gpu ", "--gpus"])
+    refused("plan", "nano", "--command", "probe", says="probe")
+    refused("plan", "nano", "--command", "dream", says=["dream", "pretrain"])
+
+
+def test_report(runs, tmp_path):
+    page = runs / "pre" / "report.html"
+    page.unlink()
+
+    said = beit("report", runs / "pre").stdout
+
+    assert said.strip() == str(page) and page.exists()
+    refused("report", tmp_path, says="there is no run in")
