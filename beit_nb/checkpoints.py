@@ -36,7 +36,7 @@ def geometric_offsets(src: int, dst: int) -> np.ndarray:
     def overshoot(q: float) -> float:
         return (q ** np.arange(known)).sum() - wanted
 
-    q = brentq(overshoot, 0.1, wanted ** (1 / (known - 1)), xtol=1e-12)
+    q = float(brentq(overshoot, 0.1, wanted ** (1 / (known - 1)), xtol=1e-12))
     side = np.cumsum(q ** np.arange(known))
     return np.concatenate([-side[::-1], [0], side])
 

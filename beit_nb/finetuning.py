@@ -9,10 +9,12 @@ __all__ = ['SHAPE', 'BeitForImageClassification', 'build_classifier', 'build_fro
 # %% ../nbs/45_finetuning.ipynb #imports
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
@@ -117,18 +119,18 @@ def load_classifier(
     return model.eval(), r, classes
 
 # %% ../nbs/45_finetuning.ipynb #transforms
-def timm_transform(r: FinetuneRecipe, training: bool) -> Callable:
+def timm_transform(r: FinetuneRecipe, training: bool) -> Callable[[Image.Image], Tensor]:
     """timm's pipeline of a recipe: crop, flip, auto-augment, normalise, erase with noise.
 
     As in the official code; for evaluation a centre crop. Raises BeitError for an unknown policy.
     """
     mean, std = MEAN_STD[r.mean_std]
     try:
-        return create_transform(
+        made: Any = create_transform(
             r.img_size,
             is_training=training,
             hflip=r.flip,
-            color_jitter=None,
+            color_jitter=None,  # type: ignore[arg-type]  # timm means it, and types it otherwise
             interpolation="bicubic",
             scale=r.crop_scale or (1.0, 1.0),
             ratio=(3 / 4, 4 / 3) if r.crop_scale else (1.0, 1.0),
@@ -139,6 +141,7 @@ def timm_transform(r: FinetuneRecipe, training: bool) -> Callable:
             mean=mean,
             std=std,
         )
+        return made
     except (AssertionError, KeyError, ValueError) as e:
         raise BeitError(
             f"augment {r.augment!r} is not 'shift', 'none' or a policy of timm's such as "
@@ -174,6 +177,7 @@ class FinetuneTransform:
         "timm's pipeline, its normalisation undone: in [0, 1] but for the noise of erasing."
         if isinstance(picture, Tensor):
             picture = to_pil(to_float(picture))
+        assert self.timm is not None
         return denormalize(self.timm(picture), self.mean_std)
 
 # %% ../nbs/45_finetuning.ipynb #finetune-loss

@@ -55,7 +55,8 @@ def load_mim(path: str | Path) -> tuple[BeitForMaskedImageModeling, PretrainReci
 # %% ../nbs/43_pretraining.ipynb #mask-of
 def mask_maker(r: PretrainRecipe) -> Callable[..., np.ndarray]:
     "rng -> a mask (h, w) bool of the recipe's kind."
-    grid = (r.img_size // r.patch_size,) * 2
+    side = r.img_size // r.patch_size
+    grid = (side, side)
     if r.masking == "random":
         return partial(random_mask, grid, r.num_mask_patches)
     return partial(
@@ -143,7 +144,12 @@ def evaluate_mim(
 
 # %% ../nbs/43_pretraining.ipynb #watch-some
 def watch_reconstructions(
-    r: PretrainRecipe, out: Path, pictures: ImageDataset, targets: Targets, n: int = 6
+    r: PretrainRecipe,
+    out: Path,
+    every: int,  # steps
+    pictures: ImageDataset,
+    targets: Targets,
+    n: int = 6,
 ) -> ReconstructionCallback:
     "The running look at `n` pictures of the training, with other masks than the training's."
     transform = PretrainTransform(replace(r, jitter_on="loader"))
@@ -154,7 +160,7 @@ def watch_reconstructions(
     ids = targets.all(token_views, torch.tensor([s.number for s in chosen]))
     return ReconstructionCallback(
         out,
-        r.watch_every,
+        every,
         views=torch.stack([s.patch_view for s in chosen]),
         masks=torch.stack([s.mask for s in chosen]),
         ids=ids,
@@ -186,7 +192,7 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
         targets = tabulate(targets, pictures, transform.views)
         callbacks = []
         if r.watch_every:
-            callbacks.append(watch_reconstructions(r, out, pictures, targets))
+            callbacks.append(watch_reconstructions(r, out, r.watch_every, pictures, targets))
             if trainer.step == 0:
                 callbacks[0](trainer)
         loader = TrainLoader(

@@ -131,7 +131,8 @@ def probe_networks(
 # %% ../nbs/46_probing.ipynb #all-features
 def raw_pixels(images: Tensor) -> np.ndarray:
     "uint8 images (N, 3, H, W) to (1, N, D), averaged down to 32x32 where they are larger."
-    x = F.adaptive_avg_pool2d(to_float(images), [min(32, s) for s in images.shape[-2:]])
+    height, width = images.shape[-2:]
+    x = F.adaptive_avg_pool2d(to_float(images), (min(32, height), min(32, width)))
     return x.flatten(1).numpy()[None]
 
 

@@ -69,6 +69,7 @@ class TokenizerTargets:
 
     def hidden(self, batch: PretrainBatch) -> Tensor:
         "The ids (n,) of the hidden patches of a batch on the device."
+        assert batch.masked_index is not None
         return self.tokenizer.indices_at(colored(batch.token_view, batch), batch.masked_index)
 
     def all(self, token_view: Tensor, number: Tensor) -> Tensor:

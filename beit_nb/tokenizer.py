@@ -11,19 +11,20 @@ __all__ = ['ACCEPTED', 'DALLE_KEY', 'DALLE_HELP', 'build_dvae', 'first_pictures'
 import math
 import re
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import BeitError
 from .configs import TokenizerRecipe
 from .dalle import DalleDecoder, DalleEncoder, DalleVAE
 from .data import open_data
 from .device import default_device
-from .dvae import DiscreteVAE, dvae_loss, init_codes
+from .dvae import DiscreteVAE, TokenModel, dvae_loss, init_codes
 from .engine.augment import TwoViews
 from .engine.loading import ImageBatch, TrainLoader, TransformedDataset
 from .engine.optim import Ema, cosine_schedule
@@ -39,7 +40,7 @@ from .recipes import from_config
 from .tokens import Tokenizer, codebook_usage
 
 # %% ../nbs/40_tokenizer.ipynb #build-dvae
-def build_dvae(r: TokenizerRecipe) -> DiscreteVAE | DalleVAE:
+def build_dvae(r: TokenizerRecipe) -> TokenModel:
     """The network of a recipe, untrained.
 
     Ours, or DALL-E's with `width` channels and codebook rows of `code_dim`.
@@ -61,7 +62,7 @@ def first_pictures(samples: TransformedDataset, n: int) -> Tensor:
 # %% ../nbs/40_tokenizer.ipynb #evaluate-tokenizer
 @torch.no_grad()
 def evaluate_tokenizer(
-    tokenizer: nn.Module,  # a Tokenizer, or a dVAE in training
+    tokenizer: Tokenizer | TokenModel,  # in use, or in training
     images: Tensor,  # (N, 3, H, W) in [0, 1]
     chunk: int | None = None,  # pictures at once; none: as many as keep the scores below 256 MB
 ) -> dict:
@@ -107,7 +108,7 @@ class TokenizerLoss:
         self.schedules = schedules
         self.usage_weight = usage_weight
 
-    def __call__(self, model: nn.Module, batch: ImageBatch, step: int):
+    def __call__(self, model: TokenModel, batch: ImageBatch, step: int):
         tau = float(self.schedules["tau"][step])
         beta = float(self.schedules["beta"][step])
         return dvae_loss(model, to_float(batch.image), tau, beta, self.usage_weight)
@@ -127,7 +128,7 @@ class HardMetrics:
         if trainer.step % self.every:
             return None
         model = trainer.model if self.ema is None else self.ema.module
-        metrics = evaluate_tokenizer(model, self.images)
+        metrics = evaluate_tokenizer(cast(TokenModel, model), self.images)
         return {f"hard_{k}": v for k, v in metrics.items() if k != "pixel_variance"}
 
 # %% ../nbs/40_tokenizer.ipynb #train-tokenizer
@@ -161,7 +162,8 @@ def train_tokenizer(r: TokenizerRecipe, quiet: bool = False) -> Tokenizer:
         )
         compute_loss = TokenizerLoss(schedules, r.usage_weight)
         fit(trainer, loader, compute_loss, [HardMetrics(images[:64], r.log_every, ema)])
-        tokenizer = Tokenizer(dvae if ema is None else ema.module, r.img_size)
+        trained = dvae if ema is None else cast(TokenModel, ema.module)
+        tokenizer = Tokenizer(trained, r.img_size)
         metrics = evaluate_tokenizer(tokenizer, images)
         metrics |= {"steps": trainer.step, "damaged": len(trainer.data["damaged"])}
         write_metrics(out, metrics, trainer.finished)

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['Transform', 'ImageBatch', 'PretrainBatch', 'LabelledBatch', 'collate', 'TransformedDataset', 'why_unreadable',
-           'report_unreadable', 'exclude', 'Walked', 'once', 'leave_signals', 'shuffled', 'batch_indices',
-           'check_damage', 'UnreadableLog', 'whole_batch', 'TrainLoader']
+           'report_unreadable', 'exclude', 'Walked', 'once', 'check_damage', 'UnreadableLog', 'whole_batch',
+           'TrainLoader']
 
 # %% ../../nbs/33_engine_loading.ipynb #imports
-import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -22,8 +21,7 @@ from .. import BeitError, UnreadableImage
 from .augment import seeded
 from .processes import gather_over_ranks, rank, rank_0_first
 from .sources import ImageDataset
-from .steps import split_batch
-from .training import StepLoader
+from .steps import StepLoader, batch_indices, leave_signals, split_batch
 
 # %% ../../nbs/33_engine_loading.ipynb #batch-types
 class ImageBatch(NamedTuple):
@@ -175,59 +173,6 @@ def once(
         unreadable = replaced[replaced >= 0].tolist()
         report_unreadable(dataset.pictures, unreadable)
         yield Walked(batch, (mine < n) & (replaced < 0), unreadable)
-
-
-def leave_signals(_worker: int) -> None:
-    "Ctrl-C reaches every process of a terminal; stopping is the main one's business."
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.SIG_IGN)
-
-# %% ../../nbs/33_engine_loading.ipynb #order
-def shuffled(
-    length: int,
-    rng: np.random.Generator,
-    chunk_starts: np.ndarray | None = None,  # where neighbors on the disk begin, if that matters
-    mix: int = 256,
-) -> np.ndarray:
-    """The numbers below `length` in random order.
-
-    With `chunk_starts` whole runs of neighbors are shuffled, and mixed `mix` runs at a time, so that
-    a disk reads long pieces.
-    """
-    if chunk_starts is None:
-        return rng.permutation(length)
-    ends = np.append(chunk_starts[1:], length)
-    order = rng.permutation(len(chunk_starts))
-    mixed = []
-    for i in range(0, len(order), mix):
-        runs = [np.arange(chunk_starts[j], ends[j]) for j in order[i : i + mix]]
-        mixed.append(rng.permutation(np.concatenate(runs)))
-    return np.concatenate(mixed)
-
-
-def batch_indices(
-    length: int,  # samples of an epoch
-    batch_size: int,  # over all processes
-    seed: int,
-    first: int,  # steps [first, last)
-    last: int,
-    rank: int = 0,  # this process
-    world: int = 1,  # of how many
-    chunk_starts: np.ndarray | None = None,
-) -> Iterator[list[int]]:
-    """The keys of every batch of steps [first, last).
-
-    A new shuffle each epoch, all samples once, the short rest dropped. A process takes every n-th.
-    """
-    per_epoch = length // batch_size
-    shuffled_epoch = None
-    for step in range(first, last):
-        epoch, b = divmod(step, per_epoch)
-        if epoch != shuffled_epoch:
-            ids = shuffled(length, np.random.default_rng([3, seed, epoch]), chunk_starts)
-            shuffled_epoch = epoch
-        batch = ids[b * batch_size : (b + 1) * batch_size]
-        yield (epoch * length + batch[rank::world]).tolist()
 
 # %% ../../nbs/33_engine_loading.ipynb #ledger
 def check_damage(pictures: ImageDataset, damaged: list[int], total: int, share: float) -> None:

@@ -200,7 +200,8 @@ def shard_model(model: nn.Module, device: torch.device) -> nn.Module:
     mesh = init_device_mesh(device.type, (world_size(),))
     for block in blocks:
         fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    fully_shard(model, mesh=mesh)  # in place
+    return model
 
 
 def wrap_model(model: nn.Module, compute_loss: Callable, sharded: bool = False) -> nn.Module:

@@ -55,10 +55,6 @@ class ImageDataset:
         self.excluded: dict[int, str] = {}  # number -> why
         self.reported: set[int] = set()
 
-    @property
-    def run_starts(self) -> np.ndarray | None:
-        return self.chunk_starts
-
     def __len__(self) -> int:
         return self.length
 
