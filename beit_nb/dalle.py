@@ -231,10 +231,7 @@ class DalleVAE(TokenModel):
         return encoder.indices_at(map_pixels(images), masked_index)
 
     def decode_stats(self, z: Tensor) -> Tensor:
-        """Ids (B, h, w), or (soft) one-hots (B, V, h, w), to what the decoder says of every pixel.
-
-        (B, 6, H, W): mu and log b.
-        """
+        "Ids (B, h, w), or (soft) one-hots (B, V, h, w), to mu and log b of pixels, (B, 6, H, W)."
         if self.decoder is None:
             raise ValueError(
                 "this tokenizer has an encoder only and cannot paint pictures; load decoder.pkl too"

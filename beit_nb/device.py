@@ -14,7 +14,7 @@ from . import BeitError
 
 # %% ../nbs/11_device.ipynb #kernels
 class KernelChoice(NamedTuple):
-    """What is fastest on one kind of device; none of it changes what is computed.
+    """How to compute on one kind of device; no choice changes what is computed, only rounding.
 
     `fused_attention`: attention by one kernel that never writes the scores (B, heads, N, N), or by
     two plain products. `skip_dropped`: do not compute the samples that drop path drops; to know how

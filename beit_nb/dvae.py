@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPS', 'SIGMA', 'ResBlock', 'encoder', 'decoder', 'map_pixels', 'unmap_pixels', 'logit_laplace_nll', 'normal_nll',
-           'TokenModel', 'check_images', 'DiscreteVAE', 'dvae_loss', 'init_codes']
+           'TokenModel', 'distance_logits', 'check_images', 'DiscreteVAE', 'dvae_loss', 'init_codes']
 
 # %% ../nbs/04_dvae.ipynb #imports
 import math
@@ -151,6 +151,17 @@ class TokenModel(nn.Module):
         "Token ids (B, h, w) to pictures (B, 3, H, W) in [0, 1]."
         return self.pixels(self.decode_stats(ids))
 
+# %% ../nbs/04_dvae.ipynb #distance-logits
+def distance_logits(f: Tensor, codebook: Tensor) -> Tensor:
+    """Minus the squared distance of the feature at every cell to every row of the codebook.
+
+    f: (B, D, h, w); codebook: (V, D). Returns (B, V, h, w).
+    """
+    cross = torch.einsum("bdhw,vd->bvhw", f, codebook)
+    c_squared = (codebook**2).sum(1)[:, None, None]  # (V, 1, 1)
+    f_squared = (f**2).sum(1, keepdim=True)  # (B, 1, h, w)
+    return 2 * cross - c_squared - f_squared
+
 # %% ../nbs/04_dvae.ipynb #check-images
 def check_images(images: Tensor, downsample: int) -> None:
     "Raises ValueError for what is no batch of pictures (B, 3, H, W) that divide into tokens."
@@ -170,10 +181,8 @@ def check_images(images: Tensor, downsample: int) -> None:
 class DiscreteVAE(TokenModel):
     """Our small dVAE: pictures (B, 3, H, W) in [0, 1] <-> token ids (B, h, w).
 
-    vocab_size: V tokens; code_dim: width D of a row of the codebook; downsample: side in pixels of
-    one token's cell, 2, 4, 8 or 16; width: channels; logits: 'distance' scores a token by how near
-    its row is to the cell's feature, 'linear' is a 1x1 convolution as in DALL-E; likelihood:
-    'normal' or 'laplace' (see TokenModel). Raises ValueError for any other choice.
+    V tokens with codebook rows of width D = code_dim, each for downsample x downsample pixels (2,
+    4, 8, 16). logits: 'distance', or 'linear' as in DALL-E. Else raises ValueError.
     """
 
     def __init__(
@@ -187,18 +196,16 @@ class DiscreteVAE(TokenModel):
     ):
         super().__init__()
         if logits not in ("distance", "linear") or likelihood not in ("normal", "laplace"):
-            raise ValueError(
-                f"DiscreteVAE: logits={logits!r}, likelihood={likelihood!r}; choose 'distance' or "
-                "'linear', and 'normal' or 'laplace'"
-            )
+            chosen = f"logits={logits!r}, likelihood={likelihood!r}"
+            choice = "'distance' or 'linear', and 'normal' or 'laplace'"
+            raise ValueError(f"DiscreteVAE: {chosen}; choose {choice}")
         if downsample not in (2, 4, 8, 16):
             raise ValueError(f"DiscreteVAE: downsample {downsample} is not one of 2, 4, 8, 16")
         self.vocab_size = vocab_size
         self.downsample = downsample
         self.likelihood = likelihood
-        out_chans = 6 if likelihood == "laplace" else 3
         self.encoder = encoder(downsample, width, code_dim)
-        self.decoder = decoder(downsample, width, code_dim, out_chans)
+        self.decoder = decoder(downsample, width, code_dim, 6 if likelihood == "laplace" else 3)
         self.codebook = nn.Parameter(torch.randn(vocab_size, code_dim))  # (V, D)
         self.log_scale = nn.Parameter(torch.zeros(())) if logits == "distance" else None
         self.to_logits = nn.Conv2d(code_dim, vocab_size, 1) if logits == "linear" else None
@@ -211,18 +218,10 @@ class DiscreteVAE(TokenModel):
             if self.to_logits is not None:
                 return self.to_logits(f)
             assert self.log_scale is not None
-            c = self.codebook
-            # -|f - c|^2, multiplied out: no tensor of B*V*h*w*D differences
-            cross = torch.einsum("bdhw,vd->bvhw", f, c)
-            c_squared = (c**2).sum(1)[:, None, None]  # (V, 1, 1)
-            f_squared = (f**2).sum(1, keepdim=True)  # (B, 1, h, w)
-            return self.log_scale.exp() * (2 * cross - c_squared - f_squared)
+            return self.log_scale.exp() * distance_logits(f, self.codebook)
 
     def decode_stats(self, z: Tensor) -> Tensor:
-        """Ids (B, h, w), or (soft) one-hots (B, V, h, w), to what the decoder says of every pixel.
-
-        (B, 3, H, W), or (B, 6, H, W) with the likelihood 'laplace'.
-        """
+        "Ids (B, h, w), or (soft) one-hots (B, V, h, w), to statistics (B, 3 or 6, H, W) of pixels."
         if z.ndim == 3:
             rows = F.embedding(z, self.codebook).permute(0, 3, 1, 2)  # (B, D, h, w)
         else:

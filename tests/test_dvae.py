@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from beit_nb.dvae import (
     DiscreteVAE,
+    distance_logits,
     dvae_loss,
     init_codes,
     logit_laplace_nll,
@@ -82,6 +83,17 @@ def test_ids_at_some_cells():
     some = model.indices_at(images, where)
 
     assert torch.equal(some, model.get_codebook_indices(images).flatten()[where])
+
+
+def test_distances_multiplied_out_are_distances():
+    g = torch.Generator().manual_seed(0)
+    f = torch.randn(2, 8, 3, 5, generator=g, dtype=torch.float64)
+    codebook = torch.randn(16, 8, generator=g, dtype=torch.float64)
+
+    scores = distance_logits(f, codebook)
+
+    differences = f[:, None] - codebook[None, :, :, None, None]  # (B, V, D, h, w)
+    torch.testing.assert_close(scores, -differences.square().sum(2))
 
 
 def test_scores_are_fp32_under_autocast():

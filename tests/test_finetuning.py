@@ -7,19 +7,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import red_and_blue
+from helpers import red_and_blue, save_gray
 from PIL import Image
 
 from beit_nb import BeitError
 from beit_nb.configs import FinetuneRecipe
+from beit_nb.engine.sources import ImageFolder
 from beit_nb.finetuning import (
     BeitForImageClassification,
     FinetuneTransform,
+    build_classifier,
     build_from_checkpoint,
+    evaluate_classifier,
     finetune,
     load_classifier,
     timm_transform,
 )
+from beit_nb.probing import all_features, raw_pixels
 from beit_nb.recipes import recipe_named
 
 SIZE = dict(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=4)
@@ -160,3 +164,34 @@ def test_classes_are_numbered_as_in_train(folder, tmp_path):
         finetune(replace(r, out=str(tmp_path / "other")), quiet=True)
 
 
+
+
+def test_evaluation_passes_over_damage(tmp_path, capfd):
+    "An empty file in val/ stops neither a score nor a probe; it is named once and left out."
+    for c, name in enumerate("ab"):
+        for i in range(5):
+            save_gray(tmp_path / "val" / name / f"{i}.png", 100 * c + 5 * i, (32, 32))
+    bad = tmp_path / "val" / "a" / "4.png"
+    bad.write_bytes(b"")
+    r = recipe_named("finetune", "nano", depth=1, precision="fp32")
+    pictures = ImageFolder(tmp_path / "val", labels=True)
+    model = build_classifier(r, 2)
+
+    scores = [evaluate_classifier(model, r, pictures, batch_size=3) for _ in range(2)]
+
+    bad.unlink()
+    without = evaluate_classifier(model, r, ImageFolder(tmp_path / "val", labels=True))
+    assert scores[0] == scores[1] and scores[0].pop("val_damaged") == 1
+    assert scores[0] == pytest.approx(without)
+    lines = capfd.readouterr().err.splitlines()
+    assert sum("passed over" in line and "a/4.png" in line for line in lines) == 1
+
+
+def test_features_of_a_damaged_picture_are_its_neighbors(tmp_path, capfd):
+    for i in range(5):
+        save_gray(tmp_path / "val" / "a" / f"{i}.png", 20 * i, (32, 32))
+    (tmp_path / "val" / "a" / "3.png").write_bytes(b"")
+    pictures = ImageFolder(tmp_path / "val", labels=True)
+    features, seen = all_features({"pixels": raw_pixels}, pictures, 32, batch_size=4)
+    assert seen.tolist() == [0, 1, 2, 4, 4]  # the label that goes with it is the neighbor's too
+    assert np.allclose(features["pixels"][0, 3], 80 / 255)

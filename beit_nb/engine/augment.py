@@ -32,7 +32,7 @@ def resized_crop_box(height: int, width: int, scale: Sequence[float]) -> Box:
 
     `scale` is the smallest and the largest area, as shares of the whole; the sides are between 3:4
     and 4:3. Draws ten candidates from torch's default generator, and takes the first that fits, or
-    the largest centre of such a shape.
+    the largest center of such a shape.
     """
     smallest, largest = scale
     span = log(4 / 3)
@@ -148,7 +148,7 @@ class TwoViews:
         self,
         img_size: int,
         token_size: int | None = None,  # None: as img_size
-        crop_scale: Sequence[float] | None = None,  # area of the piece; None: the centre square
+        crop_scale: Sequence[float] | None = None,  # area of the piece; None: the center square
         color_jitter: float = 0.0,  # strength, of brightness, contrast and saturation
         flip: float = 0.0,  # probability of a mirrored picture
         jitter_on: str = "loader",  # or "device": then `Views.jitter` travels along instead

@@ -75,8 +75,8 @@ def prune_checkpoints(
 ) -> None:
     """Name `last` after its step too, and take older ones away.
 
-    The newest `keep` stay, and milestones. So do none from beyond `step`: they are of a future
-    that was lost.
+    The newest `keep` stay, and milestones. Those from beyond `step` go in any case: they are of a
+    future that was lost.
     """
     named = last.with_name(f"step-{step:07d}.pt")
     named.unlink(missing_ok=True)

@@ -140,7 +140,7 @@ def complete_shards(root: Path) -> list[Path]:
 class ImageShards(EncodedImages):
     """The pictures in all *.tar of a folder, by number, read where they lie.
 
-    Neighbours in a tar form chunks of `chunk` pictures. With `read_ahead`, the first picture of a
+    Neighbors in a tar form chunks of `chunk` pictures. With `read_ahead`, the first picture of a
     chunk makes the system fetch all of it. Raises BeitError where shards are missing or damaged.
     """
 

@@ -35,7 +35,7 @@ class ImageDataset:
     that people have been told of. A picture that cannot be read raises UnreadableImage.
     """
 
-    # Numbers of the pictures with which a chunk begins: neighbours on the disk, which are much
+    # Numbers of the pictures with which a chunk begins: neighbors on the disk, which are much
     # cheaper to read together. None where it makes no difference.
     chunk_starts: np.ndarray | None = None
 

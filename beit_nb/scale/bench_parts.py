@@ -10,8 +10,10 @@ __all__ = ['SMALL_SHAPE', 'small_models', 'forward_backward', 'bench_small', 'be
 import copy
 import itertools
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 
 from .. import BeitError
 from ..configs import PretrainRecipe
-from ..dalle import DalleVAE
+from ..dalle import DalleEncoder, DalleVAE
 from ..device import default_device, set_matmul_precision
 from ..dvae import map_pixels
 from ..engine.loading import TransformedDataset
@@ -34,7 +36,7 @@ from ..tokenizer import network_from_state
 from ..vit import VisionTransformer
 
 # %% ../../nbs/58_scale_bench_parts.ipynb #bench-small
-SMALL_SHAPE = dict(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3)
+SMALL_SHAPE: dict[str, Any] = dict(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3)
 
 
 def small_models(shape: dict) -> dict[str, nn.Module]:
@@ -45,8 +47,8 @@ def small_models(shape: dict) -> dict[str, nn.Module]:
         from timm.models.vision_transformer import VisionTransformer as TimmVit
     except ImportError as e:
         raise BeitError("the benchmark `small` compares with timm; pip install timm") from e
-    no_head = dict(num_classes=0, global_pool="")
-    relative = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    no_head: dict[str, Any] = dict(num_classes=0, global_pool="")
+    relative: dict[str, Any] = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
     models = {}
     before = bool(use_fused_attn())
     for name, fused in (("fused", True), ("plain", False)):
@@ -125,7 +127,7 @@ def bench_loader(threads: int, quick: bool = False, turns: int = 15) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         files = write_jpegs(Path(folder))
         official = OfficialViews()
-        candidates = {"official": lambda: [official(file) for file in files]}
+        candidates: dict[str, Callable] = {"official": lambda: [official(file) for file in files]}
         recipe = PretrainRecipe(data=folder)
         for name, place in (("ours", "loader"), ("ours, jitter on the device", "device")):
             transform = PretrainTransform(replace(recipe, jitter_on=place))
@@ -164,7 +166,9 @@ def bench_tokenizer(
     torch.set_num_threads(1)
     theirs = Encoder()
     images = torch.rand(batch, 3, size, size)
-    own = DalleVAE(network_from_state({k: v.clone() for k, v in theirs.state_dict().items()}))
+    encoder = network_from_state({k: v.clone() for k, v in theirs.state_dict().items()})
+    assert isinstance(encoder, DalleEncoder)
+    own = DalleVAE(encoder)
     half = optimize_for_inference(copy.deepcopy(own), torch.bfloat16)
     ours = optimize_for_inference(own)
     tokenize = dict(
@@ -176,7 +180,7 @@ def bench_tokenizer(
     ids = {name: run() for name, run in tokenize.items()}
     torch.set_num_threads(before)
     seconds = {name: rows[name]["seconds"] for name in ("published", "ours")}
-    result = dict(threads=1, batch=batch, size=size, seconds=seconds)
+    result: dict[str, Any] = dict(threads=1, batch=batch, size=size, seconds=seconds)
     for name, end in (("ours", ""), ("bf16", "_bf16")):
         for figure in ("ratio", "ratio_low", "ratio_high"):
             result[figure + end] = rows[name][figure]

@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,18 +59,19 @@ class OfficialStep:
         torch.manual_seed(0)
         self.device = torch.device(device)
         self.clock = clock
-        self.model = self.build_model(shape).to(device).train()
+        self.model: Any = self.build_model(shape).to(device).train()  # perhaps compiled later
         self.optimizer = self.build_optimizer()
         width = 256 if shape == BASE_SHAPE else 16
         encoder = DalleEncoder(n_hid=width, vocab_size=shape["vocab_size"])
         self.encoder = encoder.requires_grad_(False).to(device)
-        side = shape["img_size"] // shape["patch_size"]
+        size = shape["img_size"]
+        side = size // shape["patch_size"]
         hidden = round(0.383 * side**2)  # 75 of 196
         smallest = max(1, round(0.08 * side**2))
         rng = np.random.default_rng(0)
         self.mask = blockwise_masks(batch, (side, side), hidden, smallest, rng=rng).flatten(1)
-        self.patch_view = torch.rand(batch, 3, *2 * [shape["img_size"]], device=device)
-        self.token_view = torch.rand(batch, 3, *2 * [8 * side], device=device)
+        self.patch_view = torch.rand(batch, 3, size, size, device=device)
+        self.token_view = torch.rand(batch, 3, 8 * side, 8 * side, device=device)
         self.set_mode("fp32")
 
     def build_model(self, shape: dict) -> nn.Module:
@@ -299,7 +301,8 @@ def bench_step(threads: int, quick: bool = False, turns: int = 3) -> dict:
         if not gpu:
             rows[key]["stages"] = stage_seconds(step)
         if not quick or key == "ours, fp32":
-            rows[key]["memory_mb"] = step_memory(*key.split(", "), batch, shape)
+            name, mode = key.split(", ")
+            rows[key]["memory_mb"] = step_memory(name, mode, batch, shape)
     work = sum(flops_per_image(recipe_named("pretrain", "base-plus-in1k")))
     result = dict(rows=rows, items="images", peaks=peaks, work_per_image=work, batch=batch)
     if "hf, fp32" in rows:

@@ -6,13 +6,13 @@
 __all__ = ['NO_HEAD', 'MatMul', 'total_flops', 'total_parameters', 'block_products', 'vit_products', 'mim_products',
            'classifier_products', 'training_flops', 'conv_matmul', 'dalle_block', 'dalle_encoder_products',
            'dalle_decoder_products', 'res_block_products', 'small_encoder_products', 'small_decoder_products',
-           'encoder_products', 'dvae_products', 'ImageFlops', 'tokenizer_of', 'model_products', 'tokenizes_in_the_loop',
+           'encoder_products', 'dvae_products', 'tokenizer_of', 'tokenizer_in_the_loop', 'ImageFlops', 'model_products',
            'flops_per_image']
 
 # %% ../../nbs/50_scale_flops.ipynb #imports
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..configs import Backbone, FinetuneRecipe, PretrainRecipe, Run, TokenizerRecipe
 from ..recipes import COMMANDS
@@ -27,7 +27,7 @@ class MatMul:
     n_in: int
     n_out: int
     times: int = 1
-    # False: nothing in it is learned (two activations meet), or it was counted before
+    # False: nothing in it is learnt (two activations meet), or it was counted before
     learned: bool = True
     extra_parameters: int = 0  # beside the matrix: biases, norms, scales, positions
     numbers_read: int = 0  # where windows overlap; 0: rows * n_in
@@ -53,7 +53,7 @@ def total_flops(products: list[MatMul]) -> int:
 
 
 def total_parameters(products: list[MatMul]) -> int:
-    "What is learned in all products, and beside them."
+    "What is learnt in all products, and beside them."
     return sum(p.parameters for p in products)
 
 # %% ../../nbs/50_scale_flops.ipynb #transformer
@@ -219,27 +219,37 @@ def dvae_products(r: TokenizerRecipe) -> list[MatMul]:
     return [*encoder_products(r), *decoder]
 
 # %% ../../nbs/50_scale_flops.ipynb #work
+def tokenizer_of(r: PretrainRecipe) -> TokenizerRecipe:
+    """The tokenizer that a pre-training reads.
+
+    DALL-E's for its 8192 tokens, else ours, as the recipe for the same data has it.
+    """
+    downsample = r.token_size // (r.img_size // r.patch_size)
+    shape: dict[str, Any] = dict(
+        img_size=r.token_size, downsample=downsample, vocab_size=r.vocab_size
+    )
+    if r.vocab_size == 8192:
+        return TokenizerRecipe(arch="dalle", width=256, code_dim=128, **shape)
+    for _, ours in COMMANDS["tokenizer"].presets.values():
+        if isinstance(ours, TokenizerRecipe) and ours.data == r.data:
+            return replace(ours, **shape)
+    return TokenizerRecipe(**shape)
+
+
+def tokenizer_in_the_loop(r: Run) -> TokenizerRecipe | None:
+    "The tokenizer that reads every batch; None where tokens are made once, before the first step."
+    if not isinstance(r, PretrainRecipe) or r.tokens:
+        return None
+    views_change = r.crop_scale or r.color_jitter or r.flip
+    return tokenizer_of(r) if views_change else None
+
+# %% ../../nbs/50_scale_flops.ipynb #flops-per-image
 class ImageFlops(NamedTuple):
     "FLOP of one picture in training; their `sum` is what a step executes."
 
     tokenizer: int  # the frozen tokenizer, forward
     model: int  # the network that learns, forward and backward
     recomputed: int = 0  # blocks that checkpointing runs once more
-
-
-def tokenizer_of(r: PretrainRecipe) -> TokenizerRecipe:
-    """The tokenizer that a pre-training reads.
-
-    DALL-E's for its 8192 tokens, else ours, as the recipe for the same data has it.
-    """
-    grid = r.img_size // r.patch_size
-    shape = dict(img_size=r.token_size, downsample=r.token_size // grid, vocab_size=r.vocab_size)
-    if r.vocab_size == 8192:
-        return TokenizerRecipe(arch="dalle", width=256, code_dim=128, **shape)
-    for _, ours in COMMANDS["tokenizer"].presets.values():
-        if ours.data == r.data:
-            return replace(ours, **shape)
-    return TokenizerRecipe(**shape)
 
 
 def model_products(r: Run, num_classes: int = 1000) -> list[MatMul]:
@@ -257,22 +267,14 @@ def model_products(r: Run, num_classes: int = 1000) -> list[MatMul]:
         return vit_products(r)
     return []
 
-# %% ../../nbs/50_scale_flops.ipynb #flops-per-image
-def tokenizes_in_the_loop(r: Run) -> bool:
-    "Are tokens made in every step? Where views never change they are made once, before the first."
-    if not isinstance(r, PretrainRecipe) or r.tokens:
-        return False
-    return bool(r.crop_scale or r.color_jitter or r.flip)
-
 
 def flops_per_image(r: Run, num_classes: int = 1000) -> ImageFlops:
     "FLOP of one picture in the training of a recipe, whose network must be known."
-    tokenizer = 0
-    if tokenizes_in_the_loop(r):
-        tokenizer = total_flops(encoder_products(tokenizer_of(r)))
+    tokenizer = tokenizer_in_the_loop(r)
+    reading = total_flops(encoder_products(tokenizer)) if tokenizer else 0
     recomputed = 0
     if isinstance(r, Backbone) and r.grad_checkpointing:
         blocks = block_products(r)
         # nothing but LayerScale reads the result of `mlp out`, so that torch stops before it
         recomputed = total_flops(blocks if r.init_values else blocks[:-1])
-    return ImageFlops(tokenizer, training_flops(model_products(r, num_classes)), recomputed)
+    return ImageFlops(reading, training_flops(model_products(r, num_classes)), recomputed)

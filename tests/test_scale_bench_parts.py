@@ -1,0 +1,128 @@
+"The benchmarks of the parts. No time is asserted: the machine is not ours alone."
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers_dalle import published, refusal
+from PIL import Image
+
+from beit_nb.scale import bench_parts as b
+
+
+def test_small_models_are_built_in_both_settings_and_the_setting_is_put_back():
+    layers = pytest.importorskip("timm.layers")
+    before = layers.use_fused_attn()
+
+    models = b.small_models(b.SMALL_SHAPE)
+
+    fused = {name: m.blocks[0].attn.fused_attn for name, m in models.items() if "timm" in name}
+    assert fused == {name: "fused" in name for name in fused} and len(fused) == 4
+    assert layers.use_fused_attn() == before
+    assert {"ours, paper", "ours, BEiT+"} <= models.keys()
+
+
+def test_small_without_timm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.layers", None)
+
+    assert "pip install timm" in refusal(b.bench_small, 1)
+
+
+def test_a_pass_reaches_every_parameter_and_leaves_none():
+    model = torch.nn.Linear(4, 4)
+    seen = []
+    model.weight.register_hook(lambda grad: seen.append(grad.dtype))
+
+    b.forward_backward(model, torch.randn(2, 4), bf16=True)
+
+    assert seen == [torch.float32] and model.weight.grad is None
+
+
+def test_the_fastest_of_timm_is_the_peer(monkeypatch):
+    pytest.importorskip("timm")
+
+    def fake(candidates, turns, clock):
+        return {name: [2.0 if "plain, bf16" in name else 4.0] for name in candidates}
+
+    monkeypatch.setattr(b, "time_in_turns", fake)
+    result = b.bench_small(1, quick=True)
+
+    assert result["fastest_of_timm"] == "timm ViT, plain, bf16"
+    assert result["ours_against_fastest"] == 0.5
+    assert result["rows"]["timm Beit, plain, bf16"]["per_second"] == 4 / 2
+
+
+def test_both_make_as_many_masks_as_are_divided_by(monkeypatch):
+    made = dict(official=0, ours=0)
+    monkeypatch.setattr(b, "official_mask", lambda: made.update(official=made["official"] + 1))
+    monkeypatch.setattr(b, "blockwise_mask", lambda rng: made.update(ours=made["ours"] + 1))
+
+    row = b.bench_masks(1, quick=True)["rows"]["ours"]
+
+    assert made == dict(official=2 * 20, ours=2 * 20)  # a turn, and one that warms up
+    assert row["per_second"] == pytest.approx(20 / row["seconds"])
+
+
+def test_jpegs_have_the_size_that_is_asked_for(tmp_path):
+    files = b.write_jpegs(tmp_path, size=(100, 60))
+
+    assert len(files) >= 10 and len(set(files)) == len(files)
+    for file in files:
+        with Image.open(file) as image:
+            assert image.format == "JPEG" and image.size == (100, 60)
+            assert np.asarray(image).std() > 5  # no empty border
+
+
+def test_every_turn_of_the_loader_is_a_new_epoch(monkeypatch):
+    keys = []
+
+    class Samples:
+        def __init__(self, pictures, transform, seed, pixels):
+            self.place = transform
+
+        def __getitem__(self, key):
+            keys.append((self.place, key))
+
+    monkeypatch.setattr(b, "write_jpegs", lambda folder: ["a.jpg", "b.jpg"])
+    monkeypatch.setattr(b, "ImageFolder", lambda folder: None)
+    monkeypatch.setattr(b, "OfficialViews", lambda: lambda file: None)
+    monkeypatch.setattr(b, "PretrainTransform", lambda recipe: recipe.jitter_on)
+    monkeypatch.setattr(b, "TransformedDataset", Samples)
+
+    rows = b.bench_loader(1, quick=True)["rows"]
+
+    assert list(rows) == ["official", "ours", "ours, jitter on the device"]
+    for place in ("loader", "device"):
+        assert [key for p, key in keys if p == place] == [0, 1, 2, 3]
+
+
+# --- the tokenizer
+
+
+def test_bench_compares_and_counts_equal_tokens(monkeypatch):
+    small = published()[0]
+    monkeypatch.setattr("dall_e.Encoder", lambda: small)
+    threads = torch.get_num_threads()
+
+    result = b.bench_tokenizer(batch=2, turns=3, size=48)
+
+    assert result["ids_equal"] == 1 and result["ids_equal_bf16"] > 0.8
+    assert result["seconds"].keys() == {"published", "ours"}
+    assert all(seconds > 0 for seconds in result["seconds"].values())
+    assert torch.get_num_threads() == threads and result["threads"] == 1
+
+
+def test_other_tokens_would_be_noticed(monkeypatch):
+    "The share of equal ids is measured, and not taken for granted."
+    small = published()[0]
+    monkeypatch.setattr("dall_e.Encoder", lambda: small)
+    monkeypatch.setattr(b, "map_pixels", lambda images: 1 - images)  # what the published one reads
+
+    assert b.bench_tokenizer(batch=2, turns=1, size=48)["ids_equal"] < 1
+
+
+def test_bench_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "dall_e", None)
+
+    assert "pip install" in refusal(b.bench_tokenizer)

@@ -1,0 +1,140 @@
+"The stopwatch: turns, ratios turn by turn, peaks, and what is printed of them."
+
+import os
+import time
+
+import pytest
+import torch
+
+from beit_nb.scale import timing
+
+
+class FakeClock:
+    "Seconds that a test lets pass."
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+    def passes(self, seconds):
+        self.now += seconds
+
+
+def test_candidates_take_turns_and_the_warm_up_is_forgotten():
+    clock = FakeClock()
+    order = []
+
+    def run(name, seconds):
+        order.append(name)
+        clock.passes(seconds.pop(0))
+
+    candidates = {
+        "a": lambda times=[100.0, 1.0, 2.0]: run("a", times),
+        "b": lambda times=[100.0, 3.0, 4.0]: run("b", times),
+    }
+
+    seconds = timing.time_in_turns(candidates, turns=2, clock=clock)
+
+    assert order == ["a", "b"] * 3
+    assert seconds == {"a": [1.0, 2.0], "b": [3.0, 4.0]}
+
+
+def test_ratios_are_of_the_same_turn():
+    "A machine that slows down tenfold changes no ratio; the ratio of medians would be another."
+    seconds = {"base": [2.0, 30.0, 40.0], "new": [1.0, 10.0, 40.0]}
+
+    rows = timing.compare(seconds, items=8, base="base")
+
+    assert rows["new"] == dict(
+        seconds=10.0,
+        low=1.0,
+        high=40.0,
+        per_second=0.8,
+        ratio=2.0,
+        ratio_low=1.0,
+        ratio_high=3.0,
+    )
+    assert rows["base"]["ratio_low"] == rows["base"]["ratio_high"] == 1
+
+
+def test_a_base_with_another_number_of_turns_is_a_defect():
+    with pytest.raises(ValueError):
+        timing.compare({"base": [1.0], "new": [1.0, 2.0]}, 1, "base")
+
+
+def test_which_clock():
+    cpu = torch.device("cpu")
+
+    assert timing.clock_for(cpu, threads=1) is time.thread_time
+    assert timing.clock_for(cpu, threads=2) is time.perf_counter
+    assert timing.clock_for(torch.device("cuda"), threads=1) is timing.gpu_clock
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_waited_for():
+    a = torch.randn(4096, 4096, device="cuda")
+    start = timing.gpu_clock()
+    for _ in range(20):
+        a = a @ a / 4096
+    launched = time.perf_counter() - start
+
+    assert timing.gpu_clock() - start > launched
+
+
+def test_the_peak_is_the_work_over_the_best_time(monkeypatch):
+    monkeypatch.setattr(timing, "time_in_turns", lambda *args: dict(product=[4.0, 0.5, 2.0]))
+
+    assert timing.peak_flops(width=10) == 2 * 10**3 / 0.5
+    assert timing.machine_peaks(width=10) == dict(fp32=4000.0, bf16=4000.0)
+
+
+def test_a_floor_adds_up_the_parts():
+    assert timing.roofline_seconds([6.0, 8.0], [3.0, 2.0]) == 6
+    with pytest.raises(ValueError):
+        timing.roofline_seconds([1.0], [1.0, 2.0])
+
+
+def test_a_figure_from_another_process():
+    code = "import os; print('pid', os.getpid())"
+
+    assert timing.run_alone(code) != os.getpid()
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        timing.run_alone("1 / 0")
+
+
+def test_the_machine_is_named():
+    described = timing.machine()
+
+    assert described["torch"] == torch.__version__
+    assert described["cpu"] and described.keys() == {"cpu", "family", "gpu", "torch", "python"}
+
+
+def test_a_table_shows_every_row_and_the_figures_behind_it():
+    rows = timing.compare(dict(a=[2.0, 3.0], b=[1.0, 1.0]), 4, "a")
+    result = dict(rows=rows, items="cakes", ours_against_a=2.5, threads=7)
+
+    title, *lines = timing.results_table("baking", result).splitlines()
+
+    assert title.split()[:2] == ["baking", "seconds"] and "cakes/s" in title
+    assert lines[0].split()[:2] == ["a", "2.5"]
+    assert lines[1].split() == "b 1 (1 .. 1) 4 2.50 (2.00 .. 3.00)".split()
+    assert lines[2:] == ["ours_against_a: 2.50"]
+
+
+def test_a_table_with_memory():
+    rows = timing.compare(dict(a=[2.0], b=[1.0]), 4, "a")
+    rows["a"] |= dict(share_of_peak=0.5)
+    rows["b"] |= dict(share_of_peak=0.25, memory_mb=123.4)
+
+    title, a, b = timing.results_table("baking", dict(rows=rows, items="cakes")).splitlines()
+
+    assert title.endswith("memory  of peak")
+    assert a.endswith("nan MB      50%") and b.endswith("123 MB      25%")
+
+
+def test_figures_without_rows():
+    text = timing.results_table("x", dict(batch=2, ratio=1.5, seconds=dict(ours=0.25)))
+
+    assert text.splitlines() == ["x", f"  {'ratio':18} 1.500", f"  {'ours':18} 0.25 s"]
