@@ -74,6 +74,8 @@ class AttentionMaps:
     out: str = "runs/attention"  # where the PNGs go
 
     def run(self) -> None:
+        import matplotlib.pyplot as plt
+
         from beit_nb.attention import attention_maps, patch_attention, show_attention
         from beit_nb.engine.augment import TwoViews
         from beit_nb.engine.runs import load_checkpoint
@@ -89,16 +91,24 @@ class AttentionMaps:
                 f"block {self.block} does not exist; choose 0 to {recipe.depth - 1}, or -1, the "
                 "last"
             )
+        height, width = model.patch_embed.patch_shape
+        row, column = self.query
+        if not (0 <= row < height and 0 <= column < width):
+            raise BeitError(
+                f"query {self.query} is none of the {height} x {width} patches; rows and columns "
+                "are counted from 0"
+            )
         views = TwoViews(recipe.img_size)
         out = Path(self.out)
         out.mkdir(parents=True, exist_ok=True)
         for path in self.images:
             image = views(load_image(path)).patch_view
             probs = attention_maps(model, preprocess(image[None], recipe.mean_std))[self.block]
-            attention = patch_attention(probs, self.query, model.patch_embed.patch_shape)
+            attention = patch_attention(probs, self.query, (height, width))
             fig = show_attention(to_float(image), attention[0], self.query)
             target = out / f"{Path(path).stem}.png"
             fig.savefig(target)
+            plt.close(fig)
             print(target)
 
 # %% ../nbs/78_tools.ipynb #data-tools

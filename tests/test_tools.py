@@ -62,7 +62,7 @@ def test_attention(runs, white, tmp_path):
 
     words += ["--init", runs / "pre"]
     refused("attention", *words, "--block", 4, says=["block 4", "0 to 3"])
-    refused("attention", *words, "--query", 8, 0, says=["(8, 0)", "8 x 8"])
+    refused("attention", *words, "--query", 8, 0, says=["query (8, 0)", "8 x 8"])
 
 
 def test_probe(runs, tmp_path):

@@ -21,6 +21,7 @@ from .. import BeitError, UnreadableImage
 from ..configs import Run
 from .augment import seeded
 from .processes import gather_over_ranks, rank, rank_0_first
+from .shards import ImageShards
 from .sources import ImageDataset
 from .steps import StepLoader, batch_indices, leave_signals, split_batch
 
@@ -29,7 +30,7 @@ class ImageBatch(NamedTuple):
     "Pictures alone: what a tokenizer trains on, and what is only looked at."
 
     image: Tensor  # (B, 3, H, W) uint8
-    number: Tensor  # (B,) which pictures of the data set
+    number: Any  # (B,) tensor: which pictures of the data set; an int in one sample
 
 
 class PretrainBatch(NamedTuple):
@@ -38,7 +39,7 @@ class PretrainBatch(NamedTuple):
     patch_view: Tensor  # (B, 3, S, S) uint8, what BEiT sees
     token_view: Tensor  # (B, 3, T, T) uint8, what the tokenizer sees
     mask: Tensor  # (B, h, w) bool, True where hidden
-    number: Tensor  # (B,) which pictures of the data set
+    number: Any  # (B,) tensor: which pictures of the data set; an int in one sample
     jitter: Tensor | None = None  # (B, 3, 3) for `jitter_batch`, where the device jitters colors
     masked_index: Tensor | None = None  # (n,) the hidden patches, counted over the whole batch
 
@@ -47,8 +48,8 @@ class LabelledBatch(NamedTuple):
     "Pictures with their classes."
 
     image: Tensor  # (B, 3, H, W) uint8, or floats in [0, 1]
-    label: Tensor  # (B,) class numbers; (B, H, W) where every pixel has one
-    number: Tensor  # (B,) which pictures of the data set
+    label: Any  # (B,) tensor: class numbers; (B, H, W) where every pixel has one
+    number: Any  # (B,) tensor: which pictures of the data set; an int in one sample
 
 # %% ../../nbs/33_engine_loading.ipynb #collate
 def collate(samples: list[tuple[tuple, int]]) -> tuple[Any, Tensor]:
@@ -85,7 +86,7 @@ class TransformedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, key: int) -> tuple[tuple, int]:
+    def __getitem__(self, key: int) -> tuple[Any, int]:
         "The sample, and the number of the unreadable picture that it stands in for (-1: none)."
         epoch, i = divmod(key, len(self))
         rng = np.random.default_rng([self.seed, epoch, i])
@@ -298,7 +299,7 @@ class TrainLoader(StepLoader):
         return batch_indices(n, r.batch_size, r.seed, first, last, rank, world, self.chunk_starts)
 
     def steps(self, first: int, last: int) -> Iterator[tuple[list, list[int]]]:
-        if self.chunk_starts is not None:
+        if isinstance(self.pictures, ImageShards) and self.chunk_starts is not None:
             self.pictures.read_ahead = True  # neighbors will be wanted soon
         keys = self.keys(first, last, self.rank, self.world)
         for batch, replaced in sample_loader(self.samples, self.recipe.workers, batch_sampler=keys):

@@ -36,7 +36,7 @@ def shuffled(
     order = rng.permutation(len(chunk_starts))
     mixed = []
     for i in range(0, len(order), mix):
-        chunks = [np.arange(chunk_starts[j], ends[j]) for j in order[i : i + mix]]
+        chunks = [np.arange(int(chunk_starts[j]), int(ends[j])) for j in order[i : i + mix]]
         mixed.append(rng.permutation(np.concatenate(chunks)))
     return np.concatenate(mixed)
 
