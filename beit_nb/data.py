@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TORCHVISION_SETS', 'download_set', 'labels_of', 'read_from', 'torchvision_set', 'folder_or_shards', 'labelled_folder',
-           'open_data', 'sample_labels']
+           'open_data', 'labels_in', 'sample_labels']
 
 # %% ../nbs/36_data.ipynb #imports
 from functools import partial
@@ -145,6 +145,13 @@ def open_data(
     return folder_or_shards(root / "train" if (root / "train").is_dir() else root)
 
 # %% ../nbs/36_data.ipynb #few-labels
+def labels_in(pictures: ImageDataset) -> np.ndarray:
+    "The class number of every picture, (N,). Raises BeitError where there are none."
+    if pictures.labels is None:
+        raise BeitError(f"the pictures of {pictures.name} have no labels; choose another --data")
+    return pictures.labels
+
+
 def sample_labels(
     labels: np.ndarray,  # (N,) class numbers
     per_class: int | None,  # None: all of them

@@ -73,7 +73,7 @@ def attention_figure(run: str | Path, number: int = 3) -> Figure:
     attention = patch_attention(probs, patch, model.patch_embed.patch_shape)
     return show_attention(image[0], attention[0], patch)
 
-# %% ../nbs/74_demo_report.ipynb #sections
+# %% ../nbs/74_demo_report.ipynb #words-section
 def headlines(metrics: dict) -> str:
     "The four figures to remember, as cards."
     finetune = metrics["finetune"]
@@ -112,7 +112,7 @@ def words_section(out: Path, dvae: dict, tokenizer: Tokenizer) -> list[str]:
         ),
     ]
 
-
+# %% ../nbs/74_demo_report.ipynb #guesses-section
 def guesses_section(out: Path, mim: dict, tokenizer: Tokenizer) -> list[str]:
     "2. The pre-training: guesses getting better, curves, attention."
     curves = {"loss": "cross-entropy", "mlm_acc": "hidden tokens guessed"}
@@ -136,7 +136,7 @@ def guesses_section(out: Path, mim: dict, tokenizer: Tokenizer) -> list[str]:
         ),
     ]
 
-
+# %% ../nbs/74_demo_report.ipynb #labels-section
 def labels_section(finetune: dict) -> list[str]:
     "3. The fine-tuning: three arms, judged on the test digits."
     rows = [

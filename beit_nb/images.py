@@ -10,7 +10,7 @@ __all__ = ['PALETTE', 'IMAGENET_MEAN_STD', 'BEIT_MEAN_STD', 'MEAN_STD', 'PHOTOS'
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -108,7 +108,7 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(paper, image)
 
 
-def load_image(path: str | Path) -> Image.Image:
+def load_image(path: str | Path | BinaryIO) -> Image.Image:
     """The picture at `path`, upright and RGB.
 
     Obeys the EXIF orientation, scales deep grays down, lays transparency on white and converts

@@ -196,6 +196,7 @@ class Command:
     pictures: str = ""  # (out, recipe, metrics) -> [(figure, caption)], for its page
 
 # %% ../nbs/21_recipes.ipynb #commands
+# fmt: off
 COMMANDS = {
     "tokenizer": Command(
         TokenizerRecipe,
@@ -204,16 +205,12 @@ COMMANDS = {
         help="train a dVAE",
         shown=("loss", "mse"),
         curves=dict(
-            loss="loss",
-            mse="squared error",
-            perplexity="tokens in use (perplexity)",
-            hard_mse="squared error, hard tokens",
-            hard_perplexity="perplexity, hard tokens",
+            loss="loss", mse="squared error", perplexity="tokens in use (perplexity)",
+            hard_mse="squared error, hard tokens", hard_perplexity="perplexity, hard tokens",
             hard_codes_used="hard tokens in use",
         ),
         cards=dict(
-            loss=("{:.3f}", "loss"),
-            hard_mse=("{:.4f}", "squared error"),
+            loss=("{:.3f}", "loss"), hard_mse=("{:.4f}", "squared error"),
             hard_codes_used=("{:,.0f}", "tokens in use"),
         ),
         pictures="beit_nb.report:tokenizer_pictures",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import BeitError
 from .configs import TokenizerRecipe
@@ -151,16 +151,14 @@ def train_tokenizer(r: TokenizerRecipe, quiet: bool = False) -> Tokenizer:
             init_codes(dvae, images, r.seed)
         dvae = dvae.to(default_device())
         if r.compile:  # the loss calls these two, not the model
-            dvae.encoder.compile()
-            dvae.decoder.compile()
+            for half in (dvae.encoder, dvae.decoder):
+                cast(nn.Module, half).compile()
         ema = Ema(dvae, r.ema) if r.ema else None
         state = {} if ema is None else {"ema": ema}
         trainer = Trainer(
             "tokenizer", r, out, dvae, total, per_epoch, lr=lr, state=state, quiet=quiet
         )
-        loader = TrainLoader(
-            samples, r, trainer.micro_batch_size, rank=rank(), world=world_size()
-        )
+        loader = TrainLoader(samples, r, trainer.micro_batch_size, rank=rank(), world=world_size())
         compute_loss = TokenizerLoss(schedules, r.usage_weight)
         fit(trainer, loader, compute_loss, [HardMetrics(images[:64], r.log_every, ema)])
         trained = dvae if ema is None else cast(TokenModel, ema.module)

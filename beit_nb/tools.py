@@ -200,7 +200,7 @@ class Plan:
             )
         )
 
-
+# %% ../nbs/78_tools.ipynb #look-tools
 @dataclass
 class Bench:
     """Throughput of our code against the peers installed here, in one process, taking turns.

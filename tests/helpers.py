@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import numpy as np
 from PIL import Image
 
 from beit_nb.cli import main

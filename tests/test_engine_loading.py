@@ -4,7 +4,6 @@ read; and the one walk over a data set."""
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tarfile
@@ -25,12 +24,9 @@ from beit_nb.engine.loading import (
     ImageBatch,
     TrainLoader,
     TransformedDataset,
-    batch_indices,
     collate,
     exclude,
-    leave_signals,
     once,
-    shuffled,
 )
 from beit_nb.engine.log import read_log
 from beit_nb.engine.runs import load_checkpoint
@@ -404,42 +400,6 @@ def test_micro_batches_are_the_batch_in_parts():
     assert all(torch.equal(torch.cat(x), y) for x, y in zip(zip(*parts), whole, strict=True))
 
 
-SIZES = [(6, 1), (6, 2), (6, 3), (12, 4), (24, 8)]
-
-
-@pytest.mark.parametrize("batch, world", SIZES)
-@pytest.mark.parametrize("length", [24, 25, 31, 47, 48, 97])
-def test_every_sample_once_for_any_number_of_processes(length, batch, world):
-    """All processes make the same number of steps (the official code can make one too many), no
-    batch is short, nothing comes twice in an epoch."""
-    per_epoch = length // batch
-    last = 3 * per_epoch
-    for starts in (None, np.array([0]), np.arange(0, length, 7)):
-        ranks = [
-            list(batch_indices(length, batch, 1, 0, last, rank, world, starts))
-            for rank in range(world)
-        ]
-        assert all(len(r) == last and all(len(b) == batch // world for b in r) for r in ranks)
-        for epoch in range(3):
-            steps = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
-            keys = [k for r in ranks for b in r[steps] for k in b]
-            assert len(set(keys)) == len(keys) == per_epoch * batch > length - batch
-            assert {k // length for k in keys} == {epoch}
-        alone = list(batch_indices(length, batch, 1, 0, last, chunk_starts=starts))
-        for step in range(last):
-            assert sorted(k for r in ranks for k in r[step]) == sorted(alone[step])
-        for first in (1, per_epoch, 2 * per_epoch + 1):
-            resumed = list(batch_indices(length, batch, 1, first, last, chunk_starts=starts))
-            assert resumed == alone[first:]
-
-
-def test_every_epoch_has_a_shuffle_of_its_own():
-    first, second = (
-        [k % 48 for b in batch_indices(48, 12, 7, 4 * e, 4 * e + 4) for k in b] for e in range(2)
-    )
-    assert first != second and sorted(first) == sorted(second) == list(range(48))
-
-
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_every_sample_once_with_workers(workers):
     samples = TransformedDataset(ImageDataset(26, torch.tensor), numbered)
@@ -453,19 +413,6 @@ def test_every_sample_once_with_workers(workers):
     alone = [int(n) for batch in batches(loader(samples, r), 0, 6) for n in batch.number]
     assert Counter(seen) == Counter(alone)
     assert len(set(seen[:12] + seen[24:36])) == 24, "the first epoch"
-
-
-def test_shuffle_of_runs():
-    "A permutation that stays in a window of `mix` runs, new in each epoch."
-    starts = np.arange(0, 1000, 10)
-    order = shuffled(1000, np.random.default_rng(0), starts, mix=20)
-    assert sorted(order) == list(range(1000))
-    for w in range(5):
-        assert len(set(order[200 * w : 200 * (w + 1)] // 10)) == 20
-    assert (order != shuffled(1000, np.random.default_rng(1), starts, mix=20)).any()
-    place = np.empty(1000)
-    place[order] = np.arange(1000)
-    assert abs(np.corrcoef(np.arange(1000), place)[0, 1]) < 0.3
 
 
 def test_shards_are_read_in_runs(tmp_path):
@@ -515,18 +462,6 @@ def test_a_field_that_is_none_stays_none():
     assert replaced.tolist() == [-1, 7]
 
 
-def test_workers_leave_signals_alone():
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        leave_signals(0)
-        for s in before:
-            os.kill(os.getpid(), s)
-            assert signal.getsignal(s) == signal.SIG_IGN
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-
 def test_samples_travel_to_spawned_workers(tmp_path):
     save_gray(tmp_path / "1.png", 7)
     for pictures in (ImageFolder(tmp_path), Photos()):
@@ -545,6 +480,8 @@ def test_batches_that_cannot_be_are_refused(batch, world, words):
 
 
 def test_image_batches_collate():
-    pictures = TransformedDataset(Photos(1), lambda p, n, g: ImageBatch(TwoViews(8)(p).patch_view, n))
+    pictures = TransformedDataset(
+        Photos(1), lambda p, n, g: ImageBatch(TwoViews(8)(p).patch_view, n)
+    )
     [walked] = once(pictures, 11)
     assert walked.batch.image.shape == (11, 3, 8, 8) and walked.valid.all()

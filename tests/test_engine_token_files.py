@@ -38,6 +38,7 @@ def write_tokens(data, tokenizer, out, **options):
     return tokenize_files(open_data(str(data)), load_tokenizer(tokenizer), out, **options)
 
 
+@pytest.mark.slow
 def test_tokens_on_disk_are_the_tokens(tokenizer, tmp_path):
     described = write_tokens("digits", tokenizer, tmp_path / "tokens", per_part=5000)
     ids, d = load_tokens(tmp_path / "tokens")
@@ -49,6 +50,7 @@ def test_tokens_on_disk_are_the_tokens(tokenizer, tmp_path):
     assert packed < ids.numel() * 2 / 1.3
 
 
+@pytest.mark.slow
 def test_tokenize_killed_goes_on(tokenizer, tmp_path):
     """SIGKILL at three moments.
 
@@ -106,7 +108,9 @@ def test_tokenize_folder(tokenizer, tmp_path, monkeypatch):
             if rank == "1":
                 with pytest.raises(BeitError, match="is missing or damaged"):
                     load_tokens(tmp_path / "t")
-            write_tokens(str(tmp_path / "pics"), tokenizer, tmp_path / "t", workers=int(rank), **words)
+            write_tokens(
+                str(tmp_path / "pics"), tokenizer, tmp_path / "t", workers=int(rank), **words
+            )
     ids, d = load_tokens(tmp_path / "t")
     assert ids.shape == (11, 8, 8) and d["pictures"] == 11 and "Lanczos" in d["transform"]
     lost = np.concatenate([np.load(f)["damaged"] for f in sorted((tmp_path / "t").glob("*.npz"))])
@@ -138,15 +142,17 @@ def test_repaired_pictures_are_tokenized_again(tokenizer, tmp_path, capfd):
     good = broken.read_bytes()
     words = dict(tokenizer=tokenizer, out=tmp_path / "t", per_part=4)
     broken.write_bytes(b"")
-    assert write_tokens(data, **words)["damaged"] == [7] == load_tokens(tmp_path / "t")[1]["damaged"]
+    assert (
+        write_tokens(data, **words)["damaged"] == [7] == load_tokens(tmp_path / "t")[1]["damaged"]
+    )
     stamps = [f.stat().st_mtime_ns for f in sorted((tmp_path / "t").glob("*.npz"))]
     assert write_tokens(data, **words)["damaged"] == [7]
     assert [f.stat().st_mtime_ns for f in sorted((tmp_path / "t").glob("*.npz"))] == stamps
     # once a call
     assert [
-        "b/1.png" in l
-        for l in capfd.readouterr().err.splitlines()
-        if "passed over: cannot read" in l
+        "b/1.png" in line
+        for line in capfd.readouterr().err.splitlines()
+        if "passed over: cannot read" in line
     ] == [True, True]
     broken.write_bytes(good)
     assert write_tokens(data, **words)["damaged"] == [] == load_tokens(tmp_path / "t")[1]["damaged"]

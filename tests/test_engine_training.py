@@ -1,4 +1,5 @@
-"The engine's promise: stop a run anywhere, even by SIGKILL, and the weights at the end are the same bit for bit."
+"""The engine's promise: stop a run anywhere, even by SIGKILL, and the weights at the end are the
+same bit for bit."""
 
 import multiprocessing
 import os
@@ -17,11 +18,13 @@ from torch import Tensor, nn
 
 from beit_nb import BeitError
 from beit_nb.configs import Run
-from beit_nb.recipes import recipe_named
-from beit_nb.tokenizer import train_tokenizer
 from beit_nb.engine.log import read_log
 from beit_nb.engine.runs import load_checkpoint, open_run, run_checkpoints, save_checkpoint
-from beit_nb.engine.training import StepLoader, Trainer, fit
+from beit_nb.engine.steps import StepLoader
+from beit_nb.engine.trainer import Trainer
+from beit_nb.engine.training import fit
+from beit_nb.recipes import recipe_named
+from beit_nb.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
 ENV = dict(os.environ, OMP_NUM_THREADS="1")
@@ -382,22 +385,22 @@ def test_milestones_are_kept_between_checkpoints(tmp_path):
 
 def test_a_dead_scaler_stops_the_run(tmp_path, monkeypatch):
     "fp16 steps that overflow are the scaler's business, but not if every step does."
-    import beit_nb.engine.training as engine
+    from beit_nb.engine import trainer, training
 
-    monkeypatch.setattr(engine, "pick_precision", lambda precision, device: None)
+    monkeypatch.setattr(trainer, "pick_precision", lambda precision, device: None)
     made = torch.amp.GradScaler
     monkeypatch.setattr(
         torch.amp,
         "GradScaler",
         lambda device, enabled: made(device, init_scale=4.0, backoff_factor=0.25, enabled=True),
     )
-    update = engine.update_weights
+    update = training.update_weights
 
     def overflow(model, optimizer, scaler, clip):
         next(model.parameters()).grad.fill_(float("nan"))
         return update(model, optimizer, scaler, clip)
 
-    monkeypatch.setattr(engine, "update_weights", overflow)
+    monkeypatch.setattr(training, "update_weights", overflow)
     with pytest.raises(FloatingPointError):
         line(tmp_path)
     assert list(tmp_path.glob("nonfinite-step-*.json"))

@@ -3,26 +3,41 @@
 BEIT_KILLS=100 pytest tests/test_faults.py -k survives -s     # the long harness; prints what it did
 """
 
-import json, multiprocessing, os, random, resource, signal, socket, subprocess, sys, time
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections import Counter
+from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from beit_nb import pretraining
+from beit_nb import pretraining, targets
 from beit_nb.cli import main
-from beit_nb.engine.sources import Digits, ImageDataset
-from beit_nb.recipes import check_recipe, recipe_named
-from beit_nb.engine.processes import rank, world_size
+from beit_nb.configs import check_recipe
+from beit_nb.engine import training
 from beit_nb.engine.log import read_log
-from beit_nb.engine.runs import load_checkpoint, open_run, run_checkpoints
+from beit_nb.engine.processes import rank, world_size
+from beit_nb.engine.runs import load_checkpoint, open_run, read_metrics, run_checkpoints
+from beit_nb.engine.sources import Digits, ImageDataset
+from beit_nb.finetuning import finetune
+from beit_nb.recipes import recipe_named
+from beit_nb.scale.launching import run_distributed
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 
 torch.set_num_threads(1)
-KILLS = int(os.environ.get("BEIT_KILLS", 6))
+KILLS = int(os.environ.get("BEIT_KILLS", 8))
 FORK = multiprocessing.get_context("fork")  # a process of its own, without importing torch again
+TOKENIZER = dict(steps=4, width=16, vocab_size=32, batch_size=16, precision="fp32")
 SMALL = dict(
     vocab_size=32,
     embed_dim=32,
@@ -45,34 +60,25 @@ def few(data=None):
 
 def words(out, **changes):
     "The command that makes a small run."
-    return [
-        "pretrain",
-        "nano",
-        "--out",
-        str(out),
-        *(
-            w
-            for k, v in (SMALL | dict(tokenizer="in-memory") | changes).items()
-            for w in (f"--{k.replace('_', '-')}", str(v))[: 1 if v is True else 2]
-        ),
-    ]
+    options = SMALL | {"tokenizer": "in-memory"} | changes
+    line = ["pretrain", "nano", "--out", str(out)]
+    for name, value in options.items():
+        line.append(f"--{name.replace('_', '-')}")
+        if value is not True:
+            line.append(str(value))
+    return line
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tokenizer(tmp_path_factory):
     "Pictures and a tokenizer, in memory before anything forks: a life then begins in a moment."
     folder = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(
-        recipe_named(
-            "tokenizer", "nano", out=str(folder), steps=4, width=16, vocab_size=32, batch_size=16
-        ),
-        quiet=True,
-    )
+    train_tokenizer(recipe_named("tokenizer", "nano", out=str(folder), **TOKENIZER), quiet=True)
     pictures = few()
-    tokenizer = load_tokenizer(folder)
+    in_memory = load_tokenizer(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretraining, "open_data", lambda data: pictures)
-        patch.setattr(pretraining, "load_tokenizer", lambda path: tokenizer)
+        patch.setattr(targets, "load_tokenizer", lambda path: in_memory)
         yield folder
 
 
@@ -89,8 +95,8 @@ def life(out, changes, env, before):
     sys.exit(main(words(out, **changes)))
 
 
-def born(out, n=1, before=None, **changes):
-    "n processes that pre-train together, started as torchrun would."
+def torchrun_environment(n):
+    "What torchrun tells its n processes, one dictionary each."
     with socket.socket() as s:
         s.bind(("localhost", 0))
         port = s.getsockname()[1]
@@ -102,314 +108,362 @@ def born(out, n=1, before=None, **changes):
         TORCHELASTIC_RUN_ID="test",
         TORCHELASTIC_RESTART_COUNT="0",
     )
-    family = [
-        FORK.Process(
-            target=life,
-            args=(
-                out,
-                changes,
-                shared | dict(RANK=str(i), LOCAL_RANK=str(i)) if n > 1 else {},
-                before,
-            ),
-        )
-        for i in range(n)
-    ]
-    for p in family:
-        p.start()
+    return [shared | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(n)]
+
+
+def born(out, n=1, before=None, **changes):
+    "n processes that pre-train together, started as torchrun would."
+    environments = torchrun_environment(n) if n > 1 else [{}]
+    family = [FORK.Process(target=life, args=(out, changes, e, before)) for e in environments]
+    for process in family:
+        process.start()
     return family
 
 
 def ends(family, seconds=60):
     "Their exit statuses."
-    for p in family:
-        p.join(seconds)
-    assert not any(p.is_alive() for p in family), "a process hangs"
-    return [p.exitcode for p in family]
+    for process in family:
+        process.join(seconds)
+    hangs = [process for process in family if process.is_alive()]
+    for process in hangs:
+        process.kill()
+    assert not hangs, "a process hangs"
+    return [process.exitcode for process in family]
 
 
 def said(out):
     "What the command printed about errors, line by line."
-    return [
-        l
-        for l in Path(f"{out}.txt").read_text().splitlines()
-        if l.startswith(("beit:", "Traceback"))
-    ]
+    lines = Path(f"{out}.txt").read_text().splitlines()
+    return [line for line in lines if line.startswith(("beit:", "Traceback"))]
 
 
 def step_of(out):
-    return max((r["step"] for r in read_log(out)), default=0)
+    return max((row["step"] for row in read_log(out)), default=0)
 
 
 def wait_for(condition, family):
+    "Wait until it holds; False if a process ended before."
     while not condition():
-        if not any(p.is_alive() for p in family):
+        if not all(process.is_alive() for process in family):
             return False
         time.sleep(0.0005)
     return True
 
 
-def same(a, b):
+def moments(state):
+    return [v for of_one in state["optimizer"]["state"].values() for v in of_one.values()]
+
+
+def assert_same(out, straight):
     "Two runs ended with the same weights and the same optimizer, bit for bit."
-    a = load_checkpoint(a)
-    b = load_checkpoint(b)
-    moments = lambda s: [v for m in s["optimizer"]["state"].values() for v in m.values()]
-    return (
-        a["step"] == b["step"]
-        and all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
-        and all(map(torch.equal, moments(a), moments(b)))
-    )
+    a = load_checkpoint(out)
+    b = load_checkpoint(straight)
+    assert a["step"] == b["step"]
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in b["model"])
+    assert all(map(torch.equal, moments(a), moments(b)))
+
+
+def assert_every_step_once(out, steps):
+    assert [row["step"] for row in read_log(out)] == list(range(1, steps + 1))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     "24 steps that nobody disturbed."
-    assert ends(born(out := tmp_path_factory.mktemp("whole") / "run", steps=24)) == [0]
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert ends(born(out, steps=24)) == [0]
     return out
 
 
+def slowed_after(step, seconds=0.2):
+    "A life that crawls after that step, so that it cannot end before it is killed."
+
+    def slow_down():
+        train_step = training.train_step
+
+        def crawl(trainer, *args):
+            if trainer.step >= step:
+                time.sleep(seconds)
+            return train_step(trainer, *args)
+
+        training.train_step = crawl
+
+    return slow_down
+
+
+def slow_renames():
+    "A save takes a tenth of a second longer, between the last byte and the new name."
+    replace = os.replace
+
+    def slowly(*paths):
+        time.sleep(0.1)
+        return replace(*paths)
+
+    os.replace = slowly
+
+
+def kinds_of_stop(n):
+    "Each kind in turn, in an order that is drawn."
+    kinds = ["kill", "kill while saving", "term", "int"]
+    random.shuffle(kinds)
+    return list(islice(cycle(kinds), n))
+
+
+def stop_once(out, kind, **changes):
+    "One life of a run, ended in this way at a random moment; says how it ended."
+    after = step_of(out) + random.randint(1, 5)
+    slow_steps = slowed_after(after + 4)
+
+    def before():
+        slow_steps()
+        if kind == "kill while saving":
+            slow_renames()
+
+    family = born(out, before=before, **changes)
+    part = out / "checkpoints" / "last.pt.part"
+    assert wait_for(lambda: step_of(out) >= after, family), said(out)
+    if kind == "kill while saving":
+        assert wait_for(part.exists, family), said(out)
+    else:
+        time.sleep(random.uniform(0, 0.03))
+    asked = time.time()
+    if kind == "term":  # as a terminal or a batch system does: the loaders too
+        os.killpg(family[0].pid, signal.SIGTERM)
+    elif kind == "int":
+        os.killpg(family[0].pid, signal.SIGINT)
+    else:
+        os.kill(family[0].pid, signal.SIGKILL)
+    [status] = ends(family, 30)
+    assert part.exists() or kind != "kill while saving"
+    return status, asked
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_survives_any_kill(tmp_path, workers):
     """SIGKILL, SIGKILL in the middle of a save, SIGTERM, SIGINT at random moments.
 
     The run ends as one that was never stopped.
     """
-    kills = (KILLS + 1 - workers // 2) // 2
-    steps = 12 + 4 * kills
-    rng = random.Random()
-    done = Counter()
+    kinds = kinds_of_stop((KILLS + 1 - workers // 2) // 2)
+    steps = 20 + 20 * len(kinds)
     out = tmp_path / "run"
-    assert ends(
-        born(straight := tmp_path / "straight", steps=steps, checkpoint_every=100), 60 + steps
-    ) == [0]
-    while done.total() < kills:
-        family = born(out, steps=steps, workers=workers)
-        start = step_of(out)
-        kind = rng.choice(["kill", "kill", "while saving", "term", "int"])
-        part = out / "checkpoints" / "last.pt.part"
-        after = start + rng.randint(0, 5)
-        wait_for(lambda: step_of(out) >= after, family)
-        if kind == "while saving":
-            wait_for(part.exists, family)
-        else:
-            time.sleep(rng.uniform(0, 0.03))
-        # as a terminal or a batch system: the loaders too
-        if kind in ("term", "int"):
-            os.killpg(family[0].pid, signal.SIGTERM if kind == "term" else signal.SIGINT)
-        else:
-            os.kill(family[0].pid, signal.SIGKILL)
-        asked = time.time()
-        (status,) = ends(family, 30)
-        if status == 0:
-            break  # it was faster
-        # -15: before the engine listened
-        assert status in ((130, -15) if kind in ("term", "int") else (-9,)), (
-            kind,
-            status,
-            said(out),
-        )
-        if status == 130 and run_checkpoints(out):
-            assert run_checkpoints(out)[0].stat().st_mtime - asked < 5, (
-                "a stop saves within seconds"
-            )
-        done[kind if kind != "while saving" or part.exists() else "kill"] += 1
+    straight = tmp_path / "straight"
+    assert ends(born(straight, steps=steps, checkpoint_every=100), 60 + steps) == [0]
+
+    for kind in kinds:
+        status, asked = stop_once(out, kind, steps=steps, workers=workers)
+        polite = kind in ("term", "int")
+        assert status == (130 if polite else -signal.SIGKILL), (kind, said(out))
+        saved = run_checkpoints(out)[0].stat().st_mtime if polite else asked
+        assert saved - asked < 5, "a stop saves within seconds"
     assert ends(born(out, steps=steps, workers=workers), 60 + steps) == [0], said(out)
-    assert same(out, straight), f"{dict(done)}"
-    assert [r["step"] for r in read_log(out)] == list(range(1, steps + 1)), (
-        "the log has every step once"
-    )
+
+    assert_same(out, straight)
+    assert_every_step_once(out, steps)
     assert not list(tmp_path.rglob("*.part")), "nothing half-written stays"
     print(
-        f"\n{done.total()} stops of a run of {steps} steps with {workers} workers: {dict(done)}; "
-        "bit-equal"
+        f"\n{len(kinds)} stops of a run of {steps} steps with {workers} workers: "
+        f"{dict(Counter(kinds))}; bit-equal"
     )
 
 
+RUN_AS_SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_faults import few, main, pretraining, slowed_after, words
+
+pretraining.open_data = few
+slowed_after(8, 0.05)()
+sys.exit(main(words({out!r}, steps=24, tokenizer={tokenizer!r})))
+"""
+
+
+def children_of(pid):
+    "The numbers of the processes that a process started."
+    stats = [p / "status" for p in Path("/proc").iterdir() if p.name.isdigit()]
+    mine = [s for s in stats if s.exists() and f"\nPPid:\t{pid}\n" in s.read_text()]
+    return [int(s.parent.name) for s in mine]
+
+
+@pytest.mark.slow
 def test_a_killed_worker_comes_back(tmp_path, tokenizer):
     """torchrun, two processes, one is killed.
 
     --max-restarts brings the run back without hand work, and it ends bit-equal.
     """
-    assert ends(born(straight := tmp_path / "straight", n=2, steps=24)) == [0, 0]
-    (tmp_path / "run.py").write_text(
-        f"import sys\nsys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_faults import "
-        "few, main, pretraining, words\npretraining.open_data = few\n"
-        f"sys.exit(main(words({str(tmp_path / 'run')!r}, steps=24, tokenizer={str(tokenizer)!r})))"
-    )
-    torchrun = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            "2",
-            "--max-restarts",
-            "1",
-            str(tmp_path / "run.py"),
-        ],
+    out = tmp_path / "run"
+    straight = tmp_path / "straight"
+    assert ends(born(straight, n=2, steps=24)) == [0, 0]
+    script = tmp_path / "run.py"
+    tests = str(Path(__file__).parent)
+    script.write_text(RUN_AS_SCRIPT.format(tests=tests, out=str(out), tokenizer=str(tokenizer)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run = subprocess.Popen(
+        [*torchrun, "--nproc-per-node=2", "--max-restarts=1", script],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=dict(os.environ, OMP_NUM_THREADS="1"),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    while step_of(tmp_path / "run") < 9 and torchrun.poll() is None:
+    while step_of(out) < 9 and run.poll() is None:
         time.sleep(0.002)
-    workers = [
-        int(p.name)
-        for p in Path("/proc").iterdir()
-        if p.name.isdigit() and f"\nPPid:\t{torchrun.pid}\n" in (p / "status").read_text()
-    ]
-    os.kill(random.choice(workers), signal.SIGKILL)
-    text = torchrun.communicate(timeout=90)[0]
-    assert torchrun.returncode == 0 and "exitcode: -9" in text, text
-    assert same(tmp_path / "run", straight)
-    assert [r["step"] for r in read_log(tmp_path / "run")] == list(range(1, 25))
+
+    os.kill(random.choice(children_of(run.pid)), signal.SIGKILL)
+    text = run.communicate(timeout=120)[0]
+
+    assert run.returncode == 0 and "exitcode: -9" in text, text
+    assert_same(out, straight)
+    assert_every_step_once(out, 24)
 
 
+@pytest.mark.slow
 def test_one_refusal_stops_all(tmp_path):
-    """A second run in one folder.
+    "A second run in one folder, a batch that two processes cannot share, a hopeless recipe."
+    busy = tmp_path / "busy"
+    with open_run("pretrain", recipe_named("pretrain", "nano", out=str(busy))):
+        statuses = ends(born(busy, n=2, steps=4), 20)
+    assert statuses == [2, 2]
+    lines = [line.split(";")[0] for line in said(busy)]
+    assert lines == [f"beit: error: another run is at work in {busy}"]
 
-    A batch that two processes cannot share; a recipe that cannot work: one line, status 2, no hang.
-    """
-    with open_run("pretrain", recipe_named("pretrain", "nano", out=str(tmp_path / "busy"))):
-        assert ends(born(tmp_path / "busy", n=2, steps=4), 20) == [2, 2]
-    assert [l.split(";")[0] for l in said(tmp_path / "busy")] == [
-        f"beit: error: another run is at work in {tmp_path / 'busy'}"
-    ]
-    for name, says, change in (
-        ("odd", "batch_size 15 cannot be reached with 2 processes", dict(batch_size=15)),
-        ("bad", "batch_size 0", dict(batch_size=0)),
-    ):
-        assert ends(born(tmp_path / name, n=2, steps=4, **change), 20) == [2, 2]
-        assert len(said(tmp_path / name)) == 1 and said(tmp_path / name)[0].startswith(
-            f"beit: error: {says}"
-        )
-    assert not (tmp_path / "bad").exists() and not (tmp_path / "odd" / "config.json").exists(), (
-        "a corrected try is free to use the folder"
-    )
+    cases = {
+        "odd": (15, "batch_size 15 cannot be reached with 2 processes"),
+        "bad": (0, "batch_size 0"),
+    }
+    for name, (batch_size, words_of_refusal) in cases.items():
+        out = tmp_path / name
+        assert ends(born(out, n=2, steps=4, batch_size=batch_size), 20) == [2, 2]
+        [line] = said(out)
+        assert line.startswith(f"beit: error: {words_of_refusal}")
+    assert not (tmp_path / "bad").exists()
+    assert not (tmp_path / "odd" / "config.json").exists(), "a corrected try may use the folder"
 
 
+@pytest.mark.slow
 def test_a_stop_is_agreed_upon(tmp_path):
     "Only the second process is asked to stop; both save the same step, and one speaks."
-    family = born(tmp_path / "run", n=2, steps=24)
-    assert wait_for(lambda: step_of(tmp_path / "run") >= 5, family)
+    out = tmp_path / "run"
+    family = born(out, n=2, before=slowed_after(8), steps=24)
+    assert wait_for(lambda: step_of(out) >= 5, family)
+
     os.kill(family[1].pid, signal.SIGTERM)
+
     assert ends(family) == [130, 130]
-    step = load_checkpoint(tmp_path / "run")["step"]
-    assert (
-        said(tmp_path / "run")
-        == [f"beit: stopped after step {step} of 24 and saved; the same command continues"]
-        and 5 <= step < 24
-    )
-    assert ends(born(tmp_path / "run", n=2, steps=24)) == [0, 0]
+    step = load_checkpoint(out)["step"]
+    line = f"beit: stopped after step {step} of 24 and saved; the same command continues"
+    assert said(out) == [line] and 5 <= step < 24
+    assert ends(born(out, n=2, steps=24)) == [0, 0]
 
 
+@pytest.mark.slow
+def test_a_process_whose_neighbor_died_stops(tmp_path):
+    "It does not hang, and says how to go on."
+    out = tmp_path / "run"
+    family = born(out, n=2, before=slowed_after(8), steps=24)
+    assert wait_for(lambda: step_of(out) >= 5, family)
+
+    family[1].kill()
+
+    assert ends(family) == [2, -signal.SIGKILL]
+    assert "another process of this run ended; the same command continues" in said(out)[-1]
+
+
+@pytest.mark.slow
 def test_other_counts_of_processes_go_on(tmp_path):
-    """Two copies, then two halves of one model (FSDP2), then one process in bites that computes its
-    blocks twice: as one process all the way.
-    """
+    """Two copies, then two halves of one model (FSDP2), then one process in micro-batches that
+    computes its blocks twice: as one process all the way."""
     calm = dict(steps=24, drop_path_rate=0.0)
-    assert ends(born(tmp_path / "one", **calm)) == [0]
-    for part in (
+    lives = (
         dict(n=2, max_steps=9),
         dict(n=2, parallel="fsdp", max_steps=17),
         dict(device_batch_size=4, grad_checkpointing=True),
-    ):
-        assert not any(ends(born(tmp_path / "many", **calm, **part))), said(tmp_path / "many")
-    one = load_checkpoint(tmp_path / "one")
-    many = load_checkpoint(tmp_path / "many")
-    for k, v in one["model"].items():
-        torch.testing.assert_close(many["model"][k], v, atol=2e-6, rtol=1e-5, msg=k)
-    for a, b in zip(read_log(tmp_path / "one"), read_log(tmp_path / "many"), strict=True):
+    )
+    assert ends(born(tmp_path / "one", **calm)) == [0]
+    for changes in lives:
+        assert not any(ends(born(tmp_path / "many", **calm, **changes))), said(tmp_path / "many")
+
+    one = load_checkpoint(tmp_path / "one")["model"]
+    many = load_checkpoint(tmp_path / "many")["model"]
+    for k in one:
+        torch.testing.assert_close(many[k], one[k], atol=2e-6, rtol=1e-5, msg=k)
+    rows = read_log(tmp_path / "one")
+    for a, b in zip(rows, read_log(tmp_path / "many"), strict=True):
         for k in ("loss", "mlm_acc", "grad_norm"):
             assert abs(a[k] - b[k]) < 1e-5 * max(1, abs(a[k])), (a["step"], k)
 
 
-def poison():
+class BrokenLoss(pretraining.PretrainLoss):
     "In step 9 the loss of the last process is not a number."
-    real = pretraining.pretrain_loss
 
-    def sick(*args):
-        def loss_of(model, bite, step):
-            loss, metrics = real(*args)(model, bite, step)
-            return loss * (float("nan") if step == 8 and rank() == world_size() - 1 else 1), metrics
+    def __call__(self, model, batch, step):
+        loss, metrics = super().__call__(model, batch, step)
+        broken = step == 8 and rank() == world_size() - 1
+        return loss * (float("nan") if broken else 1), metrics
 
-        return loss_of
 
-    pretraining.pretrain_loss = sick
+def break_the_loss():
+    pretraining.PretrainLoss = BrokenLoss
 
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_loss_that_is_no_number(tmp_path, n):
     "The step is named, its pictures are listed, the weights before it are kept, status 1."
-    assert (
-        ends(
-            born(
-                out := tmp_path / "run",
-                n=n,
-                before=poison,
-                steps=24,
-                log_every=20,
-                checkpoint_every=4,
-            )
-        )
-        == [1] * n
-    )
-    assert (
-        len(said(out)) == 1
-        and "in step 9 the loss is nan" in said(out)[0]
-        and "has sound weights, of step 8" in said(out)[0]
-    ), said(out)
+    out = tmp_path / "run"
+    every = dict(log_every=20, checkpoint_every=4)
+
+    assert ends(born(out, n=n, before=break_the_loss, steps=24, **every)) == [1] * n
+
+    [line] = said(out)
+    assert "in step 9 the loss is nan" in line and "has sound weights, of step 8" in line
     record = json.loads((out / "nonfinite-step-9.json").read_text())
+    assert record["step"] == 9 and record["loss"] == "nan"
+    numbers = [source["number"] for source in record["samples"]]
+    second_epoch = np.random.default_rng([3, 0, 1]).permutation(128)
+    assert numbers == second_epoch[:16].tolist()  # step 9 is its first
     state = load_checkpoint(out)
-    assert (
-        record["step"] == 9
-        and record["loss"] == "nan"
-        and state["step"] == 8
-        and all(v.isfinite().all() for v in state["model"].values())
-    )
-    numbers = [s["number"] for s in record["samples"]]
-    # step 9 is the first of the second epoch
-    first_epoch = np.random.default_rng([3, 0, 1]).permutation(128)[:16]
-    assert numbers == first_epoch.tolist()
+    assert state["step"] == 8
+    assert all(v.isfinite().all() for v in state["model"].values())
 
 
 def test_full_disk(tmp_path, whole):
-    """The disk is full at a save.
+    """The disk is full at a save: one line, status 2, the checkpoint before is intact.
 
-    One line, status 2, the checkpoint before is intact; with room again the run ends as if nothing
-    had been.
+    With room again the run ends as if nothing had been.
     """
-    assert ends(born(out := tmp_path / "run", steps=24, max_steps=6)) == [0]
+    out = tmp_path / "run"
+    assert ends(born(out, steps=24, max_steps=6)) == [0]
     size = (out / "checkpoints" / "last.pt").stat().st_size
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, -1))
-    assert ends(born(out, steps=24, before=full)) == [2]
-    assert (
-        len(said(out)) == 1
-        and said(out)[0].startswith(f"beit: error: cannot write {out}/checkpoints/last.pt: ")
-        and "the checkpoint before it is intact" in said(out)[0]
-    )
+
+    def no_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, -1))
+
+    assert ends(born(out, steps=24, before=no_room)) == [2]
+
+    [line] = said(out)
+    assert line.startswith(f"beit: error: cannot write {out}/checkpoints/last.pt: ")
+    assert "the checkpoint before it is intact" in line
     assert load_checkpoint(out)["step"] == 6 and len(run_checkpoints(out)) == 2
-    assert ends(born(out, steps=24)) == [0] and same(out, whole)
+    assert ends(born(out, steps=24)) == [0]
+    assert_same(out, whole)
 
 
 def test_read_only_folder(tmp_path):
     """The same for a folder that may no longer be written to (root may write anywhere, so the
-    system's answer is put in its mouth).
-    """
+    system's answer is put in its mouth)."""
+    out = tmp_path / "run"
+    assert ends(born(out, steps=24, max_steps=6)) == [0]
 
     def read_only():
-        def no(*paths):
+        def refuse(*paths):
             raise OSError(30, "Read-only file system")
 
-        os.replace = no
+        os.replace = refuse
 
-    assert ends(born(out := tmp_path / "run", steps=24, max_steps=6)) == [0]
-    assert (
-        ends(born(out, steps=24, before=read_only)) == [2]
-        and len(said(out)) == 1
-        and "Read-only file system" in said(out)[0]
-    ), said(out)
+    assert ends(born(out, steps=24, before=read_only)) == [2]
+
+    [line] = said(out)
+    assert "Read-only file system" in line
     assert load_checkpoint(out)["step"] == 6
 
 
@@ -418,57 +472,125 @@ def test_a_damaged_newest_checkpoint(tmp_path, whole):
 
     When none is sound it refuses.
     """
-    assert ends(
-        born(out := tmp_path / "run", steps=24, max_steps=6, keep_checkpoints=3, milestone_every=2)
-    ) == [0]
+    out = tmp_path / "run"
+    first = dict(max_steps=6, keep_checkpoints=3, milestone_every=2)
+    assert ends(born(out, steps=24, **first)) == [0]
     assert [f.stem for f in run_checkpoints(out)] == ["last", "step-0000004", "step-0000002"]
     last = run_checkpoints(out)[0]
     os.truncate(last, last.stat().st_size // 2)
+
     assert ends(born(out, steps=24, max_steps=7, keep_checkpoints=2)) == [0]
-    assert (
-        len(said(out)) == 1
-        and f"{last} is damaged" in said(out)[0]
-        and "going on from the one before, " in said(out)[0]
-        and said(out)[0].endswith("step-0000004.pt")
-    )
+
+    [line] = said(out)
+    assert f"{last} is damaged" in line and "going on from the one before, " in line
+    assert line.endswith("step-0000004.pt")
     assert [f.stem for f in run_checkpoints(out)] == ["last", "step-0000006"]
-    assert ends(born(out, steps=24)) == [0] and same(out, whole)
-    for f in run_checkpoints(out):
-        f.write_bytes(b"ashes")
+    assert ends(born(out, steps=24)) == [0]
+    assert_same(out, whole)
+    for file in run_checkpoints(out):
+        file.write_bytes(b"ashes")
     assert ends(born(out, steps=24)) == [2] and "is damaged" in said(out)[-1]
 
 
-def test_masks_are_never_empty(tmp_path):
-    """Recipes whose masks would be empty are refused.
+MASKS = [("blockwise", 1, 1), ("blockwise", 4, 4), ("blockwise", 26, 16), ("random", 1, 16)]
 
-    Those that pass never make one; and a model refuses to guess nothing.
-    """
-    rng = np.random.default_rng()
-    for kind, target, least in (
-        ("blockwise", 1, 1),
-        ("blockwise", 4, 4),
-        ("blockwise", 26, 16),
-        ("random", 1, 16),
-        ("blockwise", 64, 1),
-    ):
-        r = recipe_named(
-            "pretrain",
-            "nano",
-            masking=kind,
-            num_mask_patches=target,
-            min_mask_patches_per_block=least,
-            exact_mask=False,
-        )
-        check_recipe(r)
-        assert all(pretraining.mask_maker(r)(rng=rng).any() for _ in range(300)), (
-            kind,
-            target,
-            least,
-        )
-    assert (
-        ends(born(tmp_path / "run", num_mask_patches=1)) == [2]
-        and "masks stay empty" in said(tmp_path / "run")[0]
+
+@pytest.mark.parametrize("kind, target, least", [*MASKS, ("blockwise", 64, 1)])
+def test_masks_are_never_empty(kind, target, least):
+    r = recipe_named(
+        "pretrain",
+        "nano",
+        masking=kind,
+        num_mask_patches=target,
+        min_mask_patches_per_block=least,
+        exact_mask=False,
     )
-    model = pretraining.build_mim(r)
+    rng = np.random.default_rng()
+
+    check_recipe(r)
+    masks = [pretraining.mask_maker(r)(rng=rng) for _ in range(300)]
+
+    assert all(mask.any() for mask in masks)
+
+
+def test_recipes_of_empty_masks_are_refused(tmp_path):
+    assert ends(born(tmp_path / "run", num_mask_patches=1)) == [2]
+    [line] = said(tmp_path / "run")
+    assert "masks stay empty" in line
+
+
+def test_a_model_refuses_to_guess_nothing():
+    model = pretraining.build_mim(recipe_named("pretrain", "nano"))
+    nothing = torch.zeros(2, 8, 8, dtype=torch.bool)
     with pytest.raises(ValueError, match="nothing to guess"):
-        model(torch.zeros(2, 3, 32, 32), torch.zeros(2, 8, 8, dtype=torch.bool))
+        model(torch.zeros(2, 3, 32, 32), nothing)
+
+
+def small_tokenizer(out, **changes):
+    r = recipe_named("tokenizer", "nano", out=str(out), **TOKENIZER | changes)
+    train_tokenizer(r, quiet=True)
+
+
+def small_pretraining(out, **changes):
+    options = SMALL | dict(tokenizer="in-memory", steps=4) | changes
+    pretraining.pretrain(recipe_named("pretrain", "nano", out=str(out), **options), quiet=True)
+
+
+def small_finetuning(out, **changes):
+    shape = dict(embed_dim=32, depth=2, num_heads=2, batch_size=16, precision="fp32")
+    options = shape | dict(labels_per_class=4, eval_every=100, steps=4) | changes
+    finetune(recipe_named("finetune", "nano", out=str(out), **options), quiet=True)
+
+
+TRAININGS = [small_tokenizer, small_pretraining, small_finetuning]
+
+
+@pytest.mark.parametrize("train", TRAININGS)
+@pytest.mark.parametrize("change", [{"max_steps": 3}, {"dry_run": True}])
+def test_a_part_of_a_run_is_no_finished_run(tmp_path, train, change):
+    "Its figures are there for people, but whoever builds on a finished run does not get them."
+    train(tmp_path, **change)
+
+    part = json.loads((tmp_path / "metrics.json").read_text())
+    assert part["finished"] is False and part["steps"] == change.get("max_steps", 2)
+    assert read_metrics(tmp_path) is None
+
+    train(tmp_path)
+
+    whole = read_metrics(tmp_path)
+    assert whole["finished"] is True and whole["steps"] == 4
+
+
+def open_cifar(folder):
+    """The job of a process: opens a set that must be unpacked first, which takes a while.
+
+    Returns how often this process unpacked, and how many pictures it found.
+    """
+    from pathlib import Path
+
+    from beit_nb import data
+
+    unpacked = []
+
+    class SlowCifar:
+        "Stands in for torchvision's: two processes at once would break its files."
+
+        classes = ["even", "odd"]
+
+        def __init__(self, root, train, download):
+            files = Path(root) / "files"
+            if not files.exists():
+                with open(f"{root}/being-unpacked", "x"):
+                    unpacked.append(rank())
+                    time.sleep(0.5)
+                files.touch()
+            self.targets = [i % 2 for i in range(40)]
+
+    data.tv.CIFAR10 = SlowCifar
+    pictures = data.torchvision_set("cifar10", "train", folder)
+    return len(unpacked), len(pictures)
+
+
+@pytest.mark.slow
+def test_rank_0_alone_unpacks_a_known_set(tmp_path):
+    assert run_distributed(open_cifar, str(tmp_path)) == [(1, 36), (0, 36)]

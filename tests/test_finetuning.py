@@ -164,8 +164,6 @@ def test_classes_are_numbered_as_in_train(folder, tmp_path):
         finetune(replace(r, out=str(tmp_path / "other")), quiet=True)
 
 
-
-
 def test_evaluation_passes_over_damage(tmp_path, capfd):
     "An empty file in val/ stops neither a score nor a probe; it is named once and left out."
     for c, name in enumerate("ab"):

@@ -27,11 +27,14 @@ def test_the_small_fit_is_the_direct_fit():
     rng = np.random.default_rng(0)
     y = rng.integers(0, 3, 40)
     t = rng.integers(0, 3, 60)
+
     # five constant features
-    make = lambda labels: (
-        rng.normal(size=(len(labels), 300)) * (np.arange(300) > 4)
-        + 1.5 * np.eye(3, 300, 10)[labels]
-    )
+    def make(labels):
+        return (
+            rng.normal(size=(len(labels), 300)) * (np.arange(300) > 4)
+            + 1.5 * np.eye(3, 300, 10)[labels]
+        )
+
     x = make(y)
     h = make(t)
     want = [

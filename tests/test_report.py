@@ -13,7 +13,7 @@ from beit_nb.finetuning import finetune
 from beit_nb.pretraining import pretrain
 from beit_nb.probing import probe
 from beit_nb.recipes import recipe_named
-from beit_nb.report import Progress, progress, run_report
+from beit_nb.report import RunStatus, run_report, run_status
 from beit_nb.tokenizer import train_tokenizer
 
 SMALL = dict(steps=8, batch_size=16, log_every=2, checkpoint_every=2, precision="fp32")
@@ -196,19 +196,19 @@ LOG = [{"step": step, "epoch": step / 20, "loss": 1.0} for step in (20, 40, 60)]
 @pytest.mark.parametrize(
     "config, metrics, wanted",
     [
-        ({"epochs": 4}, None, Progress(60, 80, False)),
-        ({"epochs": 4}, {"finished": False}, Progress(60, 80, False)),
-        ({"epochs": 4, "steps": 60}, {"finished": True}, Progress(60, 60, True)),
-        ({}, {"finished": True}, Progress(60, None, True)),
+        ({"epochs": 4}, None, RunStatus(60, 80, False)),
+        ({"epochs": 4}, {"finished": False}, RunStatus(60, 80, False)),
+        ({"epochs": 4, "steps": 60}, {"finished": True}, RunStatus(60, 60, True)),
+        ({}, {"finished": True}, RunStatus(60, None, True)),
     ],
 )
 def test_progress(tmp_path, config, metrics, wanted):
     if metrics:
         (tmp_path / "metrics.json").write_text(json.dumps(metrics))
 
-    assert progress(tmp_path, config, LOG) == wanted
+    assert run_status(tmp_path, config, LOG) == wanted
 
 
 def test_progress_in_words():
-    assert str(Progress(600, 1200, False)) == "step 600 of 1,200 (50%)"
-    assert str(Progress(7, None, False)) == "step 7"
+    assert str(RunStatus(600, 1200, False)) == "step 600 of 1,200 (50%)"
+    assert str(RunStatus(7, None, False)) == "step 7"

@@ -81,5 +81,3 @@ def test_mean_is_the_mean(tmp_path):
         )
     for k, v in tokenizer.dvae.state_dict().items():
         torch.testing.assert_close(v, mean[k], atol=1e-6, rtol=1e-5)
-
-

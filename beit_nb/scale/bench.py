@@ -43,7 +43,7 @@ def run_bench(name: str, quick: bool) -> dict:
     result = BENCHES[name](threads, quick)
     return dict(threads=threads) | result | dict(quick=quick, machine=machine())
 
-
+# %% ../../nbs/59_scale_bench.ipynb #bench-all
 def bench(
     names: list[str] | None = None,  # none: all that are installed
     threads: int | None = None,  # of torch; none: as they are

@@ -60,7 +60,7 @@ def small_models(shape: dict) -> dict[str, nn.Module]:
     models["ours, BEiT+"] = VisionTransformer(**shape, **BEIT_PLUS)
     return models
 
-
+# %% ../../nbs/58_scale_bench_parts.ipynb #bench-small-run
 def forward_backward(model: nn.Module, images: Tensor, bf16: bool) -> None:
     "A training pass without an optimizer; gradients are dropped."
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):

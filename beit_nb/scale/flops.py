@@ -207,7 +207,7 @@ def small_decoder_products(r: TokenizerRecipe) -> list[MatMul]:
     last = r.width >> doublings - 1
     return [*products, conv_matmul("pixels", r.img_size // 2, 1, last, 4 * channels)]
 
-
+# %% ../../nbs/50_scale_flops.ipynb #dvae-products
 def encoder_products(r: TokenizerRecipe) -> list[MatMul]:
     "What it takes to tokenize a picture."
     return dalle_encoder_products(r) if r.arch == "dalle" else small_encoder_products(r)

@@ -211,7 +211,7 @@ def work_row(p: TrainingPlan) -> tuple[str, str]:
         text += f", {executed / 1e9:.4g} executed: checkpointing runs blocks again"
     return "work", f"{text}; {p.samples * executed:.3g} FLOP in all"
 
-
+# %% ../../nbs/53_scale_plan.ipynb #time-rows
 def time_rows(p: TrainingPlan) -> list[tuple[str, str]]:
     "Hours at the assumed share of the peak, and at the paper's."
     seconds = p.recipe.batch_size / p.images_per_second

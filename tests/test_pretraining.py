@@ -1,0 +1,287 @@
+"Pre-training: masks of a recipe, one sample, the loss by three roads, and the examination."
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from beit_nb import BeitError
+from beit_nb.dvae import DiscreteVAE, init_codes
+from beit_nb.engine.loading import TrainLoader, TransformedDataset, collate
+from beit_nb.engine.optim import loss_weights
+from beit_nb.engine.runs import save_checkpoint
+from beit_nb.engine.sources import Digits
+from beit_nb.images import preprocess, to_float
+from beit_nb.masking import neighbor_rate
+from beit_nb.mim import mim_loss
+from beit_nb.pretraining import (
+    PretrainLoss,
+    PretrainTransform,
+    add_masked_indices,
+    build_mim,
+    evaluate_mim,
+    load_mim,
+    mask_maker,
+    watch_reconstructions,
+)
+from beit_nb.recipes import as_config, recipe_named
+from beit_nb.targets import TableTargets, TokenizerTargets, colored, tokenize_dataset
+from beit_nb.tokens import Tokenizer
+
+SMALL = dict(vocab_size=32, embed_dim=32, num_heads=2, depth=2, batch_size=32)
+
+
+def recipe(**changes):
+    return recipe_named("pretrain", "nano", **SMALL | changes)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    "Untrained, but its codes start on the digits, so that it uses many of them."
+    torch.manual_seed(0)
+    dvae = DiscreteVAE(vocab_size=32, width=16)
+    with torch.no_grad():
+        init_codes(dvae, to_float(Digits("val").images[:64]))
+    return Tokenizer(dvae)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return build_mim(recipe())
+
+
+@pytest.fixture(scope="module")
+def batch():
+    samples = TransformedDataset(Digits("val"), PretrainTransform(recipe()))
+    batch, _ = collate([samples[i] for i in range(24)])
+    return add_masked_indices(batch)[0]
+
+
+def by_hand(model, tokenizer, batch):
+    "The loss (paper, Eq. 1) with nothing of the engine."
+    ids = tokenizer.get_codebook_indices(to_float(batch.token_view))
+    assert len(ids.unique()) > 4  # else any mistake would pass
+    logits = model(preprocess(batch.patch_view, "beit"), batch.mask)
+    return mim_loss(logits, ids[batch.mask])
+
+
+# --- masks and samples
+
+
+@pytest.mark.parametrize("masking", ["blockwise", "random"])
+def test_masks_of_a_recipe(masking):
+    make = mask_maker(recipe(masking=masking))
+    rng = np.random.default_rng(0)
+
+    masks = np.stack([make(rng=rng) for _ in range(200)])
+
+    assert masks.shape == (200, 8, 8) and masks.dtype == bool
+    assert (masks.sum((1, 2)) == 26).all()
+    assert len(np.unique(masks, axis=0)) > 190
+    # single patches know nothing of their neighbors: 26 of 64 are hidden, blocks are clumped
+    rate = neighbor_rate(masks)
+    assert rate > 0.6 if masking == "blockwise" else abs(rate - 25 / 63) < 0.03
+
+
+def test_masks_follow_the_settings_of_a_recipe():
+    rng = np.random.default_rng(0)
+    paper = mask_maker(recipe_named("pretrain", "base-in1k"))
+    one_block = mask_maker(
+        recipe(
+            num_mask_patches=4,
+            min_mask_patches_per_block=4,
+            max_mask_patches_per_block=4,
+            min_aspect=1.0,
+        )
+    )
+
+    masks = [paper(rng=rng) for _ in range(50)]
+    squares = [one_block(rng=rng) for _ in range(20)]
+
+    assert all(m.shape == (14, 14) and 0 < m.sum() <= 75 for m in masks)
+    for mask in squares:
+        rows, columns = np.nonzero(mask)
+        assert np.ptp(rows) == np.ptp(columns) == 1  # 2 x 2
+
+
+def test_a_sample_follows_from_its_key():
+    r = recipe(crop_scale=(0.3, 1.0), color_jitter=0.4, flip=0.5)
+    samples = [TransformedDataset(Digits("val"), PretrainTransform(r), seed=5) for _ in range(2)]
+
+    first, again = (s[400 + 7][0] for s in samples)  # picture 7 in its second epoch
+    before = samples[0][7][0]
+
+    for name in ("patch_view", "token_view", "mask"):
+        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert not torch.equal(getattr(first, name), getattr(before, name))
+    assert first.number == before.number == 7 and first.jitter is None
+    assert first.patch_view.dtype == torch.uint8 and first.mask.sum() == 26
+
+
+def test_hidden_cells_are_listed_in_the_order_of_the_mask(batch):
+    cells = torch.arange(24 * 64).view(24, 8, 8)
+
+    listed, n = add_masked_indices(batch._replace(masked_index=None))
+
+    assert n == 24 * 26 and torch.equal(listed.masked_index, cells[batch.mask])
+
+
+# --- the loss
+
+
+def test_loss_by_hand_by_tokenizer_and_by_table(model, tokenizer, batch):
+    table = tokenize_dataset(tokenizer, Digits("val"), PretrainTransform(recipe()).views)
+    want = by_hand(model, tokenizer, batch)
+
+    for targets in (TokenizerTargets(tokenizer), TableTargets(table)):
+        loss, metrics = PretrainLoss(targets, "beit")(model, batch, 0)
+        torch.testing.assert_close(loss, want, atol=1e-6, rtol=0)
+        assert 0 <= metrics["mlm_acc"] <= 1
+
+
+def test_loss_reads_the_pictures_as_the_recipe_says(model, tokenizer, batch):
+    targets = TokenizerTargets(tokenizer)
+
+    losses = [PretrainLoss(targets, name)(model, batch, 0)[0] for name in ("beit", "imagenet")]
+
+    assert abs(losses[0] - losses[1]) > 1e-4
+
+
+def test_micro_batches_add_up_to_the_batch(model, tokenizer):
+    "Their losses, weighed by hidden patches, which differ here from picture to picture."
+    r = recipe(exact_mask=False, num_mask_patches=40)
+    samples = TransformedDataset(Digits("val"), PretrainTransform(r), r.seed)
+    compute_loss = PretrainLoss(TokenizerTargets(tokenizer), "beit")
+
+    losses = {}
+    for size in (32, 12):
+        loader = TrainLoader(samples, r, size, add_masked_indices)
+        micro_batches, counts = next(iter(loader.steps(0, 1)))
+        weights = loss_weights(counts, sum(counts))
+        each = [compute_loss(model, micro_batch, 0)[0] for micro_batch in micro_batches]
+        losses[size] = sum(w * loss for w, loss in zip(weights, each))
+
+    assert len(counts) == 3 and counts[0] != counts[1]
+    torch.testing.assert_close(losses[12], losses[32], atol=1e-6, rtol=0)
+
+
+def test_jitter_on_the_device_is_that_of_the_loader(model, tokenizer):
+    val = Digits("val")
+    batches = {}
+    for on in ("loader", "device"):
+        r = recipe(color_jitter=0.4, jitter_on=on)
+        samples = TransformedDataset(val, PretrainTransform(r), 3)
+        batches[on] = add_masked_indices(collate([samples[i] for i in range(24)])[0])[0]
+    plain = batches["device"]._replace(jitter=None)
+    table = tokenize_dataset(tokenizer, val, PretrainTransform(recipe()).views)
+    compute_loss = PretrainLoss(TableTargets(table), "beit")
+
+    views = {on: colored(batch.patch_view, batch) for on, batch in batches.items()}
+    losses = {on: compute_loss(model, batch, 0)[0] for on, batch in batches.items()}
+
+    assert torch.equal(batches["loader"].mask, plain.mask)
+    # the loader rounds to bytes after each of its steps
+    apart = (views["device"] - views["loader"]).abs()
+    assert apart.mean() < 1 / 255 and apart.max() < 0.03
+    assert abs(losses["loader"] - losses["device"]) < 0.002
+    assert (to_float(plain.patch_view) - views["device"]).abs().mean() > 5 * apart.mean()
+
+
+# --- the examination
+
+
+def count_by_hand(model, r, tokenizer, pictures, prior, seed):
+    "Picture by picture and patch by patch, with loops."
+    samples = TransformedDataset(pictures, PretrainTransform(r), seed)
+    hits = constant = total = 0
+    loss = 0.0
+    for i in range(len(pictures)):
+        sample = samples[i][0]
+        ids = tokenizer.get_codebook_indices(to_float(sample.token_view[None]))[0]
+        everywhere = model(
+            preprocess(sample.patch_view[None], r.mean_std),
+            sample.mask[None],
+            return_all_tokens=True,
+        )[0].view(8, 8, -1)
+        for row, column in sample.mask.nonzero().tolist():
+            true = int(ids[row, column])
+            logits = everywhere[row, column]
+            hits += int(logits.argmax()) == true
+            loss -= float(logits.log_softmax(0)[true])
+            constant += int(torch.bincount(prior[:, row, column]).argmax()) == true
+            total += 1
+    return {
+        "masked_top1": hits / total,
+        "masked_loss": loss / total,
+        "best_constant_top1": constant / total,
+    }
+
+
+def few_digits(n):
+    pictures = Digits("val")
+    pictures.images = pictures.images[:n]
+    pictures.labels = pictures.labels[:n]
+    return pictures
+
+
+@torch.no_grad()
+def test_examination_against_a_count_by_hand(model, tokenizer):
+    r = recipe()
+    pictures = few_digits(8)
+    prior = tokenizer.get_codebook_indices(to_float(Digits("val").images[100:]))
+    model.eval()
+
+    want = count_by_hand(model, r, tokenizer, pictures, prior, seed=4)
+    got = evaluate_mim(model, r, tokenizer, pictures, prior, seed=4, batch_size=3)
+
+    assert got.keys() == want.keys()
+    assert got["masked_top1"] == want["masked_top1"]
+    assert got["best_constant_top1"] == want["best_constant_top1"] > 0.05
+    assert got["masked_loss"] == pytest.approx(want["masked_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_examination_leaves_the_model_as_it_was(model, tokenizer, training):
+    model.train(training)
+
+    metrics = evaluate_mim(model, recipe(), tokenizer, few_digits(8))
+
+    assert model.training == training
+    assert set(metrics) == {"masked_top1", "masked_loss"}  # no prior, no constant guess
+
+
+# --- checkpoints, and the pictures of a run
+
+
+def test_a_model_comes_back_with_its_recipe(model, tmp_path):
+    r = recipe()
+    state = dict(model=model.state_dict(), config=as_config("pretrain", r))
+    save_checkpoint(tmp_path / "model.pt", state)
+
+    loaded, r_loaded = load_mim(tmp_path / "model.pt")
+
+    assert r_loaded == r and not loaded.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    with pytest.raises(BeitError):
+        load_mim(tmp_path / "nowhere.pt")
+
+
+def test_a_run_watches_the_same_pictures_each_time(tokenizer, tmp_path):
+    r = recipe(seed=3)
+    val = Digits("val")
+    table = tokenize_dataset(tokenizer, val, PretrainTransform(r).views)
+    training = TransformedDataset(val, PretrainTransform(r), r.seed)
+
+    one = watch_reconstructions(r, tmp_path, 2, val, TokenizerTargets(tokenizer))
+    two = watch_reconstructions(r, tmp_path, 2, val, TableTargets(table, tokenizer))
+    other = watch_reconstructions(replace(r, seed=4), tmp_path, 2, val, TokenizerTargets(tokenizer))
+
+    for name in ("views", "masks", "ids"):
+        assert torch.equal(getattr(one, name), getattr(two, name))
+    assert torch.equal(one.views, val.images[np.linspace(0, 399, 6).astype(int)])
+    assert torch.equal(one.ids, tokenizer.get_codebook_indices(to_float(one.views)))
+    assert torch.equal(one.views, other.views) and not torch.equal(one.masks, other.masks)
+    assert not torch.equal(one.masks[0], training[0][0].mask)
