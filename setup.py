@@ -25,7 +25,7 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["beit_nb", "beit_nb.*"]),
     install_requires=cfg["requirements"].split(),
-    package_data={"beit_nb": ["py.typed"]},
+    package_data={"beit_nb": ["py.typed"], "beit_nb.explorers": ["*.js", "*.css"]},
     extras_require={"test": test_requirements, "dev": test_requirements + dev_requirements},
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),

@@ -12,7 +12,7 @@ from beit_nb.data import open_data
 from beit_nb.engine.log import read_log
 from beit_nb.engine.sources import Digits
 from beit_nb.engine.token_files import tokenize_files
-from beit_nb.images import to_float
+from beit_nb.images import to_float, to_pil
 from beit_nb.pretraining import build_mim, pretrain
 from beit_nb.recipes import recipe_named
 from beit_nb.reconstructions import ReconstructionCallback, reconstruction_figure
@@ -24,14 +24,17 @@ SMALL = dict(batch_size=16, log_every=2, precision="fp32")
 
 def recipe(top, out, **changes):
     small = SMALL | dict(steps=4, watch_every=2, embed_dim=32, num_heads=2, depth=2)
-    where = dict(tokenizer=f"{top}/tok", out=f"{top}/{out}")
+    where = dict(data=f"{top}/pictures", tokenizer=f"{top}/tok", out=f"{top}/{out}")
     return recipe_named("pretrain", "nano", **small | where | changes)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     top = tmp_path_factory.mktemp("runs")
-    small = dict(out=f"{top}/tok", width=32, steps=24, **SMALL)
+    (top / "pictures").mkdir()
+    for i, image in enumerate(Digits("train", places=1).images[:64]):
+        to_pil(to_float(image)).save(top / "pictures" / f"{i:02d}.png")
+    small = dict(data=f"{top}/pictures", out=f"{top}/tok", width=32, steps=24, **SMALL)
     train_tokenizer(recipe_named("tokenizer", "nano", **small), quiet=True)
     pretrain(recipe(top, "pre"), quiet=True)
     return top
@@ -55,6 +58,40 @@ def test_a_look_is_a_picture(runs):
     # 32 pixels, three screen pixels each
     painted = (tokenizer.decode(look["ids"])[0] * 255).round().permute(1, 2, 0).int().numpy()
     assert np.abs(truth[:96:3, :96:3] - painted).max() <= 1
+
+
+def test_a_resumed_run_goes_on_with_the_same_pictures(runs):
+    "Stopped after two of four steps and continued: the same looks as those of a run in one go."
+    pretrain(recipe(runs, "stopped", max_steps=2), quiet=True)
+    pretrain(recipe(runs, "stopped"), quiet=True)
+
+    names = sorted(file.name for file in (runs / "pre" / "watch").iterdir())
+    assert names == sorted(file.name for file in (runs / "stopped" / "watch").iterdir())
+    assert len(names) == 6
+    for name in names:
+        one, two = (runs / run / "watch" / name for run in ("pre", "stopped"))
+        if name.endswith(".png"):
+            assert one.read_bytes() == two.read_bytes()
+            continue
+        looks = [torch.load(file, weights_only=True) for file in (one, two)]
+        for key, value in looks[0].items():
+            assert np.array_equal(value, looks[1][key]), (name, key)
+
+
+def test_looks_come_when_they_are_due(tmp_path):
+    "Every third step, two files each; and the model goes back to its training."
+    views = Digits("val").images[:2]
+    masks = torch.zeros(2, 8, 8, dtype=torch.bool)
+    masks[:, 2:5] = True
+    watch = ReconstructionCallback(tmp_path, 3, views, masks, torch.zeros(2, 8, 8), None)
+    model = build_mim(recipe(tmp_path, "x")).train()
+
+    said = [watch.look(step, model) for step in range(5)]
+
+    assert [look is not None for look in said] == [True, False, False, True, False]
+    names = sorted(file.name for file in (tmp_path / "watch").iterdir())
+    assert names == ["0000000.png", "0000000.pt", "0000003.png", "0000003.pt"]
+    assert model.training
 
 
 def test_looks_go_to_tensorboard(runs):
@@ -93,7 +130,7 @@ def test_where_nobody_looked(runs):
 
 def test_tokens_from_disk_are_painted_too(runs):
     "With --tokens no tokenizer runs; if --tokenizer is given still, it paints: the same looks."
-    tokenize_files(open_data("digits"), load_tokenizer(runs / "tok"), runs / "tokens")
+    tokenize_files(open_data(f"{runs}/pictures"), load_tokenizer(runs / "tok"), runs / "tokens")
 
     pretrain(recipe(runs, "table", tokens=f"{runs}/tokens"), quiet=True)
 

@@ -1,0 +1,39 @@
+"""Things to touch: pictures under a finger, and every idea of the book as an explorer.
+
+Written by hand, as beit_nb/__init__.py is; the modules of this package are exported from the
+notebooks nbs/60 to nbs/69, and pad.js and explorers.css, the part that runs in the browser, are
+plain files beside them. Each explorer can be imported from here and is loaded when it is first
+asked for, so that `import beit_nb.explorers` imports neither torch nor ipywidgets.
+"""
+
+from importlib import import_module
+
+HOMES = {
+    "pad": "PatchPad",
+    "shell": "Explorer FunctionExplorer DebouncedCallback",
+    "mask_rules": "MaskRule",
+    "masks": "MaskExplorer",
+    "patches": "PatchExplorer",
+    "elbo": "GapExplorer TemperatureExplorer AlphabetExplorer",
+    "tokens": "TokenExplorer ready_tokenizer some_digits",
+    "attention": "AttentionExplorer ready_mim MimPredictor mim_predictor",
+    "recipes": "ScheduleExplorer",
+}
+_HOME_OF = {name: room for room, names in HOMES.items() for name in names.split()}
+_WIDGETS = ("ipywidgets", "anywidget")  # needed here and nowhere else in beit_nb
+
+
+def __getattr__(name: str):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'beit_nb.explorers' has no attribute {name!r}")
+    try:
+        home = import_module(f"beit_nb.explorers.{_HOME_OF[name]}")
+    except ModuleNotFoundError as e:
+        if e.name not in _WIDGETS:
+            raise
+        raise ImportError(f"{name} needs {e.name}: pip install {' '.join(_WIDGETS)}") from e
+    return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME_OF])

@@ -1,0 +1,198 @@
+// A picture under a grid of cells that a finger, a mouse or the keyboard can paint or point at.
+//
+// anywidget calls `render` once for every place in which a pad appears. `model` holds the values
+// that are shared with Python (the traits of PatchPad), `ui` the elements of that one place.
+
+const TEMPLATE = `
+<div class="beit-pad">
+  <img alt=""><div class="cells" role="grid"></div><div class="boxes"></div>
+</div>
+<div class="beit-status" role="status"></div>`;
+
+const clip = (x, n) => Math.max(0, Math.min(n - 1, Math.floor(x)));
+
+// ---------------------------------------------------------------------------- drawing
+
+function showPicture(model, ui) {
+  URL.revokeObjectURL(ui.image.src);
+  ui.image.src = URL.createObjectURL(new Blob([model.get("picture")]));
+}
+
+function buildGrid(model, ui) {
+  const rows = model.get("rows");
+  const cols = model.get("cols");
+  const width = model.get("width");
+  ui.pad.style.width = `${width}px`;
+  ui.pad.style.height = `${Math.round((width * rows) / cols)}px`;
+  const template = `repeat(${rows}, minmax(0, 1fr)) / repeat(${cols}, minmax(0, 1fr))`;
+  ui.grid.style.gridTemplate = template;
+  ui.boxes.style.gridTemplate = template;
+
+  const make = (role) => Object.assign(document.createElement("div"), { role });
+  const makeRow = () => {
+    const row = make("row");
+    row.append(...Array.from({ length: cols }, () => make("gridcell")));
+    return row;
+  };
+  ui.grid.replaceChildren(...Array.from({ length: rows }, makeRow));
+  ui.cells = [...ui.grid.querySelectorAll("[role=gridcell]")];
+}
+
+// Which cells are marked, where the cursor is, and a sentence for each cell ("patch 2,9 masked")
+// for those who listen to a screen instead of seeing it.
+function showCells(model, ui) {
+  const marked = new Set(model.get("marked"));
+  const cursor = model.get("cursor");
+  const cols = model.get("cols");
+  const words = model.get("words");
+  const notes = model.get("notes");
+  ui.pad.classList.toggle("pick", model.get("mode") == "pick");
+  ui.grid.ariaLabel = model.get("label");
+  ui.cells.forEach((cell, i) => {
+    const place = `${Math.floor(i / cols)},${i % cols}`;
+    const state = notes[i] ?? words[+marked.has(i)];
+    cell.ariaSelected = marked.has(i);
+    cell.tabIndex = i == cursor ? 0 : -1;
+    cell.ariaLabel = [model.get("unit"), place, state].join(" ").trim();
+  });
+  if (ui.grid.contains(document.activeElement)) {
+    ui.cells[cursor]?.focus({ preventScroll: true });
+  }
+}
+
+function showBoxes(model, ui) {
+  const boxes = model.get("boxes").map(([top, left, height, width, color]) => {
+    const box = document.createElement("div");
+    box.style.gridArea = `${top + 1} / ${left + 1} / span ${height} / span ${width}`;
+    box.style.borderColor = color;
+    return box;
+  });
+  ui.boxes.replaceChildren(...boxes);
+}
+
+// ---------------------------------------------------------------------------- changing
+
+// Marks or unmarks cells and moves the cursor. The screen changes before Python hears of it.
+function change(model, ui, cells, cursor, mark) {
+  const marked = new Set(model.get("marked"));
+  if (model.get("mode") == "paint") {
+    cells.forEach((i) => (mark ? marked.add(i) : marked.delete(i)));
+  }
+  model.set({ marked: [...marked].sort((a, b) => a - b), cursor });
+  model.save_changes();
+  ui.status.textContent = ui.cells[cursor].ariaLabel;
+}
+
+// The cells on a straight line between two cells, both included.
+function cellsBetween(from, to, cols) {
+  const row = Math.floor(from / cols);
+  const col = from % cols;
+  const down = Math.floor(to / cols) - row;
+  const right = (to % cols) - col;
+  const steps = Math.max(Math.abs(down), Math.abs(right));
+  return Array.from({ length: steps + 1 }, (_, k) => {
+    const r = Math.round(row + (down * k) / (steps || 1));
+    const c = Math.round(col + (right * k) / (steps || 1));
+    return r * cols + c;
+  });
+}
+
+function listenToPointer(model, ui) {
+  let mark = null; // what the pressed finger does: true marks, false unmarks, null: not pressed
+  let last = null; // the cell where it was
+
+  const cellUnder = (event) => {
+    const rows = model.get("rows");
+    const cols = model.get("cols");
+    const area = ui.grid.getBoundingClientRect();
+    const row = clip(((event.clientY - area.top) / area.height) * rows, rows);
+    const col = clip(((event.clientX - area.left) / area.width) * cols, cols);
+    return row * cols + col;
+  };
+
+  ui.grid.onpointerdown = (event) => {
+    if (event.button) return; // the first button only
+    event.preventDefault();
+    ui.grid.setPointerCapture(event.pointerId);
+    last = cellUnder(event);
+    mark = !model.get("marked").includes(last);
+    ui.cells[last].focus({ preventScroll: true });
+    change(model, ui, [last], last, mark);
+  };
+  ui.grid.onpointermove = (event) => {
+    const here = cellUnder(event);
+    if (mark === null) {
+      ui.status.textContent = ui.cells[here].ariaLabel;
+    } else if (here != last) {
+      const cells = cellsBetween(last, here, model.get("cols"));
+      last = here;
+      change(model, ui, cells, here, mark);
+    }
+  };
+  const release = () => {
+    mark = null;
+  };
+  ui.grid.onpointerup = release;
+  ui.grid.onpointercancel = release;
+}
+
+const STEPS = {
+  ArrowUp: [-1, 0],
+  ArrowDown: [1, 0],
+  ArrowLeft: [0, -1],
+  ArrowRight: [0, 1],
+  Home: [0, -999],
+  End: [0, 999],
+};
+
+function listenToKeys(model, ui) {
+  ui.grid.onkeydown = (event) => {
+    const cursor = model.get("cursor");
+    const rows = model.get("rows");
+    const cols = model.get("cols");
+    if (event.key in STEPS) {
+      const [down, right] = STEPS[event.key];
+      const row = clip(Math.floor(cursor / cols) + down, rows);
+      const col = clip((cursor % cols) + right, cols);
+      change(model, ui, [], row * cols + col);
+    } else if (event.key == " " || event.key == "Enter") {
+      change(model, ui, [cursor], cursor, !model.get("marked").includes(cursor));
+    } else {
+      return; // not ours
+    }
+    event.preventDefault();
+    event.stopPropagation();
+  };
+}
+
+// ---------------------------------------------------------------------------- one place
+
+function render({ model, el }) {
+  el.innerHTML = TEMPLATE;
+  el.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves the keys to us
+  const ui = {
+    pad: el.querySelector(".beit-pad"),
+    image: el.querySelector("img"),
+    grid: el.querySelector(".cells"),
+    boxes: el.querySelector(".boxes"),
+    status: el.querySelector(".beit-status"),
+  };
+  const rebuild = () => {
+    buildGrid(model, ui);
+    showCells(model, ui);
+    showBoxes(model, ui);
+  };
+  model.on("change:picture", () => showPicture(model, ui));
+  for (const name of ["rows", "cols", "width"]) model.on(`change:${name}`, rebuild);
+  for (const name of ["marked", "cursor", "mode", "notes", "words", "unit", "label"]) {
+    model.on(`change:${name}`, () => showCells(model, ui));
+  }
+  model.on("change:boxes", () => showBoxes(model, ui));
+
+  showPicture(model, ui);
+  rebuild();
+  listenToPointer(model, ui);
+  listenToKeys(model, ui);
+}
+
+export default { render };

@@ -1,0 +1,334 @@
+"""nbs/explorers.ipynb in a real browser: the screen against the functions that it should show."""
+
+import base64
+import io
+import re
+
+import numpy as np
+import pytest
+from browser import CHANGE_THEME, STDERR, THEME_IS, THEMES, pixels, until
+from explorer_view import ExplorerView
+from PIL import Image
+from playwright.sync_api import expect
+
+from beit_nb.attention import attention_maps
+from beit_nb.explorers.attention import heads_picture, heads_table, mim_predictor, ready_mim
+from beit_nb.explorers.elbo import AlphabetExplorer, GapFigure, TemperatureExplorer
+from beit_nb.explorers.figures import TEXT_COLOR
+from beit_nb.explorers.patches import sequence_picture
+from beit_nb.explorers.recipes import recipe_curves
+from beit_nb.explorers.tokens import some_digits, token_probs
+from beit_nb.images import normalize, to_pil, to_tensor
+from beit_nb.pretraining import pretrain
+from beit_nb.recipes import recipe_named
+from beit_nb.tokenizer import load_tokenizer, train_tokenizer
+
+pytest_plugins = ["browser"]
+
+
+@pytest.fixture(scope="module")
+def runs(lab):
+    "What `beit demo` would have left beside the notebooks, trained for a moment only."
+    _, notebooks = lab
+    demo = notebooks.parent / "runs" / "demo"
+    tokenizer = recipe_named("tokenizer", "nano", out=f"{demo}/tokenizer", steps=40)
+    train_tokenizer(tokenizer, quiet=True)
+    network = recipe_named(
+        "pretrain",
+        "nano",
+        out=f"{demo}/pretrain",
+        tokenizer=f"{demo}/tokenizer",
+        steps=1,
+        watch_every=None,
+    )
+    pretrain(network, quiet=True)
+    return demo
+
+
+@pytest.fixture
+def page(desk, rooms, runs):
+    "The page, run once for all tests of this file."
+    name = "explorers.ipynb"
+    yield rooms[name][0] if name in rooms else desk(name)
+    assert rooms[name][0].locator(STDERR).all_inner_texts() == []
+    rooms[name][1].check()
+
+
+class PageView(ExplorerView):
+    "The output of the cell that makes an explorer."
+
+    def __init__(self, page, code):
+        cell = page.locator(".jp-CodeCell", has_text=code)
+        super().__init__(cell.locator(".jp-OutputArea-output").last)
+
+    def image(self):
+        return self.output.locator("img.widget-image").first
+
+    def ground(self):
+        "The colour of the page, (r, g, b)."
+        notebook = self.page.locator(".jp-Notebook").first
+        css = notebook.evaluate("e => getComputedStyle(e).backgroundColor")
+        return tuple(int(value) for value in re.findall(r"\d+", css)[:3])
+
+    def looks_like(self, picture):
+        "Is the picture on the screen this one, pixel for pixel, laid on the page's ground?"
+        picture = picture.convert("RGBA")
+        ground = Image.new("RGBA", picture.size, self.ground())
+        wanted = np.asarray(Image.alpha_composite(ground, picture).convert("RGB"), int)
+        self.page.mouse.move(5, 5)
+        shot = Image.open(io.BytesIO(self.image().screenshot())).convert("RGB")
+        shot = np.asarray(shot, int)
+        height, width = wanted.shape[:2]
+        for top, left in ((0, 0), (0, 1), (1, 0), (1, 1)):  # the screen's grid may begin anywhere
+            part = shot[top : top + height, left : left + width]
+            if part.shape == wanted.shape and (abs(part - wanted).max(2) > 8).mean() < 0.002:
+                return True
+        return False
+
+    def shows(self, make_picture):
+        "Wait for the picture that `make_picture` makes; it is called anew each time."
+        until(lambda: self.looks_like(make_picture()))
+
+
+def test_patches(page):
+    view = PageView(page, "PatchExplorer()")
+    view.handle("patch size").press("ArrowRight")  # keyboard: 16 to 28
+    until(lambda: "64 tokens" in view.text())
+    view.cell(2, 6).click()
+    until(lambda: "patch 2,6 is word 23" in view.text())
+    view.button("Shuffle").press("Space")
+    until(lambda: "is word 23 of" not in view.text())
+
+    place = int(re.search(r"is word (\d+)", view.text())[1]) - 1
+    ncols = sequence_picture(np.zeros((64, 2, 2, 3), np.uint8))[1]
+    size = 448 // ncols
+    nrows = -(-64 // ncols)
+    top, left = (n * size for n in divmod(place, ncols))
+    picture = np.asarray(view.pad_pixels((320, 320)), int)
+    patch = picture[2 * 40 + 5 : 3 * 40 - 5, 6 * 40 + 5 : 7 * 40 - 5].mean((0, 1))
+
+    def same_patch():
+        sequence = np.asarray(pixels(view.image(), (ncols * size, nrows * size)), int)
+        tile = sequence[top + 6 : top + size - 4, left + 6 : left + size - 4].mean((0, 1))
+        return bool(abs(tile - patch).max() < 14)
+
+    until(same_patch)
+    view.drag("stride", -150)
+    until(lambda: view.readout("stride"), "half a patch")
+    until(lambda: "225 tokens" in view.text())
+
+
+def test_a_bad_upload_is_one_line(page):
+    view = PageView(page, "PatchExplorer()")
+
+    view.upload(dict(name="words.png", mimeType="image/png", buffer=b"no picture"))
+
+    until(lambda: len(view.errors()), 1)
+    assert "\n" not in view.errors()[0]
+    view.field("picture").select_option("coffee")
+    until(view.errors, [])
+
+
+def test_tokens(page, runs):
+    view = PageView(page, "TokenExplorer(")
+    tokenizer = load_tokenizer(runs / "tokenizer")
+    probs = token_probs(tokenizer, some_digits()[3])
+    ids = probs.argmax(0)
+
+    def painted():
+        picture = to_pil(tokenizer.decode(ids[None])[0])
+        return picture.resize((256, 256), Image.Resampling.NEAREST)
+
+    view.shows(painted)
+    view.cell(2, 4, "cell").click()
+    best = probs[:, 2, 4].topk(8)
+    first = f"token {best.indices[0]}\n{best.values[0].item():.1%}"
+    until(lambda: first in view.text())
+
+    view.cell(5, 0, "candidate").click()  # the mouse writes the sixth best
+    ids[2, 4] = best.indices[5]
+    view.shows(painted)
+    view.cell(5, 0, "candidate").press("ArrowDown")  # the keyboard the seventh
+    ids[2, 4] = best.indices[6]
+    expect(view.field("write token")).to_have_value(str(int(ids[2, 4])))
+    view.shows(painted)
+    view.field("write token").fill("77")
+    view.field("write token").press("Enter")
+    ids[2, 4] = 77
+    view.shows(painted)
+
+    view.button("As read").click()
+    ids = probs.argmax(0)
+    view.shows(painted)
+    assert view.errors() == []
+
+
+def test_attention(page, runs):
+    view = PageView(page, "AttentionExplorer(")
+    model, _, mean_std = ready_mim(runs.parent)
+    maps = attention_maps(model, normalize(some_digits()[3:4], mean_std))
+
+    def heads(patch, mass=0.6):
+        return lambda: heads_picture(heads_table(maps, patch, (8, 8), mass), 52)
+
+    view.shows(heads((4, 4)))
+    view.cell(1, 6).click()
+    view.shows(heads((1, 6)))
+    view.cell(1, 6).press("ArrowDown")
+    view.shows(heads((2, 6)))
+    view.handle("mass to keep").press("End")
+    view.shows(heads((2, 6), 1.0))
+    assert "100% of the attention lies on 100%" in view.text() and "beit demo" in view.text()
+
+    view.drag("picture", 60)
+    number = int(view.readout("picture"))
+    assert number != 3
+    maps = attention_maps(model, normalize(some_digits()[number : number + 1], mean_std))
+    view.shows(heads((2, 6), 1.0))
+
+
+def power_of_two(readout):
+    "The value of a logarithmic slider, of which the screen shows two digits."
+    return 2 ** (round(4 * np.log2(readout)) / 4)
+
+
+@pytest.mark.parametrize(
+    "code,slider,make,exact",
+    [
+        ("GapExplorer()", "q to posterior", GapFigure, float),
+        ("TemperatureExplorer()", "temperature", lambda: TemperatureExplorer().draw, power_of_two),
+        ("AlphabetExplorer()", "KL weight", lambda: AlphabetExplorer().draw, power_of_two),
+    ],
+    ids=("gap", "temperature", "alphabet"),
+)
+def test_functions(page, code, slider, make, exact):
+    view = PageView(page, code)
+    draw = make()
+
+    def value():
+        return exact(float(view.readout(slider)))
+
+    def words_agree():
+        words = re.sub(r"<.*?>", "", draw(value())[1])
+        return " ".join(words.split()) in " ".join(view.text().split())
+
+    def agrees():
+        view.shows(lambda: draw(value())[0])
+        until(words_agree)
+
+    agrees()
+    before = value()
+    for _ in range(3):
+        view.handle(slider).press("ArrowRight")  # keyboard
+    until(lambda: value() > before)
+    agrees()
+    before = value()
+    view.drag(slider, 70)  # mouse
+    until(lambda: value() > before)
+    agrees()
+    assert view.errors() == []
+
+
+def test_schedules(page):
+    view = PageView(page, "ScheduleExplorer()")
+    names = (("finetune", "base-in1k"), ("pretrain", "base-in1k"))
+    rates = [recipe_curves(recipe_named(*name))["learning rate"] for name in names]
+
+    def values_shown():
+        title = view.output.locator("h4", has_text=re.compile(r"^learning rate\b")).first
+        return title.inner_text().split()[2:]
+
+    def values_at(percent):
+        return [f"{np.interp(percent, *curve):.3g}" for curve in rates]
+
+    assert values_shown() == values_at(25) and view.output.locator("svg").count() == 4
+    for _ in range(5):
+        view.handle("% of the run").press("ArrowRight")
+    until(values_shown, values_at(30))
+
+    mark = view.output.locator("svg").first.locator("line.axis")
+    before = float(mark.get_attribute("x1"))
+    view.drag("% of the run", 80)
+    until(lambda: float(mark.get_attribute("x1")) > before + 20)
+    until(values_shown, values_at(int(view.readout("% of the run"))))
+
+    blue_line = view.output.locator("svg").last.locator("polyline").last
+
+    def heights():
+        return re.findall(r",([\d.]+)", blue_line.get_attribute("points"))
+
+    assert len(set(heights())) > 1
+    view.handle("layer decay").press("End")  # no decay: a level line
+    until(lambda: len(set(heights())), 1)
+    view.field("recipe (blue)").select_option("tokenizer nano")
+    until(lambda: view.output.locator("svg").count(), 6)
+    assert view.errors() == []
+
+
+def test_the_model_follows_the_mask(page, runs):
+    view = PageView(page, "mim_predictor(f")
+    predict = mim_predictor(runs)
+    cells = view.pad.get_by_role("gridcell")
+    expect(cells).to_have_count(64)
+    seen = view.output.get_by_role("img", name="the model's guess")
+    big = to_pil(some_digits()[3]).resize((448, 448), 0)
+    picture = to_tensor(big.resize((32, 32), Image.Resampling.BOX))  # as the explorer hands it on
+
+    def mask():
+        states = cells.evaluate_all("all => all.map(cell => cell.ariaSelected)")
+        return np.array([state == "true" for state in states]).reshape(8, 8)
+
+    def shown():
+        data = base64.b64decode(seen.get_attribute("src").split(",")[1])
+        return Image.open(io.BytesIO(data)).convert("RGB").tobytes()
+
+    def agrees():
+        until(lambda: shown() == to_pil(predict(picture, mask())["the model's guess"]).tobytes())
+        assert np.asarray(pixels(seen, (32, 32))).std() > 10  # and it is really there
+
+    agrees()
+    old = mask()
+    view.cell(6, 1).click()
+    until(lambda: (mask() != old).sum(), 1)
+    agrees()
+
+
+def luminance(rgb):
+    "WCAG's relative luminance of (r, g, b)."
+    parts = np.asarray(rgb) / 255
+    linear = np.where(parts <= 0.03928, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    return linear @ (0.2126, 0.7152, 0.0722)
+
+
+def contrast(a, b):
+    light, dark = sorted((luminance(a), luminance(b)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+COLORS = "all => all.map(e => getComputedStyle(e).color.match(/\\d+/g).slice(0, 3).map(Number))"
+RIGHT_EDGES = "all => all.map(e => e.getBoundingClientRect().right)"
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_words_can_be_read_and_nothing_is_cut_off(page, theme):
+    page.evaluate(CHANGE_THEME, THEMES[theme])
+    page.wait_for_function(THEME_IS, arg=THEMES[theme])
+    codes = (
+        "PatchExplorer()",
+        "TokenExplorer(",
+        "AttentionExplorer(",
+        "GapExplorer()",
+        "TemperatureExplorer()",
+        "AlphabetExplorer()",
+        "ScheduleExplorer()",
+    )
+    for code in codes:
+        view = PageView(page, code)
+        colors = view.output.locator(".beit-words:visible").evaluate_all(COLORS)
+        assert colors and all(contrast(c, view.ground()) >= 4.5 for c in colors), code
+        box = view.output.bounding_box()
+        parts = view.output.locator("img:visible, svg:visible, .widget-slider:visible")
+        right = max(parts.evaluate_all(RIGHT_EDGES))
+        assert right <= box["x"] + box["width"] + 1, f"{code} is cut off at the right"
+    ink = [int(TEXT_COLOR[i : i + 2], 16) for i in (1, 3, 5)]
+    assert contrast(ink, view.ground()) >= 3.5

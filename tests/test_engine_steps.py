@@ -1,0 +1,164 @@
+"The parts of a step: which samples it takes, how a batch is cut, the update, and stopping."
+
+import os
+import signal
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from beit_nb.engine.steps import (
+    GracefulStop,
+    StepLoader,
+    batch_indices,
+    leave_signals,
+    map_batch,
+    shuffled,
+    split_batch,
+    update_weights,
+)
+
+SIZES = [(6, 1), (6, 2), (6, 3), (12, 4), (24, 8)]
+
+
+@pytest.mark.parametrize("batch, world", SIZES)
+@pytest.mark.parametrize("length", [24, 25, 31, 47, 48, 97])
+@pytest.mark.parametrize("chunk", [None, 7, 1000])
+def test_every_sample_once_for_any_number_of_processes(length, batch, world, chunk):
+    """All processes make the same number of steps (the official code can make one too many), no
+    batch is short, nothing comes twice in an epoch."""
+    starts = None if chunk is None else np.arange(0, length, chunk)
+    per_epoch = length // batch
+    last = 3 * per_epoch
+
+    alone = list(batch_indices(length, batch, 1, 0, last, chunk_starts=starts))
+    ranks = [
+        list(batch_indices(length, batch, 1, 0, last, rank, world, starts)) for rank in range(world)
+    ]
+
+    assert all(len(r) == last and all(len(b) == batch // world for b in r) for r in ranks)
+    for epoch in range(3):
+        steps = slice(epoch * per_epoch, (epoch + 1) * per_epoch)
+        keys = [k for r in ranks for b in r[steps] for k in b]
+        assert len(set(keys)) == len(keys) == per_epoch * batch > length - batch
+        assert {k // length for k in keys} == {epoch}
+    for step in range(last):
+        assert sorted(k for r in ranks for k in r[step]) == sorted(alone[step])
+    for first in (1, per_epoch, 2 * per_epoch + 1):
+        resumed = list(batch_indices(length, batch, 1, first, last, chunk_starts=starts))
+        assert resumed == alone[first:]
+
+
+def test_every_epoch_and_every_seed_has_a_shuffle_of_its_own():
+    def epoch(seed, e):
+        return [k % 48 for b in batch_indices(48, 12, seed, 4 * e, 4 * e + 4) for k in b]
+
+    orders = [epoch(7, 0), epoch(7, 1), epoch(8, 0)]
+
+    assert all(sorted(order) == list(range(48)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 3
+
+
+def test_shuffle_of_chunks():
+    "A permutation that stays in a window of `mix` chunks, new in each epoch."
+    starts = np.arange(0, 1000, 10)
+
+    order = shuffled(1000, np.random.default_rng(0), starts, mix=20)
+    other = shuffled(1000, np.random.default_rng(1), starts, mix=20)
+
+    assert sorted(order) == list(range(1000)) and (order != other).any()
+    for window in range(5):
+        assert len(set(order[200 * window : 200 * (window + 1)] // 10)) == 20
+    place = np.empty(1000)
+    place[order] = np.arange(1000)
+    assert abs(np.corrcoef(np.arange(1000), place)[0, 1]) < 0.3
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor | None = None
+
+
+@pytest.mark.parametrize("size, lengths", [(4, [4, 4, 2]), (5, [5, 5]), (10, [10]), (99, [10])])
+def test_a_batch_is_cut_and_nothing_is_lost(size, lengths):
+    batch = Pair(torch.arange(20).reshape(10, 2), torch.arange(10))
+
+    parts = split_batch(batch, size)
+
+    assert [len(part.x) for part in parts] == lengths
+    assert all(isinstance(part, Pair) for part in parts)
+    assert torch.equal(torch.cat([part.x for part in parts]), batch.x)
+    assert torch.equal(torch.cat([part.y for part in parts]), batch.y)
+
+
+def test_a_field_that_is_none_stays_none():
+    batch = Pair(torch.ones(4))
+    assert map_batch(lambda x: x + 1, batch).y is None
+    assert [part.y for part in split_batch(batch, 2)] == [None, None]
+
+
+def test_a_loader_that_only_has_steps_gives_the_simple_answers():
+    class Simple(StepLoader):
+        def steps(self, first, last):
+            yield from range(first, last)
+
+    loader = Simple()
+    loader.load_state_dict({"of": "another"})
+    assert loader.new_unreadable == 0
+    assert loader.state_dict() == loader.agree() == {}
+    assert loader.sources(3) == []
+
+
+@pytest.mark.parametrize("clip_grad", [None, 0.0, 0.5, 1e6])
+def test_the_update_is_torchs_own(clip_grad):
+    "Clipped by the norm of the whole gradient; None and 0: not clipped."
+    torch.manual_seed(0)
+    ours = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    theirs = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(8, 3)
+    y = 9 * torch.randn(8, 1)
+    F.mse_loss(ours(x), y).backward()
+    F.mse_loss(theirs(x), y).backward()
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    norm = update_weights(ours, torch.optim.AdamW(ours.parameters()), scaler, clip_grad)
+    length = torch.cat([p.grad.flatten() for p in theirs.parameters()]).norm()
+    if clip_grad:
+        nn.utils.clip_grad_norm_(theirs.parameters(), clip_grad)
+    torch.optim.AdamW(theirs.parameters()).step()
+
+    torch.testing.assert_close(norm, length)
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert all(p.grad is None for p in ours.parameters())
+
+
+def test_a_signal_becomes_a_flag():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with GracefulStop() as stop:
+        assert not stop.asked
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        assert stop.asked
+        stop.asked_at -= 2  # as if two seconds had passed
+        os.kill(os.getpid(), signal.SIGTERM)  # a cluster may say it again and again
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            signal.pause()
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
+
+
+def test_workers_leave_signals_alone():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        leave_signals(0)
+        for number in before:
+            os.kill(os.getpid(), number)
+            assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

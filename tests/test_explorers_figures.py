@@ -1,0 +1,126 @@
+"""beit_nb.explorers.figures: numbers and tiles as pixels, SVG charts, figures with moving parts."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image
+
+from beit_nb.explorers.figures import (
+    GROUND,
+    BlittedFigure,
+    as_tiles,
+    chart,
+    gallery,
+    heat_map,
+    mosaic,
+    on_white,
+    share_bars,
+    side_by_side,
+)
+
+
+def pixels(picture):
+    return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def test_heat_map_looks_colors_up():
+    values = np.array([[0.0, 1.0], [0.5, 2.0]])
+
+    picture = pixels(heat_map(values, 2, top=1))
+
+    wanted = colormaps["viridis"](np.clip(values, 0, 1))[..., :3] * 255
+    assert (picture == wanted.round()).all()
+
+
+def test_heat_map_of_nothing_is_dark():
+    picture = pixels(heat_map(np.zeros((2, 3)), 30))
+
+    assert picture.shape == (20, 30, 3)
+    assert (picture == (np.array(colormaps["viridis"](0.0)[:3]) * 255).round()).all()
+
+
+def test_side_by_side_keeps_pictures_in_order():
+    red, blue = (Image.new("RGB", (50, 100), color) for color in ("red", "blue"))
+
+    page = pixels(side_by_side({"red": red, "blue": blue}, 100))
+
+    assert page.shape == (140, 2 * 50 + 3 * 12, 3)
+    assert tuple(page[80, 12 + 25]) == (255, 0, 0) and tuple(page[80, 12 + 62 + 25]) == (0, 0, 255)
+    assert tuple(page[80, 5]) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("gap", (1, 2))
+def test_mosaic_puts_every_tile_in_its_place(gap):
+    tiles = np.arange(7 * 12, dtype=np.uint8).reshape(7, 2, 2, 3)
+
+    page = pixels(mosaic(tiles, 3, 4, gap))
+
+    step = 4 + gap
+    for i in range(7):
+        top, left = i // 3 * step + gap, i % 3 * step + gap
+        shown = page[top : top + 4, left : left + 4]
+        assert (shown == tiles[i].repeat(2, 0).repeat(2, 1)).all()
+    assert (page[-1, -1] == GROUND).all()
+
+
+def test_as_tiles_clips_and_rounds():
+    tiles = as_tiles(torch.tensor([-1.0, 0.5, 2.0]).view(1, 3, 1, 1))
+
+    assert tiles.dtype == np.uint8 and tiles.tolist() == [[[[0, 128, 255]]]]
+
+
+def test_chart_reaches_its_limits():
+    svg = chart({"squares": (range(5), np.arange(5) ** 2, "#123456")}, xlabel="x", mark=2)
+
+    assert 'points="38.0,98.0' in svg and "272.0,8.0" in svg and "#123456" in svg
+    assert svg.count("<line") == 1 and 'aria-label="squares against x"' in svg
+
+
+def test_bars_leave_zeros_out():
+    svg = chart({"n": ([1, 2, 3], [0, 3, 1], "#123456")}, bars=True)
+
+    assert svg.count("<rect") == 2 and "<polyline" not in svg
+
+
+def test_chart_of_one_point_divides_by_nothing():
+    svg = chart({"n": ([1], [0], "#123456")})
+
+    assert "nan" not in svg and "inf" not in svg
+
+
+def test_bars_and_galleries_are_html():
+    table = share_bars([("a", 0.86, "0.86", "#000000"), ("b", 1.2, "1.2", "#000000")])
+    pictures = gallery({"a": Image.new("RGB", (4, 4)), "b": Image.new("RGB", (4, 4))})
+
+    assert "width:86.0%" in table and "width:100.0%" in table
+    assert pictures.count("data:image/png") == 2 and 'alt="b"' in pictures
+
+
+def test_blitted_figure_draws_what_the_figure_would():
+    figure = Figure((3, 2), dpi=100)
+    (line,) = figure.subplots().plot([0, 1], [0, 1])
+    blitted = BlittedFigure(figure, [line])
+    line.set_ydata([1, 0])
+
+    quick = pixels(on_white(blitted.picture()))
+
+    line.set_animated(False)
+    figure.savefig(file := io.BytesIO(), facecolor="white")
+    assert np.abs(quick - pixels(Image.open(file))).max() <= 2
+
+
+def test_blitted_figure_forgets_where_it_was():
+    figure = Figure((2, 1), dpi=50)
+    (line,) = figure.subplots().plot([0, 1], [0, 1])
+    blitted = BlittedFigure(figure, [line])
+    first = blitted.picture().tobytes()
+
+    line.set_ydata([1, 0])
+    other = blitted.picture().tobytes()
+    line.set_ydata([0, 1])
+
+    assert blitted.picture().tobytes() == first != other

@@ -1,0 +1,148 @@
+"""beit_nb.explorers.pad: any source to a square picture, what is drawn on it, and the pad."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from beit_nb import UnreadableImage
+from beit_nb.explorers.pad import (
+    HIDDEN,
+    Box,
+    PatchPad,
+    add_static_picture,
+    asset,
+    center_square,
+    cover_cells,
+    draw_boxes,
+    png_bytes,
+    read_picture,
+)
+from beit_nb.images import PALETTE, to_tensor
+
+GRAY = tuple(int(HIDDEN[i : i + 2], 16) for i in (1, 3, 5))
+GREEN = tuple(int(PALETTE["green"][i : i + 2], 16) for i in (1, 3, 5))
+
+
+def pixels(picture):
+    return np.asarray(picture.convert("RGB")).astype(int)
+
+
+@pytest.fixture
+def cat():
+    return read_picture("chelsea")
+
+
+def test_png_keeps_every_pixel(cat):
+    again = Image.open(io.BytesIO(png_bytes(cat)))
+
+    assert (pixels(again) == pixels(cat)).all()
+
+
+def test_center_square_cuts_the_middle():
+    wide = np.zeros((100, 300, 3), np.uint8)
+    wide[:, 100:200] = 255
+
+    square = center_square(Image.fromarray(wide), 100)
+
+    assert (pixels(square) == 255).all()
+
+
+def test_a_long_thin_picture_is_refused():
+    with pytest.raises(UnreadableImage, match="3000 x 60 has no useful centre square"):
+        center_square(Image.new("RGB", (3000, 60)), 448)
+
+
+def test_every_source_gives_the_same_picture(cat, tmp_path):
+    (tmp_path / "cat.png").write_bytes(png_bytes(cat))
+    sources = (cat, png_bytes(cat), tmp_path / "cat.png", str(tmp_path / "cat.png"), to_tensor(cat))
+
+    for source in sources:
+        assert (pixels(read_picture(source)) == pixels(cat)).all()
+
+
+@pytest.mark.parametrize("bad", (b"GIF89a but not really", "no/such/file.png", b""))
+def test_what_is_no_picture_is_refused_in_one_line(bad):
+    with pytest.raises(UnreadableImage, match="is not a picture that can be read") as refused:
+        read_picture(bad)
+    assert "\n" not in str(refused.value)
+
+
+def test_too_many_pixels_are_refused_from_the_header(cat):
+    with pytest.raises(UnreadableImage, match="million pixels or more"):
+        read_picture(png_bytes(cat), max_pixels=1000)
+
+
+def test_cells_are_covered_and_the_original_stays(cat):
+    mask = np.random.default_rng(0).random((14, 14)) < 0.3
+    before = pixels(cat)
+
+    covered = pixels(cover_cells(cat, mask))
+
+    gray = (covered == GRAY).all(-1)
+    assert (gray[16::32, 16::32] == mask).all()
+    outside = np.repeat(np.repeat(~mask, 32, 0), 32, 1)
+    assert (covered[outside] == before[outside]).all() and (pixels(cat) == before).all()
+
+
+def test_boxes_are_counted_in_cells(cat):
+    drawn = pixels(draw_boxes(cat, [Box(2, 3, 4, 5, PALETTE["green"])], 14, 14))
+
+    for row, col in ((2 * 32, 3 * 32), (6 * 32 - 1, 8 * 32 - 1), (2 * 32, 6 * 32)):
+        assert tuple(drawn[row, col]) == GREEN
+    inside = np.s_[2 * 32 + 3 : 6 * 32 - 3, 3 * 32 + 3 : 8 * 32 - 3]
+    assert (drawn[inside] == pixels(cat)[inside]).all()
+
+
+def test_static_picture_joins_the_bundle_or_is_left_out(cat):
+    data, metadata = add_static_picture(({"text/plain": "a cat"}, {"a": 1}), lambda: cat)
+    nothing = add_static_picture(None, lambda: 1 / 0)
+
+    assert base64.b64decode(data["image/png"]) == png_bytes(cat)
+    assert data["text/plain"] == "a cat" and metadata == {"a": 1}
+    assert nothing == ({}, {})
+
+
+def test_press_paints_or_points():
+    paint = PatchPad()
+    pick = PatchPad(mode="pick")
+
+    for pad in (paint, pick):
+        pad.press(20)
+
+    assert paint.marked == [20] and paint.mask[1, 6] and paint.mask.sum() == 1
+    assert pick.marked == [] and pick.cursor == paint.cursor == 20
+    paint.press(20)
+    assert paint.marked == []
+
+
+def test_a_mask_of_another_size_changes_the_grid():
+    pad = PatchPad(cursor=195)
+
+    pad.mask = np.eye(3, dtype=bool)
+
+    assert (pad.rows, pad.cols, pad.marked, pad.cursor) == (3, 3, [0, 4, 8], 8)
+    assert (pad.mask == np.eye(3)).all()
+
+
+def test_pad_as_a_picture_shows_mask_boxes_and_cursor(cat):
+    pad = PatchPad(cat, width=280, mode="pick", cursor=0)
+    pad.mask = np.arange(196).reshape(14, 14) == 100
+    pad.boxes = [Box(10, 10, 2, 2, PALETTE["green"])]
+
+    picture = pixels(pad.static_picture())
+
+    row, col = divmod(100, 14)
+    assert tuple(picture[row * 20 + 10, col * 20 + 10]) == GRAY
+    assert tuple(picture[200, 200]) == GREEN
+    assert tuple(picture[0, 0]) == (0xE0, 0x80, 0x20)
+
+
+def test_browser_half_asks_only_for_traits_of_the_pad():
+    source = asset("pad.js")
+    asked = {part.split('"')[0] for part in source.split('model.get("')[1:]}
+
+    assert asked and asked <= set(PatchPad().traits(sync=True))
+    assert HIDDEN in asset("explorers.css")
