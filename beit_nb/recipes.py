@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BASE', 'LARGE', 'PLUS', 'SMALL', 'NANO', 'TINY', 'LAPTOP', 'GPU', 'TOKENIZER', 'PAPER', 'IN1K', 'IN22K', 'PRETRAIN',
-           'FINETUNE', 'PROBE', 'DATASETS', 'COMMANDS', 'RECIPES', 'shared', 'DatasetInfo', 'Command', 'command_named',
+           'FINETUNE', 'PROBE', 'DATASETS', 'COMMANDS', 'shared', 'DatasetInfo', 'Command', 'command_named',
            'from_config', 'recipe_named', 'Backbone', 'Run', 'FREE', 'as_config', 'check_recipe', 'check_same_run']
 
 # %% ../nbs/21_recipes.ipynb #imports
@@ -88,14 +88,12 @@ PRETRAIN = {
     "nano": ("embedded digits, minutes on a laptop", PretrainRecipe(
         data="digits", epochs=10, batch_size=64,
         lr=1.5e-3, min_lr=1.5e-5, warmup_steps=60, beta2=0.98, clip_grad=3.0,
-        vocab_size=256, token_size=32,
-        num_mask_patches=26, min_mask_patches_per_block=4, exact_mask=True,
-        crop_scale=None, color_jitter=0.0, flip=0.0, watch_every=250, **NANO)),
+        vocab_size=256, token_size=32, num_mask_patches=26, min_mask_patches_per_block=4,
+        exact_mask=True, crop_scale=None, color_jitter=0.0, flip=0.0, watch_every=250, **NANO)),
     "cifar": ("CIFAR-100 on one GPU; not measured here", PretrainRecipe(
         data="cifar100", epochs=300, batch_size=512,
         lr=1.5e-3, warmup_epochs=10, beta2=0.98, clip_grad=3.0,
-        vocab_size=1024, token_size=32,
-        num_mask_patches=25, min_mask_patches_per_block=4,
+        vocab_size=1024, token_size=32, num_mask_patches=25, min_mask_patches_per_block=4,
         crop_scale=(0.35, 1.0), **TINY)),
     "base-in1k": (
         "Tables 1-4: vanilla ViT-B, ImageNet-1K, 800 epochs (Table 12)",
@@ -210,8 +208,8 @@ COMMANDS = {
             hard_codes_used="hard tokens in use",
         ),
         cards=dict(
-            loss=("{:.3f}", "loss"), hard_mse=("{:.4f}", "squared error"),
-            hard_codes_used=("{:,.0f}", "tokens in use"),
+            loss=("{:.3f}", "loss"),
+            hard_mse=("{:.4f}", "squared error"), hard_codes_used=("{:,.0f}", "tokens in use"),
         ),
         pictures="beit_nb.report:tokenizer_pictures",
     ),
@@ -242,9 +240,6 @@ COMMANDS = {
         pictures="beit_nb.report:probe_pictures",
     ),
 }
-
-# %% ../nbs/21_recipes.ipynb #aliases
-RECIPES = {name: command.presets for name, command in COMMANDS.items()}  # until all have moved
 
 # %% ../nbs/21_recipes.ipynb #from-config
 def command_named(name: str) -> Command:

@@ -155,7 +155,7 @@ class Tokenize:
             f"{size:,} bytes; {written['transform']}{lost}"
         )
 
-
+# %% ../nbs/78_tools.ipynb #shard
 @dataclass
 class Shard:
     "Pack a folder of pictures into tar shards, for storage that hates small files."

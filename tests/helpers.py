@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -48,8 +49,11 @@ def refused(*words, says):
 FEW_STEPS = "--precision fp32 --steps 4 --log-every 2 --checkpoint-every 2".split()
 
 
-def few_steps_of_each(top: Path) -> Path:
-    "A tokenizer, a pre-training and a fine-tuning of four steps each: top/tok, top/pre, top/fine."
+@cache  # once for all test files of a session
+def few_steps_of_each(base: Path) -> Path:
+    "A folder with a tokenizer, a pre-training and a fine-tuning of four steps: tok, pre, fine."
+    top = base / "few-steps-of-each"
+    top.mkdir()
     beit("tokenizer", "nano", *FEW_STEPS, "--out", top / "tok")
     from_tokens = ["--tokenizer", top / "tok", "--watch-every", 2]
     beit("pretrain", "nano", *FEW_STEPS, *from_tokens, "--out", top / "pre")

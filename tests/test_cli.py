@@ -22,7 +22,7 @@ from beit_nb.recipes import COMMANDS, from_config
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return few_steps_of_each(tmp_path_factory.mktemp("runs"))
+    return few_steps_of_each(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

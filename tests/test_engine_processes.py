@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from beit_nb import BeitError
+from beit_nb.data import open_data
+from beit_nb.engine.loading import TrainLoader, TransformedDataset
 from beit_nb.engine.log import read_log
 from beit_nb.engine.processes import (
     ModelWithLoss,
@@ -35,7 +37,7 @@ from beit_nb.engine.processes import (
 )
 from beit_nb.engine.runs import load_checkpoint
 from beit_nb.finetuning import finetune
-from beit_nb.pretraining import pretrain
+from beit_nb.pretraining import PretrainTransform, pretrain
 from beit_nb.recipes import recipe_named
 from beit_nb.scale.launching import run_distributed
 from beit_nb.tokenizer import train_tokenizer
@@ -127,6 +129,48 @@ def test_memory_of_this_process():
     block = torch.ones(64 * 2**18)  # 64 MB of floats
     assert 50 < memory_mb("VmRSS") - before < 80
     assert memory_mb() >= block.nbytes / 2**20
+
+
+# Who sees which picture, and which mask.
+
+
+SEEN = ("patch_view", "token_view", "mask")
+
+
+@pytest.fixture(scope="module")
+def samples():
+    recipe = recipe_named("pretrain", "nano", **TINY)
+    return TransformedDataset(open_data("digits"), PretrainTransform(recipe), recipe.seed)
+
+
+def batches(samples, rank=0, world=1, workers=0):
+    "Two steps, each as one micro-batch of this process."
+    recipe = recipe_named("pretrain", "nano", **TINY, workers=workers)
+    loader = TrainLoader(samples, recipe, 16 // world, rank=rank, world=world)
+    return [parts[0]._asdict() for parts, _ in loader.steps(3, 5)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_workers_change_neither_views_nor_masks(samples, rank):
+    alone = batches(samples, rank, world=2)
+    by_workers = batches(samples, rank, world=2, workers=2)
+    for a, b in zip(alone, by_workers, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in SEEN)
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_views_and_masks_differ_between_processes(samples, name):
+    first, second = (batches(samples, rank, world=2) for rank in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert not any(torch.equal(x, y) for x in a[name] for y in b[name])
+
+
+@pytest.mark.parametrize("name", [*SEEN, "number"])
+def test_two_processes_read_the_batch_of_one(samples, name):
+    halves = [batches(samples, rank, world=2) for rank in range(2)]
+    for step, batch in enumerate(batches(samples)):
+        of_both = torch.stack([half[step][name] for half in halves], 1)
+        assert torch.equal(of_both.flatten(0, 1), batch[name])
 
 
 # What two processes tell each other.

@@ -1,4 +1,4 @@
-"The frame of every explorer: rows, menus, the callback that waits, and what a still picture shows."
+"""beit_nb.explorers.shell: guarded callbacks, slow work in pieces, menus, function explorers."""
 
 import asyncio
 import threading

@@ -15,7 +15,7 @@ from beit_nb.tools import TOOLS
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return few_steps_of_each(tmp_path_factory.mktemp("runs"))
+    return few_steps_of_each(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ __all__ = ['STAMPS', 'WORLD_PICTURES', 'FRAMED', 'interpolate_posterior', 'GapFi
 import math
 
 import ipywidgets as W
-import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib import rc_context

@@ -1,0 +1,107 @@
+"""beit_nb.explorers: its lazy names, what it needs, and that every explorer can be shown."""
+
+import base64
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import beit_nb
+from beit_nb import explorers
+from beit_nb.dvae import DiscreteVAE
+from beit_nb.images import house_pictures
+from beit_nb.mim import BeitForMaskedImageModeling
+from beit_nb.tokens import Tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+def run_python(code):
+    "A fresh interpreter on the repository's beit_nb."
+    environment = dict(os.environ, PYTHONPATH=str(ROOT))
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+
+
+def test_import_loads_neither_torch_nor_widgets():
+    heavy = ("torch", "numpy", "ipywidgets", "anywidget", "matplotlib")
+    code = (
+        "import sys, beit_nb.explorers as e; assert 'MaskExplorer' in dir(e); "
+        f"print([name for name in {heavy} if name in sys.modules])"
+    )
+
+    run = run_python(code)
+
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_every_lazy_name_comes_from_its_home():
+    for room, names in explorers.HOMES.items():
+        for name in names.split():
+            home = getattr(explorers, name).__module__
+            assert home == f"beit_nb.explorers.{room}"
+    assert beit_nb.MaskExplorer is explorers.MaskExplorer
+
+
+def test_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Explorers'"):
+        explorers.Explorers  # noqa: B018
+
+
+def test_library_needs_no_widgets_and_explorers_say_what_they_need():
+    code = (
+        "import sys; sys.modules['anywidget'] = sys.modules['ipywidgets'] = None\n"
+        "from beit_nb.masking import blockwise_mask; print(blockwise_mask().shape)\n"
+        "from beit_nb import MaskExplorer"
+    )
+
+    run = run_python(code)
+
+    assert run.stdout.strip() == "(14, 14)" and run.returncode == 1
+    last = run.stderr.splitlines()[-1]
+    assert "MaskExplorer needs" in last and "pip install ipywidgets anywidget" in last
+
+
+def test_browser_files_are_beside_the_modules():
+    folder = Path(explorers.__file__).parent
+    assert {"pad.js", "explorers.css"} <= {file.name for file in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def family():
+    "One explorer of each kind, with small random networks."
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(DiscreteVAE(32, width=16))
+    shape = dict(img_size=32, patch_size=4, embed_dim=24, depth=3, num_heads=2)
+    model = BeitForMaskedImageModeling(**shape, vocab_size=32, weight_init="xavier").eval()
+    pictures = torch.rand(4, 3, 32, 32)
+    return dict(
+        masks=explorers.MaskExplorer(),
+        patches=explorers.PatchExplorer(),
+        gap=explorers.GapExplorer(),
+        temperature=explorers.TemperatureExplorer(),
+        alphabet=explorers.AlphabetExplorer(house_pictures(64)[0]),
+        tokens=explorers.TokenExplorer(tokenizer, images=pictures),
+        attention=explorers.AttentionExplorer(model, images=pictures),
+        recipes=explorers.ScheduleExplorer(),
+    )
+
+
+@pytest.mark.parametrize(
+    "name", "masks patches gap temperature alphabet tokens attention recipes".split()
+)
+def test_every_explorer_has_a_widget_a_static_picture_and_no_error(family, name):
+    data, _ = family[name]._repr_mimebundle_()
+
+    picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")
+    colors = np.unique(np.asarray(picture).reshape(-1, 3), axis=0)
+    assert "application/vnd.jupyter.widget-view+json" in data
+    assert 200 < picture.width < 1000 and len(colors) > 20
+    assert "alert" not in family[name].error_line.value
