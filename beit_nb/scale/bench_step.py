@@ -8,7 +8,6 @@ __all__ = ['STEPS', 'OfficialStep', 'OurStep', 'HuggingFaceStep', 'masks_on_devi
 
 # %% ../../nbs/57_scale_bench_step.ipynb #imports
 import copy
-import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
