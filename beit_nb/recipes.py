@@ -197,8 +197,7 @@ class Command:
 # fmt: off
 COMMANDS = {
     "tokenizer": Command(
-        TokenizerRecipe,
-        TOKENIZER,
+        TokenizerRecipe, TOKENIZER,
         run="beit_nb.tokenizer:train_tokenizer",
         help="train a dVAE",
         shown=("loss", "mse"),
@@ -214,8 +213,7 @@ COMMANDS = {
         pictures="beit_nb.report:tokenizer_pictures",
     ),
     "pretrain": Command(
-        PretrainRecipe,
-        PRETRAIN,
+        PretrainRecipe, PRETRAIN,
         run="beit_nb.pretraining:pretrain",
         help="masked image modelling",
         shown=("loss", "mlm_acc"),
@@ -224,8 +222,7 @@ COMMANDS = {
         pictures="beit_nb.report:pretrain_pictures",
     ),
     "finetune": Command(
-        FinetuneRecipe,
-        FINETUNE,
+        FinetuneRecipe, FINETUNE,
         run="beit_nb.finetuning:finetune",
         help="classification: from pre-trained weights or from scratch",
         shown=("loss", "accuracy"),
@@ -233,8 +230,7 @@ COMMANDS = {
         cards=dict(loss=("{:.3f}", "loss"), accuracy=("{:.1%}", "accuracy")),
     ),
     "probe": Command(
-        ProbeRecipe,
-        PROBE,
+        ProbeRecipe, PROBE,
         run="beit_nb.probing:probe",
         help="linear probe of every block",
         pictures="beit_nb.report:probe_pictures",
