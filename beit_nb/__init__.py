@@ -1,7 +1,7 @@
 """BEiT, explained and defined in notebooks: learn it, run it, trust it.
 
 Written by hand, as `__main__.py` is; every other module is exported from a notebook in `nbs/`.
-Holds the version, the two errors that every room may raise, and the names that outside users
+Holds the version, the two errors that every module may raise, and the names that outside users
 rely on, loaded when they are first asked for, so that `import beit_nb` imports no torch.
 """
 __version__ = "0.2.0"
@@ -39,7 +39,7 @@ HOMES = {
     "finetuning": "BeitForImageClassification",
     "explorers": "MaskExplorer",
 }
-_HOME_OF = {name: room for room, names in HOMES.items() for name in names.split()}
+_HOME_OF = {name: module for module, names in HOMES.items() for name in names.split()}
 
 
 def __getattr__(name: str):

@@ -83,6 +83,14 @@ class Run(Recipe):
     tensorboard: bool = False  # write events under OUT/tb
     dry_run: bool = False  # two steps, then stop
 
+    def total_steps(self, per_epoch: int) -> int:
+        "Steps of the whole training; `per_epoch` are those of one pass over the pictures."
+        return self.steps or self.epochs * per_epoch
+
+    def stops_at(self, total: int) -> int:
+        "The step after which a call stops: the last of `total`, or an earlier one that was asked."
+        return min(total, 2 if self.dry_run else self.max_steps or total)
+
     def conflicts(self) -> Iterator[str]:
         if self.min_lr > self.lr:
             yield f"min_lr {self.min_lr} is above lr {self.lr}: lower min_lr or raise lr"

@@ -27,7 +27,7 @@ from .device import default_device, pick_precision, set_matmul_precision
 from .engine.augment import TwoViews
 from .engine.loading import LabelledBatch, TrainLoader, TransformedDataset, once
 from .engine.log import read_log
-from .engine.processes import join_processes, rank, sum_over_ranks, world_size
+from .engine.processes import rank, sum_over_ranks, world_size
 from .engine.runs import load_checkpoint, open_run, read_metrics, write_metrics
 from .engine.sources import ImageDataset
 from .engine.training import Trainer, fit
@@ -254,14 +254,13 @@ class EvaluateCallback:
         return evaluate_classifier(trainer.model, self.recipe, self.held_out)
 
 
-@join_processes()
 def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
     """Fine-tune to the recipe, or continue; returns the final metrics.
 
     Leaves checkpoints, log.jsonl and metrics.json in its folder. Raises BeitError for bad input.
     """
-    set_matmul_precision(default_device(), r.embed_dim)
     with open_run("finetune", r, r.resume) as out:
+        set_matmul_precision(default_device(), r.embed_dim)
         pictures = open_data(r.data, "train", labels=True)
         held_out = open_data(r.data, r.split, labels=True)
         labels = labels_in(pictures)
@@ -269,7 +268,7 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
         transform = FinetuneTransform(r, labels, training=True)
         samples = TransformedDataset(pictures, transform, r.seed, ids)
         per_epoch = len(samples) // r.batch_size
-        total = r.steps or r.epochs * per_epoch
+        total = r.total_steps(per_epoch)
         classes = pictures.classes
         torch.manual_seed(r.seed)
         model = build_from_checkpoint(r, len(classes))

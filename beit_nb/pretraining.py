@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .configs import PretrainRecipe, check_recipe
+from .configs import PretrainRecipe
 from .data import open_data
 from .device import default_device, set_matmul_precision
 from .engine.augment import TwoViews
 from .engine.loading import PretrainBatch, TrainLoader, TransformedDataset, once
 from .engine.log import read_log
-from .engine.processes import join_processes, rank, world_size
+from .engine.processes import rank, world_size
 from .engine.runs import load_checkpoint, open_run, write_metrics
 from .engine.sources import ImageDataset
 from .engine.training import Trainer, fit
@@ -169,21 +169,19 @@ def watch_reconstructions(
     )
 
 # %% ../nbs/43_pretraining.ipynb #pretrain
-@join_processes()
 def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
     """Pre-train to the recipe, or continue; returns the model.
 
     Leaves checkpoints, log.jsonl and metrics.json in its folder. Raises BeitError for bad input.
     """
-    check_recipe(r)
-    set_matmul_precision(default_device(), r.embed_dim)
-    pictures = open_data(r.data)
-    transform = PretrainTransform(r)
-    targets = build_targets(r, pictures, transform.views)
     with open_run("pretrain", r, r.resume) as out:
+        set_matmul_precision(default_device(), r.embed_dim)
+        pictures = open_data(r.data)
+        transform = PretrainTransform(r)
+        targets = build_targets(r, pictures, transform.views)
         samples = TransformedDataset(pictures, transform, r.seed, pixels=True)
         per_epoch = len(samples) // r.batch_size
-        total = r.steps or r.epochs * per_epoch
+        total = r.total_steps(per_epoch)
         torch.manual_seed(r.seed)
         model = build_mim(r)
         trainer = Trainer(

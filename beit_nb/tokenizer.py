@@ -141,7 +141,7 @@ def train_tokenizer(r: TokenizerRecipe, quiet: bool = False) -> Tokenizer:
         views = TwoViews(r.img_size, crop_scale=r.crop_scale, flip=r.flip)
         samples = TransformedDataset(open_data(r.data), TokenTransform(views), r.seed, pixels=True)
         per_epoch = len(samples) // r.batch_size
-        total = r.steps or r.epochs * per_epoch
+        total = r.total_steps(per_epoch)
         schedules = tokenizer_schedules(r, total, per_epoch)
         lr = schedules["lr"]
         torch.manual_seed(r.seed)

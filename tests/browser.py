@@ -253,7 +253,7 @@ class Ears:
 
 
 @pytest.fixture(scope="module")
-def rooms(lab, chrome):
+def pages(lab, chrome):
     "The pages of a test file, by notebook: opening one takes seconds, running it again does not."
     opened = {}
     yield opened
@@ -282,7 +282,7 @@ def open_notebook(chrome, url, size):
 
 
 @pytest.fixture
-def desk(lab, chrome, rooms, request):
+def desk(lab, chrome, pages, request):
     """desk(notebook, theme="light") -> a page on which that notebook has just run, top to bottom.
     A list of cells instead of a name makes a notebook of them. A second call runs the same page
     anew."""
@@ -294,11 +294,11 @@ def desk(lab, chrome, rooms, request):
         name = notebook
         if not isinstance(notebook, str):
             name = f"test-{zlib.crc32(repr(notebook).encode())}.ipynb"
-        if name not in rooms:
+        if name not in pages:
             if name != notebook:
                 write_notebook(notebook, folder / name)
-            rooms[name] = open_notebook(chrome, f"{url}/lab/tree/{name}?reset", size)
-        page, ears = rooms[name]
+            pages[name] = open_notebook(chrome, f"{url}/lab/tree/{name}?reset", size)
+        page, ears = pages[name]
         used.append((page, ears))
         page.set_viewport_size(size)
         page.evaluate(CHANGE_THEME, THEMES[theme])

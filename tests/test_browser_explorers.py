@@ -46,12 +46,12 @@ def runs(lab):
 
 
 @pytest.fixture
-def page(desk, rooms, runs):
+def page(desk, pages, runs):
     "The page, run once for all tests of this file."
     name = "explorers.ipynb"
-    yield rooms[name][0] if name in rooms else desk(name)
-    assert rooms[name][0].locator(STDERR).all_inner_texts() == []
-    rooms[name][1].check()
+    yield pages[name][0] if name in pages else desk(name)
+    assert pages[name][0].locator(STDERR).all_inner_texts() == []
+    pages[name][1].check()
 
 
 class PageView(ExplorerView):

@@ -43,10 +43,10 @@ def test_import_loads_neither_torch_nor_widgets():
 
 
 def test_every_lazy_name_comes_from_its_home():
-    for room, names in explorers.HOMES.items():
+    for module, names in explorers.HOMES.items():
         for name in names.split():
             home = getattr(explorers, name).__module__
-            assert home == f"beit_nb.explorers.{room}"
+            assert home == f"beit_nb.explorers.{module}"
     assert beit_nb.MaskExplorer is explorers.MaskExplorer
 
 

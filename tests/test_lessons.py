@@ -100,7 +100,7 @@ def test_concept_rooms_are_pure():
 
 
 def test_the_engine_knows_no_beit():
-    "engine/ imports concept rooms only for what flows through it: pictures, tokens, devices."
+    "engine/ imports concept modules only for what flows through it: pictures, tokens, devices."
     allowed = {"images", "tokens", "device", "dalle", "dvae", "configs", "recipes"}
     engine = [(a, b) for a, b in arrows() if a.startswith("engine.")]
     assert len(engine) > 20
@@ -152,7 +152,7 @@ def test_names_from_the_top():
     code = (
         "import sys, beit_nb\n"
         "assert 'torch' not in sys.modules\n"
-        "names = [n for room in beit_nb.HOMES.values() for n in room.split()]\n"
+        "names = [n for names in beit_nb.HOMES.values() for n in names.split()]\n"
         "assert len(names) > 30 and all(getattr(beit_nb, n) is not None for n in names)\n"
         "assert set(names) <= set(dir(beit_nb))\n"
     )

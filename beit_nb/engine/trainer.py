@@ -127,8 +127,7 @@ class Trainer:
         self.data: dict = {}  # the loader's part of a checkpoint
         if run_checkpoints(out):
             self.restore(load_checkpoint(out, command))
-        longest = 2 if recipe.dry_run else recipe.max_steps or total
-        self.end = max(self.step, min(total, longest))  # where this call stops
+        self.end = max(self.step, recipe.stops_at(total))  # where this call stops
         check_same_step(self.step, self.out)
 
     @property

@@ -19,7 +19,7 @@ HOMES = {
     "attention": "AttentionExplorer ready_mim MimPredictor mim_predictor",
     "recipes": "ScheduleExplorer",
 }
-_HOME_OF = {name: room for room, names in HOMES.items() for name in names.split()}
+_HOME_OF = {name: module for module, names in HOMES.items() for name in names.split()}
 _WIDGETS = ("ipywidgets", "anywidget")  # needed here and nowhere else in beit_nb
 
 

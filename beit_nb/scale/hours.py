@@ -57,8 +57,7 @@ def num_steps(r: Run, pictures: int) -> int:
             f"batch_size {r.batch_size} is larger than the data set of {pictures} pictures; lower "
             "--batch-size"
         )
-    steps = r.steps or r.epochs * (pictures // r.batch_size)
-    return min(steps, 2 if r.dry_run else r.max_steps or steps)
+    return r.stops_at(r.total_steps(pictures // r.batch_size))
 
 
 def tokens_per_image(r: Run) -> tuple[int, int]:
