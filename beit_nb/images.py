@@ -53,7 +53,6 @@ def show_images(
     titles=None,  # one for each picture
     ncols: int | None = None,  # pictures in a row (default: all)
     size: float = 2.0,  # inches for one picture
-    suptitle: str | None = None,
     **imshow_options: Any,
 ):
     "Draws pictures side by side, each as `show_image` does, and returns the figure."
@@ -72,8 +71,6 @@ def show_images(
         ax.set_axis_off()
     for x, title, ax in zip(images, titles, axes.flat):
         show_image(x, title, ax, **imshow_options)
-    if suptitle:
-        fig.suptitle(suptitle, fontsize=10)
     return fig
 
 # %% ../nbs/00_images.ipynb #constants

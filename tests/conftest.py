@@ -40,6 +40,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker("browser")
         if item.originalname == "test_lesson_runs":
             item.add_marker("lessons")
+    # Last, since Playwright leaves an event loop running in this thread, and an explorer behaves
+    # otherwise within one.
+    items.sort(key=lambda item: item.get_closest_marker("browser") is not None)
 
 
 @pytest.hookimpl(tryfirst=True)  # before a fixture starts JupyterLab for nothing
