@@ -1,6 +1,8 @@
 """Every lesson runs from top to bottom, and the book and its library hold together."""
 
 import ast
+import base64
+import io
 import re
 import subprocess
 import sys
@@ -11,6 +13,9 @@ from pathlib import Path
 import lessons
 import nbformat
 import pytest
+from PIL import Image, ImageDraw
+
+from beit_nb.images import photos
 
 ROOT = Path(__file__).parents[1]
 NBS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -183,6 +188,34 @@ def test_notebook_is_tidy(path):
     title = nb.cells[0].source
     assert title.startswith("# ") and "\n> " in title
     assert "index.ipynb" in title
+
+
+def test_the_book_stays_small():
+    "Who clones the book waits for its pictures: 8 MB in all."
+    assert sum(path.stat().st_size for path in NBS) < 8e6
+
+
+def png(image) -> str:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return base64.b64encode(out.getvalue()).decode()
+
+
+def test_saved_pictures_get_small_palettes():
+    "A drawing gets few colors, a photograph more, and both look as before."
+    drawing = Image.new("RGB", (160, 120), "white")
+    ImageDraw.Draw(drawing).line((5, 5, 150, 110), "red", 3)
+    photo = photos()["chelsea"].convert("RGB").resize((160, 160))
+    colors = {}
+    for name, image in (("drawing", drawing), ("photo", photo)):
+        data = lessons.small_png(png(image))
+        small = Image.open(io.BytesIO(base64.b64decode(data)))
+        colors[name] = len(small.getcolors())
+        assert small.mode == "P" and lessons.looks_like(small, image)
+        assert len(data) < len(png(image))
+        assert lessons.small_png(data) == data, "tidied twice is tidied once"
+    assert colors["drawing"] <= 24 < colors["photo"]
+    assert not lessons.looks_like(drawing, Image.new("RGB", drawing.size, "white"))
 
 
 def test_links_between_lessons():
