@@ -25,7 +25,9 @@ from beit_nb.engine.files import (
     explain_write_errors,
     fingerprint,
     image_names,
-    list_images,
+    is_running,
+    read_json,
+    remove_leftovers,
     walk_files,
     write_json,
 )
@@ -74,8 +76,62 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path):
 
         assert len(page) == 200_000
         assert len(set(page)) == 1
-        parts += Path(f"{file}.part").exists()
+        parts += len(list(tmp_path.glob("page.*.part")))
     assert parts  # some were killed in the middle
+    with atomic_write(file) as f:
+        f.write(b"new")
+    assert [f.name for f in tmp_path.iterdir()] == ["page"]  # what they left is gone
+
+
+def write_and_read(file: Path, letter: str, start) -> None:
+    "Write a file of one letter many times; the exit status is that of the process."
+    start.wait()
+    for _ in range(50):
+        write_json(file, {"words": 2000 * letter})
+        assert len(set(read_json(file)["words"])) == 1
+
+
+def test_several_processes_may_write_one_file(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    start = fork.Barrier(4)
+    page = tmp_path / "page.json"
+    writers = [fork.Process(target=write_and_read, args=(page, w, start)) for w in "abcd"]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+
+    assert [writer.exitcode for writer in writers] == [0, 0, 0, 0]
+    assert [f.name for f in tmp_path.iterdir()] == ["page.json"]
+
+
+def test_only_what_dead_writers_left_is_taken_away(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    assert is_running(os.getpid()) and not is_running(dead.pid)
+    stay = [
+        f"page.{os.getpid()}-ab.part",  # at work
+        f"pages.{dead.pid}-ab.part",  # of another file
+        f"page.{'9' * 30}-ab.part",  # no process has such a number
+        "page.part",
+        "page",
+    ]
+    for name in [*stay, f"page.{dead.pid}-ab.part"]:
+        (tmp_path / name).touch()
+
+    remove_leftovers(tmp_path / "page")
+
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted(stay)
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe\x00", b"[1, 2]", b"7"])
+def test_damaged_json_is_one_line(tmp_path, content):
+    file = tmp_path / "page.json"
+    file.write_bytes(content)
+
+    with pytest.raises(BeitError, match=rf"^{file} is damaged \(.*\); delete it") as e:
+        read_json(file)
+    assert "\n" not in str(e.value)
 
 
 def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
@@ -140,7 +196,8 @@ def test_order_is_that_of_paths(tmp_path):
     for name in names:
         save_gray(tmp_path / name, 0)
 
-    assert list_images(tmp_path) == sorted(tmp_path / name for name in names)
+    found = [tmp_path / name for name in image_names(tmp_path)]
+    assert found == sorted(tmp_path / name for name in names)
 
 
 def test_every_ending_is_a_picture_in_any_case(tmp_path):
@@ -150,7 +207,7 @@ def test_every_ending_is_a_picture_in_any_case(tmp_path):
     for name in ("a.txt", ".png", "png", "a.png.part", "a.jpgx"):
         (tmp_path / name).touch()
 
-    assert len(list_images(tmp_path)) == 2 * len(EXTENSIONS)
+    assert len(list(image_names(tmp_path))) == 2 * len(EXTENSIONS)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -162,8 +219,8 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "store" / "a" / "up").symlink_to(tmp_path / "store")
     (tmp_path / "store" / "b" / "dead.png").symlink_to("/nowhere.png")
 
-    assert len(list_images(tmp_path / "store")) == 6
-    assert len(list_images(tmp_path / "store" / "b")) == 3
+    assert len(list(image_names(tmp_path / "store"))) == 6
+    assert len(list(image_names(tmp_path / "store" / "b"))) == 3
     assert [name for name in walk_files(tmp_path / "set") if "up" not in name] == [
         "a/0.png",
         "a/1.png",
@@ -174,7 +231,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 def test_folders_without_pictures_are_refused(tmp_path):
     (tmp_path / "note.txt").touch()
     with pytest.raises(BeitError, match=r"no pictures in .* \(looked for .bmp, .*at any depth"):
-        list_images(tmp_path)
+        list(image_names(tmp_path))
     with pytest.raises(BeitError, match="does not exist; give a folder of pictures"):
         list(image_names(tmp_path / "note.txt"))
 
