@@ -17,7 +17,7 @@ from .device import default_device, kernels_for
 from .engine.augment import TwoViews, jitter_batch
 from .engine.loading import PretrainBatch, exclude, once
 from .engine.sources import ImageDataset
-from .engine.token_files import load_tokens, token_views
+from .engine.token_files import load_tokens, read_description, token_views
 from .engine.winograd import optimize_for_inference
 from .images import to_float
 from .tokenizer import load_tokenizer
@@ -105,7 +105,15 @@ def colored(view: Tensor, batch: PretrainBatch) -> Tensor:
 def check_tokens(
     r: PretrainRecipe, described: dict, pictures: ImageDataset, views: TwoViews
 ) -> None:
-    "The ids that `beit tokenize` wrote must belong to these pictures, this view, this alphabet."
+    """The ids that `beit tokenize` wrote must belong to these pictures, this view, this alphabet.
+
+    `described` is what tokens.json says. Raises BeitError; no ids are read for it.
+    """
+    if not views.fixed:
+        raise BeitError(
+            "--tokens needs pictures that look the same in every epoch; set --crop-scale None "
+            "--color-jitter 0 --flip 0, or drop --tokens"
+        )
     side = r.img_size // r.patch_size
     wanted = {
         "pictures": len(pictures),
@@ -122,11 +130,6 @@ def check_tokens(
         raise BeitError(
             f"the tokens in {r.tokens} are of something else ({'; '.join(other[:3])}); write them "
             "again with `beit tokenize`"
-        )
-    if not views.fixed:
-        raise BeitError(
-            "--tokens needs pictures that look the same in every epoch; set --crop-scale None "
-            "--color-jitter 0 --flip 0, or drop --tokens"
         )
 
 
@@ -148,10 +151,11 @@ def build_targets(r: PretrainRecipe, pictures: ImageDataset, views: TwoViews) ->
     Raises BeitError where tokens or tokenizer are missing, or belong to something else.
     """
     if r.tokens:
+        check_tokens(r, read_description(r.tokens), pictures, views)
         table, described = load_tokens(r.tokens)
-        check_tokens(r, described, pictures, views)
         exclude(pictures, described["damaged"])
-        return TableTargets(table.to(default_device()), decoder_of(r))
+        tokenizer = decoder_of(r) if r.watch_every else None
+        return TableTargets(table.to(default_device()), tokenizer)
     if not r.tokenizer:
         raise BeitError(
             "pre-training needs --tokenizer: the --out folder of `beit tokenizer`, or a "

@@ -133,20 +133,22 @@ class Tokenize:
 
     def run(self) -> None:
         from beit_nb.data import open_data
+        from beit_nb.engine.processes import join_processes
         from beit_nb.engine.token_files import tokenize_files
         from beit_nb.tokenizer import load_tokenizer
 
-        written = tokenize_files(
-            open_data(self.data),
-            load_tokenizer(self.tokenizer),
-            self.out,
-            self.img_size,
-            self.token_size,
-            self.batch_size,
-            self.workers,
-            self.per_part,
-            self.max_damaged,
-        )
+        with join_processes():  # of a data set that must be downloaded, one process does it
+            written = tokenize_files(
+                open_data(self.data),
+                load_tokenizer(self.tokenizer),
+                self.out,
+                self.img_size,
+                self.token_size,
+                self.batch_size,
+                self.workers,
+                self.per_part,
+                self.max_damaged,
+            )
         height, width = written["grid"]
         size = sum(file.stat().st_size for file in Path(self.out).glob("part-*.npz"))
         lost = f"; {len(written['damaged'])} unreadable" if written["damaged"] else ""

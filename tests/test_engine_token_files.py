@@ -13,10 +13,13 @@ from PIL import Image
 
 from beit_nb import BeitError
 from beit_nb.data import open_data
+from beit_nb.engine import token_files
 from beit_nb.engine.augment import TwoViews
+from beit_nb.engine.files import read_json, write_json
 from beit_nb.engine.sources import Digits
-from beit_nb.engine.token_files import load_tokens, tokenize_files
+from beit_nb.engine.token_files import load_tokens, read_description, tokenize_files
 from beit_nb.recipes import recipe_named
+from beit_nb.scale.launching import torchrun
 from beit_nb.targets import tokenize_dataset
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 
@@ -92,18 +95,51 @@ def test_tokenize_killed_goes_on(tokenizer, tmp_path):
     assert torch.equal(load_tokens(out)[0], load_tokens(tmp_path / "whole")[0])
 
 
+@pytest.mark.slow
+def test_four_processes_tokenize_together(tokenizer, tmp_path):
+    "Three times from nothing: all begin at one moment, with one tokens.json to write."
+    data = noisy_pictures(tmp_path / "in", n=40)
+    options = ["--tokenizer", tokenizer, "--per-part", 3]
+    write_tokens(data, tokenizer, tmp_path / "alone", per_part=3)
+    for k in range(3):
+        out = tmp_path / f"out{k}"
+
+        torchrun("beit_nb", "tokenize", data, *options, "--out", out, processes=4)
+
+        assert load_tokens(out)[1] == load_tokens(tmp_path / "alone")[1]
+        assert torch.equal(load_tokens(out)[0], load_tokens(tmp_path / "alone")[0])
+        assert len(list(out.iterdir())) == 1 + 14, "tokens.json and the parts, nothing else"
+
+
+@pytest.mark.slow
+def test_four_processes_refuse_with_one_voice(tokenizer, tmp_path):
+    data = noisy_pictures(tmp_path / "in")
+    write_tokens(data, tokenizer, tmp_path / "out", per_part=3)
+    options = ["--tokenizer", tokenizer, "--per-part", 4, "--out", tmp_path / "out"]
+
+    with pytest.raises(RuntimeError) as e:
+        torchrun("beit_nb", "tokenize", data, *options, processes=4)
+
+    assert str(e.value).count("holds other tokens (per_part 3 there, 4 now)") == 1
+
+
+def as_process(monkeypatch, number, count):
+    "Let `tokenize_files` believe that it is one of several processes."
+    monkeypatch.setattr(token_files, "rank", lambda: number)
+    monkeypatch.setattr(token_files, "world_size", lambda: count)
+
+
 def test_processes_share_the_parts(tokenizer, tmp_path, monkeypatch):
     "Any pictures, with a damaged one, with loader processes."
     data = noisy_pictures(tmp_path / "in", n=11)
     (data / "a" / "4.png").write_bytes(b"no picture")
     options = dict(per_part=4, img_size=64, token_size=32)
-    monkeypatch.setenv("WORLD_SIZE", "2")
 
-    monkeypatch.setenv("RANK", "0")
+    as_process(monkeypatch, 0, 2)
     write_tokens(data, tokenizer, tmp_path / "out", **options)
     with pytest.raises(BeitError, match="is missing or damaged"):
         load_tokens(tmp_path / "out")
-    monkeypatch.setenv("RANK", "1")
+    as_process(monkeypatch, 1, 2)
     write_tokens(data, tokenizer, tmp_path / "out", workers=1, **options)
 
     ids, found = load_tokens(tmp_path / "out")
@@ -148,8 +184,7 @@ def test_tokenize_stops_at_too_much_damage(tokenizer, tmp_path, monkeypatch, wor
     data = noisy_pictures(tmp_path / "in")
     for name in ("a/0", "a/1", "a/2", "b/0", "b/1", "b/2"):
         (data / f"{name}.png").write_bytes(b"")
-    monkeypatch.setenv("WORLD_SIZE", str(world))
-    monkeypatch.setenv("RANK", "0")
+    as_process(monkeypatch, 0, world)
 
     line = f"^more than max_damaged={share:g} of the 12 pictures of .* are unreadable"
     with pytest.raises(BeitError, match=line):
@@ -190,3 +225,42 @@ def test_tokenize_refuses(tokenizer, tmp_path):
         write_tokens("digits", tokenizer, out, token_size=30)
     with pytest.raises(BeitError, match="there are no tokens at"):
         load_tokens(out)
+
+
+DAMAGES = {
+    "cut short": lambda file: file.write_bytes(file.read_bytes()[:50]),
+    "empty": lambda file: file.write_bytes(b""),
+    "a list": lambda file: write_json(file, [1, 2]),
+    "no grid": lambda file: write_json(file, {**read_json(file), "grid": [8]}),
+    "no parts": lambda file: write_json(file, {**read_json(file), "per_part": 0}),
+    "words": lambda file: write_json(file, {**read_json(file), "pictures": "many"}),
+    "no names": lambda file: write_json(file, {"pictures": 1}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_description_is_one_line(tokenizer, tmp_path, damage):
+    "Refused by its name before a part is read; where it is gone, the same command writes it again."
+    data = noisy_pictures(tmp_path / "in")
+    out = tmp_path / "out"
+    described = write_tokens(data, tokenizer, out)
+    damage(out / "tokens.json")
+
+    for read in (read_description, load_tokens):
+        with pytest.raises(BeitError, match=f"^{out}/tokens.json is damaged .*; delete it") as e:
+            read(out)
+        assert "\n" not in str(e.value)
+    with pytest.raises(BeitError, match="is damaged|holds other tokens"):
+        write_tokens(data, tokenizer, out, per_part=5)
+    (out / "tokens.json").unlink()
+    assert write_tokens(data, tokenizer, out) == described
+
+
+def test_fields_of_a_later_version_are_other_tokens(tokenizer, tmp_path):
+    data = noisy_pictures(tmp_path / "in")
+    write_tokens(data, tokenizer, tmp_path / "out")
+    file = tmp_path / "out" / "tokens.json"
+    write_json(file, read_json(file) | {"colors": "gray"})
+
+    with pytest.raises(BeitError, match="holds other tokens .colors 'gray' there, None now"):
+        write_tokens(data, tokenizer, tmp_path / "out")

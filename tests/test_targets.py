@@ -141,6 +141,19 @@ def test_token_files_of_something_else_are_refused(top, pictures, tokens, change
         build_targets(r, pictures, views)
 
 
+def test_token_files_are_judged_before_they_are_read(top, pictures, tokens, monkeypatch):
+    "Fourteen million rows are not read to say that they do not fit; views that change come first."
+    from beit_nb import targets
+
+    monkeypatch.setattr(targets, "load_tokens", None)  # who reads, fails
+    r = recipe(top, tokens=tokens)
+    with pytest.raises(BeitError, match="vocab_size 32 there, 512 here"):
+        build_targets(replace(r, vocab_size=512), pictures, FIXED)
+    moving = TwoViews(r.img_size, r.token_size, flip=0.5)
+    with pytest.raises(BeitError, match="look the same in every epoch"):
+        build_targets(replace(r, vocab_size=512), pictures, moving)
+
+
 def test_token_files_of_other_pictures_are_refused(top, tokens):
     with pytest.raises(BeitError, match="pictures 24 there, 400 here"):
         build_targets(recipe(top, tokens=tokens), open_data("digits", "val"), FIXED)
