@@ -187,9 +187,10 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
         trainer = Trainer(
             "pretrain", r, out, model, total, per_epoch, loss_mean=r.loss_mean, quiet=quiet
         )
-        targets = tabulate(targets, pictures, transform.views)
         callbacks = []
-        if r.watch_every:
+        if not trainer.finished:  # else nobody would read the table
+            targets = tabulate(targets, pictures, transform.views)
+        if r.watch_every and not trainer.finished:
             callbacks.append(watch_reconstructions(r, out, r.watch_every, pictures, targets))
             if trainer.step == 0:
                 callbacks[0](trainer)

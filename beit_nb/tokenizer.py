@@ -204,7 +204,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def network_from_state(state: dict[str, Tensor]) -> DalleEncoder | DalleDecoder:
     """The network that a state dict with official names belongs to, of any size.
 
-    It holds these very tensors. Raises KeyError or RuntimeError where some are missing.
+    It holds these very tensors. Raises KeyError where some are missing, IndexError or RuntimeError
+    where one has another shape.
     """
     first = state["blocks.input.w"]  # (n_out, n_in, k, k): k is 7 in an encoder, 1 in a decoder
     last = state["blocks.output.conv.w"]
@@ -244,7 +245,10 @@ DALLE_HELP = (
 
 
 def networks_in(file: Path) -> list[DalleEncoder | DalleDecoder]:
-    "The halves of DALL-E's dVAE that a file of weights holds."
+    """The halves of DALL-E's dVAE that a file of weights holds.
+
+    Raises BeitError where there is none, and where tensors are missing or of another shape.
+    """
     states: dict[str, dict[str, Tensor]] = {}
     for name, value in load_tensors(file).items():
         if m := DALLE_KEY.fullmatch(name):
@@ -256,7 +260,7 @@ def networks_in(file: Path) -> list[DalleEncoder | DalleDecoder]:
         )
     try:
         return [network_from_state(state) for state in states.values()]
-    except (KeyError, RuntimeError) as e:
+    except (IndexError, KeyError, RuntimeError) as e:
         what = " ".join(str(e).split())[:150]
         raise BeitError(f"{file} is not a whole DALL-E network: {what}; download it again") from e
 

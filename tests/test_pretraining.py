@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from beit_nb import BeitError
+from beit_nb import BeitError, pretraining
 from beit_nb.dvae import DiscreteVAE, init_codes
 from beit_nb.engine.loading import TrainLoader, TransformedDataset, collate
 from beit_nb.engine.optim import loss_weights
-from beit_nb.engine.runs import save_checkpoint
+from beit_nb.engine.runs import read_metrics, save_checkpoint
 from beit_nb.engine.sources import Digits, ImageDataset
 from beit_nb.images import preprocess, to_float
 from beit_nb.masking import neighbor_rate
@@ -23,10 +23,12 @@ from beit_nb.pretraining import (
     evaluate_mim,
     load_mim,
     mask_maker,
+    pretrain,
     watch_reconstructions,
 )
 from beit_nb.recipes import as_config, recipe_named
 from beit_nb.targets import TableTargets, TokenizerTargets, colored, tokenize_dataset
+from beit_nb.tokenizer import train_tokenizer
 from beit_nb.tokens import Tokenizer
 
 SMALL = dict(vocab_size=32, embed_dim=32, num_heads=2, depth=2, batch_size=32)
@@ -282,3 +284,19 @@ def test_a_run_watches_the_same_pictures_each_time(tokenizer, tmp_path):
     assert torch.equal(one.ids, tokenizer.get_codebook_indices(to_float(one.views)))
     assert torch.equal(one.views, other.views) and not torch.equal(one.masks, other.masks)
     assert not torch.equal(one.masks[0], training[0][0].mask)
+
+
+def test_a_finished_run_makes_no_table_and_draws_nothing(tmp_path, monkeypatch):
+    "The same command again has nothing to learn from, and nothing to watch."
+    small = dict(width=16, vocab_size=32, steps=2, batch_size=8)
+    train_tokenizer(recipe_named("tokenizer", "nano", out=f"{tmp_path}/tok", **small), quiet=True)
+    r = recipe(out=f"{tmp_path}/run", tokenizer=f"{tmp_path}/tok", steps=2, watch_every=1)
+    monkeypatch.setattr(pretraining, "open_data", lambda data: few_digits(40))
+    first = pretrain(r, quiet=True)
+
+    monkeypatch.setattr(pretraining, "tabulate", None)
+    monkeypatch.setattr(pretraining, "watch_reconstructions", None)
+    again = pretrain(r, quiet=True)
+
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
+    assert read_metrics(r.out)["steps"] == 2

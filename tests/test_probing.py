@@ -10,7 +10,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from beit_nb import BeitError, probing
 from beit_nb.configs import ProbeRecipe, as_config
+from beit_nb.data import open_data
 from beit_nb.engine.runs import save_checkpoint
 from beit_nb.pretraining import build_mim
 from beit_nb.probing import STRENGTHS, best_on_val, linear_scores, probe, raw_pixels
@@ -70,6 +72,30 @@ def test_probe_of_a_folder(folder, tmp_path, capsys):
         and len(m["pretrained"]["layers"]) == 2
         and re.search(r"pixels: 1\.000", capsys.readouterr().out)
     )
+
+
+def test_a_set_that_chooses_and_is_reported_is_read_once(folder, tmp_path, monkeypatch):
+    pre = recipe_named("pretrain", "nano", tokenizer="none", embed_dim=32, depth=1, num_heads=2)
+    state = dict(model=build_mim(pre).state_dict(), config=as_config("pretrain", pre))
+    save_checkpoint(tmp_path / "pre.pt", state)
+    opened = []
+
+    def noted(data, split, labels):
+        opened.append(split)
+        return open_data(data, split, labels=labels)
+
+    monkeypatch.setattr(probing, "open_data", noted)
+    options = dict(data=str(folder), init=str(tmp_path / "pre.pt"), labels_per_class=4)
+    m = probe(ProbeRecipe(out=str(tmp_path / "probe"), draws=1, **options), quiet=True)
+
+    assert opened == ["train", "val"] and m["split"] == "val"
+
+
+def test_without_a_checkpoint_it_says_which_option(tmp_path):
+    with pytest.raises(BeitError, match="needs --init"):
+        probe(ProbeRecipe(out=str(tmp_path / "probe")))
+
+    assert not (tmp_path / "probe" / "config.json").exists()  # the folder is free for another try
 
 
 def test_the_choice_never_sees_the_reported_set():

@@ -108,8 +108,8 @@ def test_bench_compares_and_counts_equal_tokens(monkeypatch):
     result = b.bench_tokenizer(batch=2, turns=3, size=48)
 
     assert result["ids_equal"] == 1 and result["ids_equal_bf16"] > 0.8
-    assert result["seconds"].keys() == {"published", "ours"}
-    assert all(seconds > 0 for seconds in result["seconds"].values())
+    assert list(result["rows"]) == ["published", "ours, fp32", "ours, bf16"]
+    assert all(row["seconds"] > 0 for row in result["rows"].values())
     assert torch.get_num_threads() == threads and result["threads"] == 1
 
 

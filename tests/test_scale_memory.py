@@ -14,6 +14,7 @@ from beit_nb.scale.memory import (
     batch_per_gpu,
     block_bytes,
     borrowed_bytes,
+    in_half_precision,
     layouts,
     model_memory,
     training_memory,
@@ -89,6 +90,15 @@ def test_tokenizer_and_batch_count():
     assert parts["activations"] == 2 * half_batch["activations"]
     assert parts["tokenizer"] == 4 * 53_786_240 and "tokenizer" not in without
     assert "tokenizer" not in training_memory(recipe_named("tokenizer", "photos"), 32)
+
+
+def test_precision_is_the_recipes():
+    parts = training_memory(BASE, 128)
+    in_fp32 = training_memory(replace(BASE, precision="fp32"), 128)
+
+    assert in_half_precision(BASE) and in_half_precision(replace(BASE, precision="fp16"))
+    assert parts["half copies"] == 2 * 92_089_856 and "half copies" not in in_fp32
+    assert 1.3 < in_fp32["activations"] / parts["activations"] < 2
 
 
 def test_layouts_are_those_that_a_recipe_can_have():

@@ -6,7 +6,10 @@ import time
 import pytest
 import torch
 
+import beit_nb
 from beit_nb.scale import timing
+
+MACHINE = "cpu family gpu beit_nb torch python".split()
 
 
 class FakeClock:
@@ -104,23 +107,33 @@ def test_a_figure_from_another_process():
         timing.run_alone("1 / 0")
 
 
+def test_a_process_that_does_not_end_is_ended():
+    began = time.perf_counter()
+
+    with pytest.raises(RuntimeError, match="was not done after 0.5 seconds"):
+        timing.run_alone("import time; time.sleep(60)", timeout=0.5)
+
+    assert time.perf_counter() - began < 30
+
+
 def test_the_machine_is_named():
     described = timing.machine()
 
     assert described["torch"] == torch.__version__
-    assert described["cpu"] and described.keys() == {"cpu", "family", "gpu", "torch", "python"}
+    assert described["beit_nb"] == beit_nb.__version__
+    assert described["cpu"] and described.keys() == set(MACHINE)
 
 
 def test_a_table_shows_every_row_and_the_figures_behind_it():
     rows = timing.compare(dict(a=[2.0, 3.0], b=[1.0, 1.0]), 4, "a")
-    result = dict(rows=rows, items="cakes", ours_against_a=2.5, threads=7)
+    result = dict(rows=rows, items="cakes", ours_against_a=2.5, ids_equal=1.0, threads=7)
 
     title, *lines = timing.results_table("baking", result).splitlines()
 
     assert title.split()[:2] == ["baking", "seconds"] and "cakes/s" in title
     assert lines[0].split()[:2] == ["a", "2.5"]
     assert lines[1].split() == "b 1 (1 .. 1) 4 2.50 (2.00 .. 3.00)".split()
-    assert lines[2:] == ["ours_against_a: 2.50"]
+    assert lines[2:] == ["ours_against_a: 2.50", "ids_equal: 1.00"]
 
 
 def test_a_table_with_memory():
@@ -132,9 +145,3 @@ def test_a_table_with_memory():
 
     assert title.endswith("memory  of peak")
     assert a.endswith("nan MB      50%") and b.endswith("123 MB      25%")
-
-
-def test_figures_without_rows():
-    text = timing.results_table("x", dict(batch=2, ratio=1.5, seconds=dict(ours=0.25)))
-
-    assert text.splitlines() == ["x", f"  {'ratio':18} 1.500", f"  {'ours':18} 0.25 s"]

@@ -122,7 +122,9 @@ def test_targets_from_token_files(top, pictures, tokenizer, tokens):
 
     assert isinstance(targets, TableTargets)
     assert torch.equal(targets.table.long(), tokenize_dataset(tokenizer, pictures, FIXED))
-    assert targets.tokenizer.vocab_size == 32  # it only decodes
+    assert targets.tokenizer.vocab_size == 32  # it only decodes, for the running pictures
+    unwatched = recipe(top, tokens=tokens, watch_every=None)
+    assert build_targets(unwatched, pictures, FIXED).tokenizer is None
 
 
 @pytest.mark.parametrize(

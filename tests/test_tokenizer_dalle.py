@@ -213,6 +213,15 @@ def test_a_missing_tensor_is_named(tmp_path, gone):
     assert gone in refusal(load_dalle, tmp_path / "cut.pth")
 
 
+@pytest.mark.parametrize("shape", [(), (3,), (0, 3, 7, 7), (4, 4, 3, 3)])
+@pytest.mark.parametrize("name", ["blocks.input.w", "blocks.output.conv.w"])
+def test_a_tensor_of_another_shape_is_refused(tmp_path, name, shape):
+    state = small_dalle().encoder.state_dict() | {name: torch.zeros(shape)}
+    torch.save(state, tmp_path / "bent.pth")
+
+    assert "is not a whole DALL-E network" in refusal(load_dalle, tmp_path / "bent.pth")
+
+
 def test_one_file_downloaded_twice(tmp_path):
     state = small_dalle().encoder.state_dict()
     for name in ("encoder.pkl", "decoder.pkl"):

@@ -171,18 +171,21 @@ def bench_tokenizer(
     own = DalleVAE(encoder)
     half = optimize_for_inference(copy.deepcopy(own), torch.bfloat16)
     ours = optimize_for_inference(own)
-    tokenize = dict(
-        published=lambda: theirs(map_pixels(images)).argmax(1),
-        ours=lambda: ours.get_codebook_indices(images),
-        bf16=lambda: half.get_codebook_indices(images),
-    )
+    tokenize = {
+        "published": lambda: theirs(map_pixels(images)).argmax(1),
+        "ours, fp32": lambda: ours.get_codebook_indices(images),
+        "ours, bf16": lambda: half.get_codebook_indices(images),
+    }
     rows = compare(time_in_turns(tokenize, turns), batch, "published")
     ids = {name: run() for name, run in tokenize.items()}
     torch.set_num_threads(before)
-    seconds = {name: rows[name]["seconds"] for name in ("published", "ours")}
-    result: dict[str, Any] = dict(threads=1, batch=batch, size=size, seconds=seconds)
-    for name, end in (("ours", ""), ("bf16", "_bf16")):
-        for figure in ("ratio", "ratio_low", "ratio_high"):
-            result[figure + end] = rows[name][figure]
-        result[f"ids_equal{end}"] = float((ids["published"] == ids[name]).float().mean())
-    return result
+    equal = {name: float((ids["published"] == ids[name]).float().mean()) for name in ids}
+    return dict(
+        threads=1,
+        rows=rows,
+        items="images",
+        batch=batch,
+        size=size,
+        ids_equal=equal["ours, fp32"],
+        ids_equal_bf16=equal["ours, bf16"],
+    )

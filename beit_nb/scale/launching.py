@@ -138,8 +138,8 @@ def memory_breakdown(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 # %% ../../nbs/54_scale_launching.ipynb #scaled-lr
 def scaled_lr(lr: float, batch_size: int, base_batch_size: int, rule: str = "root") -> float:
-    "The learning rate for another batch size: 'root' (Adam), 'linear' (SGD), or 'none'."
-    powers = {"root": 0.5, "linear": 1.0, "none": 0.0}
+    "The learning rate for another batch size, by the rule 'root' (Adam) or 'linear' (SGD)."
+    powers = {"root": 0.5, "linear": 1.0}
     if rule not in powers:
         raise BeitError(f"unknown rule {rule!r}; choose {', '.join(powers)}")
     return lr * (batch_size / base_batch_size) ** powers[rule]

@@ -22,7 +22,13 @@ from beit_nb.scale.hours import (
     paper_mfu,
     tokens_per_image,
 )
-from .memory import Layout, batch_per_gpu, layouts, training_memory
+from beit_nb.scale.memory import (
+    Layout,
+    batch_per_gpu,
+    in_half_precision,
+    layouts,
+    training_memory,
+)
 
 # %% ../../nbs/53_scale_plan.ipynb #training-plan
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class TrainingPlan:
     @property
     def half(self) -> bool:
         "Is it trained in half precision?"
-        return self.recipe.precision != "fp32"
+        return in_half_precision(self.recipe)
 
     @property
     def images_per_second(self) -> float:
@@ -92,12 +98,11 @@ def plan_training(
     check_machine(gpus, hardware, mfu, cores)
     per_gpu, micro_batch = batch_per_gpu(r, gpus)
     known, classes = dataset_size(r, pictures)
-    half = r.precision != "fp32"
     own, all_layouts = layouts(r, gpus)
     memory = {}
     for layout in all_layouts:
         form = replace(r, parallel=layout.parallel, grad_checkpointing=layout.checkpointing)
-        memory[layout] = training_memory(form, micro_batch, gpus, half, num_classes=classes)
+        memory[layout] = training_memory(form, micro_batch, gpus, num_classes=classes)
     return TrainingPlan(
         recipe=r,
         gpus=gpus,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['gpu_clock', 'clock_for', 'time_in_turns', 'compare', 'peak_flops', 'machine_peaks', 'roofline_seconds', 'run_alone',
-           'machine', 'figures_text', 'row_text', 'results_table']
+           'machine', 'row_text', 'results_table']
 
 # %% ../../nbs/55_scale_timing.ipynb #imports
 import platform
@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+
+from .. import __version__
 
 # %% ../../nbs/55_scale_timing.ipynb #race
 def gpu_clock() -> float:
@@ -98,9 +100,16 @@ def roofline_seconds(flops: Sequence[float], peaks: Sequence[float]) -> float:
     return sum(n / peak for n, peak in zip(flops, peaks, strict=True))
 
 # %% ../../nbs/55_scale_timing.ipynb #run-alone
-def run_alone(code: str) -> float:
-    "The figure that some Python code prints at last, in a fresh process."
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+def run_alone(code: str, timeout: float = 1800) -> float:
+    """The figure that some Python code prints at last, in a fresh process.
+
+    Raises RuntimeError where it fails, or is not done after `timeout` seconds.
+    """
+    try:
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout)
+    except subprocess.TimeoutExpired as e:
+        raise RuntimeError(f"{code!r} was not done after {timeout:g} seconds") from e
     if done.returncode:
         last_line = done.stderr.strip().splitlines()[-1]
         raise RuntimeError(f"{code!r} failed in a process of its own: {last_line}")
@@ -117,16 +126,10 @@ def machine() -> dict:
         cpu=name[1].strip() if name else platform.processor(),
         family=family.groups() if family else None,
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        beit_nb=__version__,
         torch=torch.__version__,
         python=platform.python_version(),
     )
-
-
-def figures_text(name: str, result: dict) -> str:
-    "A benchmark that has figures in place of rows."
-    lines = [f"  {key:18} {x:.3f}" for key, x in result.items() if isinstance(x, float)]
-    lines += [f"  {key:18} {x:.2f} s" for key, x in result["seconds"].items()]
-    return "\n".join([name, *lines])
 
 
 def row_text(name: str, row: dict, with_memory: bool) -> str:
@@ -142,8 +145,6 @@ def row_text(name: str, row: dict, with_memory: bool) -> str:
 
 def results_table(name: str, result: dict) -> str:
     "A benchmark's result as text."
-    if "rows" not in result:
-        return figures_text(name, result)
     with_memory = any("memory_mb" in row for row in result["rows"].values())
     title = f"{name:26}{'seconds':>9}{'(min .. max)':>22}{result['items'] + '/s':>12}"
     title += f"{'times as fast':>15}{'(min .. max)':>16}"
@@ -152,6 +153,6 @@ def results_table(name: str, result: dict) -> str:
     rows = [row_text(key, row, with_memory) for key, row in result["rows"].items()]
     others = []
     for key, x in result.items():
-        if key.startswith(("ours", "fastest")):
+        if key.startswith(("ours", "fastest", "ids_equal")):
             others.append(f"{key}: {x:.2f}" if isinstance(x, float) else f"{key}: {x}")
     return "\n".join([title, *rows, *others])
