@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['LEARNS', 'DRIVEN', 'DRIVEN_CURVES', 'MACHINE', 'MACHINE_CURVES', 'Pictures', 'RunStatus', 'run_status',
            'newest_cards', 'failures_html', 'story_html', 'curves_html', 'tokens_figure', 'probe_figure',
-           'tokenizer_pictures', 'pretrain_pictures', 'probe_pictures', 'figures_html', 'run_report']
+           'tokenizer_pictures', 'pretrain_pictures', 'probe_pictures', 'figures_html', 'pictures_html', 'run_report']
 
 # %% ../nbs/71_report.ipynb #imports
-import json
 import time
 from datetime import timedelta
 from html import escape
@@ -25,8 +24,9 @@ from .charts import cards_html, figure_html, plot_log, table_html, write_page
 from .configs import PretrainRecipe, ProbeRecipe, TokenizerRecipe
 from .data import open_data
 from .engine.augment import TwoViews
+from .engine.files import read_json
 from .engine.log import read_log
-from .engine.runs import read_metrics, run_config
+from .engine.runs import numbered_checkpoints, read_metrics, run_config
 from .engine.token_files import token_views
 from .images import PALETTE
 from .recipes import COMMANDS, Command, from_config
@@ -52,8 +52,7 @@ class RunStatus(NamedTuple):
 def run_status(out: Path, config: dict, rows: list[dict]) -> RunStatus:
     "How far the run in a folder is, by its checkpoints, configuration, log and metrics.json."
     reached = [row["step"] for row in rows]
-    for file in (out / "checkpoints").glob("step-*.pt"):  # may be newer than the log's last line
-        reached.append(int(file.stem.removeprefix("step-")))
+    reached += numbered_checkpoints(out / "checkpoints")  # may be newer than the log's last line
     per_epoch = next((row["step"] / row["epoch"] for row in rows if row.get("epoch")), 0)
     steps = config.get("steps") or round(config.get("epochs", 0) * per_epoch) or None
     return RunStatus(max(reached, default=0), steps, read_metrics(out) is not None)
@@ -82,7 +81,7 @@ def failures_html(out: Path) -> list[str]:
     "A sentence for each file in which the engine left what was wrong with a step."
     sentences = []
     for file in sorted(out.glob("nonfinite-step-*.json")):
-        step = json.loads(file.read_text())
+        step = read_json(file)
         sentences.append(
             f"<p>It failed: in step {step['step']} the loss was {step['loss']}, the gradient "
             f"norm {step['grad_norm']}; see <code>{file.name}</code>.</p>"
@@ -172,16 +171,10 @@ Pictures = list[tuple[Figure, str]]  # figures and what they show
 
 def tokenizer_pictures(out: Path, recipe: TokenizerRecipe, metrics: dict) -> Pictures:
     "Six pictures of its data set as the newest checkpoint names and repaints them."
-    if not any((out / "checkpoints").glob("*.pt")):
-        return []
-    try:
-        samples = token_views(open_data(recipe.data), TwoViews(recipe.img_size))
-        figure = tokens_figure(load_tokenizer(out), first_pictures(samples, 6))
-    except (BeitError, OSError):
-        return []  # the pictures have moved: the page is made without them
+    samples = token_views(open_data(recipe.data), TwoViews(recipe.img_size))
     return [
         (
-            figure,
+            tokens_figure(load_tokenizer(out), first_pictures(samples, 6)),
             "Pictures of the training, their token ids (one colour an id), and what the decoder "
             "paints from the ids alone.",
         )
@@ -192,13 +185,9 @@ def pretrain_pictures(out: Path, recipe: PretrainRecipe, metrics: dict) -> Pictu
     "Its guesses at the hidden tokens of a few fixed pictures, as training went on."
     tokenizer = decoder_of(recipe)
     words = "one colour a token, since the tokenizer is gone or cannot paint"
-    try:
-        figure = reconstruction_figure(out, tokenizer)
-    except BeitError:
-        return []  # nobody watched, or an older release did
     return [
         (
-            figure,
+            reconstruction_figure(out, tokenizer),
             "Grey patches are hidden from the model. Below, step by step, its guess at the hidden "
             f"tokens; last row: the true tokens ({'decoded' if tokenizer else words}).",
         )
@@ -234,6 +223,18 @@ def figures_html(metrics: dict) -> tuple[list[str], list[str]]:
     )
 
 
+def pictures_html(out: Path, config: dict, metrics: dict) -> list[str]:
+    "What a training has to show; where that cannot be drawn, one line that says why."
+    command = COMMANDS.get(config.get("command", ""))
+    if not command or not command.pictures:
+        return []
+    try:
+        pictures = resolve_name(command.pictures)(out, from_config(config), metrics)
+    except (BeitError, OSError) as e:  # its data or its tokenizer have moved, or nobody watched
+        return [f"<p>No pictures: {escape(str(e))}.</p>"]
+    return [figure_html(figure, caption) for figure, caption in pictures]
+
+
 def run_report(out: str | Path) -> Path:
     """Write OUT/report.html of any run, finished or not; returns its path.
 
@@ -248,9 +249,7 @@ def run_report(out: str | Path) -> Path:
     metrics = read_metrics(out) or {}
     command = COMMANDS.get(config.get("command", ""))
     lead, parts = story_html(out, config, rows)
-    if command and command.pictures:
-        pictures = resolve_name(command.pictures)(out, from_config(config), metrics)
-        parts += [figure_html(figure, caption) for figure, caption in pictures]
+    parts += pictures_html(out, config, metrics)
     arms, plain = figures_html(metrics)
     parts += arms + curves_html(rows, command) + plain
     if config:

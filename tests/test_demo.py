@@ -13,7 +13,18 @@ import torch
 from helpers import refused
 
 from beit_nb import BeitError
-from beit_nb.demo import QUICK, STAGES, DemoPlan, arm_recipes, arm_run, demo, spread, stage
+from beit_nb.demo import (
+    QUICK,
+    STAGES,
+    DemoPlan,
+    arm_recipes,
+    arm_run,
+    demo,
+    pretrain_recipe,
+    read_stage,
+    spread,
+    stage,
+)
 from beit_nb.demo_report import ARMS
 from beit_nb.tools import Demo
 
@@ -105,6 +116,14 @@ def test_options_become_a_plan(monkeypatch):
     assert plans[2] == DemoPlan("elsewhere", **QUICK)
 
 
+def test_no_training_is_only_warm_up():
+    "The rehearsal's are so short that their presets' warm-up would be all of them."
+    for plan in (DemoPlan(), DemoPlan(**QUICK)):
+        for recipe in (pretrain_recipe(plan), *arm_recipes(plan).values()):
+            assert 4 * recipe.warmup_steps <= recipe.steps
+    assert pretrain_recipe(DemoPlan()).warmup_steps == 60
+
+
 def test_arms_differ_in_nothing_else():
     plan = DemoPlan("x", longer=2)
     arms = arm_recipes(plan)
@@ -165,3 +184,10 @@ def check_metrics(metrics):
         assert {"mean", "std", "runs", "steps", "lr"} <= set(metrics["finetune"][arm])
     assert {"labels", "pretrained", "random", "pixels"} <= set(metrics["probe"])
     assert metrics["finished"] is True
+
+
+def test_a_damaged_stage_is_one_line(tmp_path):
+    (tmp_path / "probe.json").write_text('{"settings": {')
+
+    with pytest.raises(BeitError, match=f"^{tmp_path}/probe.json is damaged .*; delete it"):
+        read_stage(DemoPlan(out=str(tmp_path)), "probe")

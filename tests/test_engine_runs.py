@@ -15,6 +15,7 @@ from beit_nb.engine import runs
 from beit_nb.engine.runs import (
     load_checkpoint,
     lock_run_folder,
+    numbered_checkpoints,
     open_run,
     prune_checkpoints,
     read_checkpoint,
@@ -126,6 +127,22 @@ def test_a_future_that_was_lost_is_taken_away(tmp_path):
     save_steps(tmp_path, [20], keep=2, milestone_every=30)
 
     assert names(tmp_path) == ["step-0000010", "step-0000020"]
+
+
+STRANGERS = ["step-old.pt", "step-0000010-old.pt", "step-12.pt", "checkpoint-old.pt", "step-.pt"]
+
+
+def test_files_of_other_names_are_let_alone(tmp_path):
+    "Somebody keeps copies in the folder of checkpoints: they are neither read nor taken away."
+    last = save_steps(tmp_path, [10, 20, 30], keep=2)
+    for name in STRANGERS:
+        (last.parent / name).write_text("mine")
+
+    save_steps(tmp_path, [40], keep=2)
+
+    assert [*numbered_checkpoints(last.parent)] == [30, 40]
+    assert [p.name for p in run_checkpoints(tmp_path)] == ["last.pt", "step-0000030.pt"]
+    assert {(last.parent / name).read_text() for name in STRANGERS} == {"mine"}
 
 
 def test_without_hard_links_the_file_is_copied(tmp_path, monkeypatch):
@@ -283,3 +300,12 @@ def test_figures_of_an_older_version_are_no_finished_run(tmp_path):
     "They do not say whether the run went to its end."
     (tmp_path / "metrics.json").write_text('{"mse": 0.25}')
     assert read_metrics(tmp_path) is None
+
+
+def test_damaged_figures_and_recipes_are_one_line(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"finished": tr')
+    with pytest.raises(BeitError, match=f"^{tmp_path}/metrics.json is damaged .*; delete it"):
+        read_metrics(tmp_path)
+    (tmp_path / "config.json").write_bytes(b"\xff\xff")
+    with pytest.raises(BeitError, match="config.json is damaged; choose another --out, or delete"):
+        run_config(tmp_path)

@@ -262,7 +262,9 @@ def test_classes_that_do_not_fit(packed):
         ImageShards(packed, labels=True)
 
 
-@pytest.mark.parametrize("said", [b"n01440764", b"", None], ids=["word", "empty", "none"])
+@pytest.mark.parametrize(
+    "said", [b"n01440764", b"", None, b"9" * 30], ids=["word", "empty", "none", "huge"]
+)
 def test_classes_that_are_words(tree, tmp_path, said):
     "Fine for pre-training, one clear line for those who want labels."
     from webdataset.writer import TarWriter
@@ -276,6 +278,51 @@ def test_classes_that_are_words(tree, tmp_path, said):
     assert len(ImageShards(tmp_path / "s")) == 3
     with pytest.raises(BeitError, match="class -1 .-1: no number given"):
         ImageShards(tmp_path / "s", labels=True)
+
+
+def test_a_size_that_no_file_has_is_one_line(tree, tmp_path):
+    "A header in GNU's way of writing large numbers, and a picture of 2^70 bytes."
+    save_gray(tmp_path / "s" / "a.png", 7)
+    tar = tmp_path / "s" / "0.tar"
+    with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT) as t:
+        t.add(tmp_path / "s" / "a.png", "a.png")
+    data = bytearray(tar.read_bytes())
+    data[124:136] = b"\x80" + (2**70).to_bytes(11)
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    tar.write_bytes(data)
+
+    with pytest.raises(BeitError, match=f"^cannot read the shard {tar}: "):
+        shard_index(tar)
+
+
+@pytest.mark.parametrize("name", ["shards.json", "classes.json"])
+def test_damaged_notes_beside_shards_are_one_line(packed, name):
+    (packed / name).write_text('{"shards": ')
+
+    with pytest.raises(BeitError, match=f"^{packed / name} is damaged"):
+        ImageShards(packed, labels=True)
+
+
+@pytest.mark.parametrize("where", ["", "a/"], ids=["flat", "classes"])
+def test_a_folder_is_walked_once(tmp_path, monkeypatch, where):
+    "A network file system with fourteen million pictures takes an hour to list."
+    source = tmp_path / "in"
+    for k in range(3):
+        save_gray(source / f"{where}{k}.png", k)
+    (source / "note.txt").touch()
+    walks = []
+    real = files.walk_files
+
+    def walk(folder, inside="", above=()):
+        walks.append(inside)
+        return real(folder, inside, above)
+
+    for module in (files, shards):
+        monkeypatch.setattr(module, "walk_files", walk)
+
+    assert shard_folder(source, tmp_path / "out") == counts(pictures=3, shards=1, others=1)
+    assert walks.count("") == 1
 
 
 def test_names_in_other_alphabets(tmp_path):

@@ -13,7 +13,7 @@ from beit_nb.finetuning import finetune
 from beit_nb.pretraining import pretrain
 from beit_nb.probing import probe
 from beit_nb.recipes import recipe_named
-from beit_nb.report import RunStatus, run_report, run_status
+from beit_nb.report import RunStatus, failures_html, run_report, run_status
 from beit_nb.tokenizer import train_tokenizer
 
 SMALL = dict(steps=8, batch_size=16, log_every=2, checkpoint_every=2, precision="fp32")
@@ -104,7 +104,8 @@ def test_run_before_its_first_line(run):
 
     shutil.rmtree(run / "checkpoints")
     shutil.rmtree(run / "watch")
-    assert "Not finished: step 0 of 8" in report(run)
+    html = report(run)
+    assert "Not finished: step 0 of 8" in html and "No pictures: nobody has watched" in html
 
 
 def test_failed_run(run):
@@ -144,13 +145,14 @@ def test_without_the_tokenizer(run):
 
 
 def test_tokenizer(runs, tmp_path):
-    "It paints; where its pictures have moved, the page is made without them."
+    "It paints; where its pictures have moved, the page says so in their place."
     assert report(runs / "tok").count("<img") == 4
 
     moved = Path(shutil.copytree(runs / "tok", tmp_path / "tok"))
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps(config | dict(data="/nowhere")))
-    assert report(moved).count("<img") == 3
+    html = report(moved)
+    assert html.count("<img") == 3 and "<p>No pictures: " in html and "/nowhere" in html
 
 
 def test_probe(runs):
@@ -207,6 +209,22 @@ def test_progress(tmp_path, config, metrics, wanted):
         (tmp_path / "metrics.json").write_text(json.dumps(metrics))
 
     assert run_status(tmp_path, config, LOG) == wanted
+
+
+def test_progress_counts_only_the_checkpoints_of_the_run(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("step-0000070.pt", "step-old.pt", "step-0000900-old.pt"):
+        (tmp_path / "checkpoints" / name).touch()
+
+    assert run_status(tmp_path, {}, LOG).step == 70
+
+
+def test_a_damaged_failure_is_one_line(tmp_path):
+    file = tmp_path / "nonfinite-step-3.json"
+    file.write_text('{"step": 3, ')
+
+    with pytest.raises(BeitError, match=f"^{file} is damaged"):
+        failures_html(tmp_path)
 
 
 def test_progress_in_words():

@@ -147,9 +147,10 @@ def is_picture(name: str) -> bool:
     return ending in EXTENSIONS and "/." not in f"/{name}"
 
 
-def image_names(folder: str | Path) -> Iterator[str]:
+def image_names(folder: str | Path, names: Iterable[str] | None = None) -> Iterator[str]:
     """Names of all pictures below `folder`, at any depth, in the order of their paths.
 
+    `names` are those of all files, for who walks the folder anyway (default: `walk_files`).
     Raises BeitError where there is no such folder, or no picture in it.
     """
     if not os.path.isdir(folder):
@@ -158,7 +159,7 @@ def image_names(folder: str | Path) -> Iterator[str]:
             "known data set"
         )
     name = None
-    for name in filter(is_picture, walk_files(folder)):
+    for name in filter(is_picture, walk_files(folder) if names is None else names):
         yield name
     if name is None:
         endings = ", ".join(sorted(EXTENSIONS))

@@ -21,7 +21,6 @@ from .. import BeitError, UnreadableImage
 from ..configs import Run
 from .augment import seeded
 from .processes import gather_over_ranks, rank, rank_0_first
-from .shards import ImageShards
 from .sources import ImageDataset
 from .steps import StepLoader, batch_indices, leave_signals, split_batch
 
@@ -299,7 +298,7 @@ class TrainLoader(StepLoader):
         return batch_indices(n, r.batch_size, r.seed, first, last, rank, world, self.chunk_starts)
 
     def steps(self, first: int, last: int) -> Iterator[tuple[list, list[int]]]:
-        if isinstance(self.pictures, ImageShards) and self.chunk_starts is not None:
+        if self.chunk_starts is not None:
             self.pictures.read_ahead = True  # neighbors will be wanted soon
         keys = self.keys(first, last, self.rank, self.world)
         for batch, replaced in sample_loader(self.samples, self.recipe.workers, batch_sampler=keys):

@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['checksum', 'scan_shard', 'shard_index', 'class_names', 'shard_labels', 'complete_shards', 'ImageShards', 'shard_name',
-           'shard_part', 'write_plan', 'shard_folder']
+           'shard_part', 'write_plan', 'list_folder', 'shard_folder']
 
 # %% ../../nbs/31_engine_shards.ipynb #imports
-import json
 import re
 import sys
 import tarfile
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import IO, cast
 from zlib import crc32
@@ -24,10 +24,13 @@ from tqdm import tqdm
 from .. import BeitError, UnreadableImage
 from beit_nb.engine.files import (
     EXTENSIONS,
+    FileList,
     FileReader,
     atomic_write,
     class_folders,
     fingerprint,
+    image_names,
+    read_json,
     walk_files,
     write_json,
 )
@@ -47,7 +50,7 @@ def scan_shard(tar: Path) -> np.ndarray:
     int64. Members that share a folder and a name up to the first dot are one sample. Raises
     TarError, EOFError or ValueError where the file is no tar, is compressed, or was cut short.
     """
-    rows: dict[tuple[str, str], list[int]] = {}
+    rows: dict[tuple[str, str], list] = {}
     with tarfile.open(tar, "r:") as archive:
         for member in archive:
             folder, _, name = member.name.rpartition("/")
@@ -61,8 +64,9 @@ def scan_shard(tar: Path) -> np.ndarray:
                 row[1] = member.size
                 row[3] = checksum(member, content)
             elif kind == "cls":
-                with suppress(ValueError):  # a word, which matters only to those who want labels
-                    row[2] = int(content.read())
+                # a word, or far too large: it matters only to those who want labels
+                with suppress(ValueError, OverflowError):
+                    row[2] = np.int64(int(content.read()))
     if tar.stat().st_size < archive.offset + 512:  # cut between two members: tarfile forgives that
         raise EOFError("the end is missing")
     found = [row for row in rows.values() if row[1]]
@@ -97,7 +101,7 @@ def shard_index(tar: Path) -> np.ndarray:
 def class_names(root: str | Path) -> list[str]:
     "The names of the classes: classes.json beside shards, else the sub-folders."
     file = Path(root) / "classes.json"
-    return json.loads(file.read_text()) if file.exists() else class_folders(root)
+    return read_json(file, list) if file.exists() else class_folders(root)
 
 # %% ../../nbs/31_engine_shards.ipynb #shard-labels
 def shard_labels(
@@ -131,7 +135,7 @@ def complete_shards(root: Path) -> list[Path]:
     "All *.tar of a folder; BeitError where `beit shard` was stopped before the last of them."
     tars = sorted(root.glob("*.tar"))
     plan = root / "shards.json"
-    due = json.loads(plan.read_text())["shards"] if plan.exists() else 0
+    due = read_json(plan).get("shards", 0) if plan.exists() else 0
     if len(tars) < due:
         raise BeitError(f"{root} holds {len(tars)} of {due} shards; let `beit shard` finish")
     return tars
@@ -165,7 +169,6 @@ class ImageShards(EncodedImages):
         self.ends = np.cumsum(sizes)  # the number behind the last picture of each tar
         chunks = [np.arange(end - n, end, chunk) for n, end in zip(sizes, self.ends)]
         self.chunk_starts = np.concatenate(chunks)
-        self.read_ahead = False
         self.reader = FileReader()
         numbers = None
         names = ()
@@ -235,7 +238,7 @@ def write_plan(out: Path, plan: dict, classes: list[str]) -> None:
     "Say what `out` will hold before it holds anything; BeitError where it holds something else."
     file = out / "shards.json"
     if any(out.glob("*.tar")):
-        there = json.loads(file.read_text()) if file.exists() else None
+        there = read_json(file) if file.exists() else None
         if there != plan:
             raise BeitError(
                 f"{out} holds shards of something else; choose another --out, or delete that folder"
@@ -245,6 +248,22 @@ def write_plan(out: Path, plan: dict, classes: list[str]) -> None:
     write_json(out / "classes.json", classes)
 
 # %% ../../nbs/31_engine_shards.ipynb #shard-folder
+def list_folder(
+    source: Path,
+    classes: Sequence[str] | None = None,  # their order, where another folder (train) has it
+) -> tuple[ImageFolder, int]:
+    """The pictures of a folder, and how many other files are in it; it is walked once.
+
+    They have labels where each of them lies in a sub-folder.
+    """
+    seen = count()  # moves on with every file
+    names = (name for name, _ in zip(walk_files(source), seen))
+    files = FileList(source, image_names(source, names))
+    labels = all("/" in files.name(i) for i in range(len(files)))
+    pictures = ImageFolder(source, labels, classes if labels else None, files)
+    return pictures, next(seen) - len(files)
+
+
 def shard_folder(
     source: str | Path,
     out: str | Path,
@@ -265,9 +284,7 @@ def shard_folder(
         parts = [part for part in ("train", "val", "test") if (source / part).is_dir()]
         counts = [shard_folder(source / part, out / part, per_shard, classes) for part in parts]
         return {name: sum(count[name] for count in counts) for name in counts[0]}
-    pictures = ImageFolder(source)
-    if all(file.parent != source for file in pictures.files):
-        pictures = ImageFolder(source, labels=True, classes=classes)
+    pictures, others = list_folder(source, classes)
     total = len(pictures)
     shards = -(-total // per_shard)
     plan = {"pictures": total, "per_shard": per_shard, "shards": shards}
@@ -278,5 +295,4 @@ def shard_folder(
         if not tar.exists():
             shard_part(tar, pictures, order[k * per_shard : (k + 1) * per_shard])
     kept = sum(len(shard_index(tar)) for tar in tars)
-    others = sum(1 for _ in walk_files(source)) - total
     return {"pictures": kept, "shards": shards, "damaged": total - kept, "others": others}

@@ -38,6 +38,8 @@ class ImageDataset:
     # Numbers of the pictures with which a chunk begins: neighbors on the disk, which are much
     # cheaper to read together. None where it makes no difference.
     chunk_starts: np.ndarray | None = None
+    # A loader that wants whole chunks says so: then reading the first picture of one may fetch all.
+    read_ahead = False
 
     def __init__(
         self,
@@ -236,8 +238,9 @@ class ImageFolder(EncodedImages):
         root: str | Path,
         labels: bool = False,
         classes: Sequence[str] | None = None,  # their order, where another folder (train) has it
+        files: FileList | None = None,  # its pictures, for who has listed them
     ):
-        self.files = FileList(root, image_names(root))
+        self.files = files or FileList(root, image_names(root))
         numbers = None
         if labels:
             classes = classes or class_folders(root)
