@@ -19,10 +19,10 @@ from .engine.files import atomic_write
 from .images import PALETTE
 
 # %% ../nbs/70_charts.ipynb #figure-html
-def figure_html(fig: Figure, caption: str = "", dpi: int = 110) -> str:
+def figure_html(fig: Figure, caption: str = "") -> str:
     "A matplotlib figure as an HTML <figure> that carries its own PNG; the figure is closed."
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", dpi=dpi, bbox_inches="tight", facecolor="white")
+    fig.savefig(buffer, format="png", dpi=110, bbox_inches="tight", facecolor="white")
     plt.close(fig)
     data = base64.b64encode(buffer.getvalue()).decode()
     image = f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
@@ -36,17 +36,14 @@ def cell_text(value) -> str:
     return f"{value:.3f}" if abs(value) >= 0.01 or value == 0 else f"{value:.3g}"
 
 
-def table_html(rows: list[dict], caption: str = "") -> str:
+def table_html(rows: list[dict]) -> str:
     "Rows with the same keys, which become the head, as an HTML table."
     head = "".join(f"<th>{escape(str(key))}</th>" for key in rows[0])
     body = ""
     for row in rows:
         cells = "".join(f"<td>{cell_text(value)}</td>" for value in row.values())
         body += f"<tr>{cells}</tr>"
-    return (
-        f"<table><caption>{caption}</caption>"
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 # %% ../nbs/70_charts.ipynb #cards-html
 def cards_html(cards: list[tuple[str, str]]) -> str:
@@ -79,10 +76,9 @@ p.lead { color: var(--soft); font-size: 1.12em; margin-top: 0 }
 figure, .card { background: var(--card); border: 1px solid var(--line); border-radius: 10px }
 figure { margin: 1.2em 0; padding: 16px }
 figure img { display: block; max-width: 100%; margin: 0 auto; border-radius: 4px }
-figcaption, caption { color: var(--soft); font-size: .92em; text-align: left; padding-top: .7em }
+figcaption { color: var(--soft); font-size: .92em; text-align: left; padding-top: .7em }
 table { border-collapse: collapse; width: 100%; margin: 1.2em 0 }
 table { font-variant-numeric: tabular-nums }
-caption { caption-side: bottom }
 th, td { padding: .4em .7em; text-align: right; border-bottom: 1px solid var(--line) }
 th:first-child, td:first-child { text-align: left }
 th { font-weight: 600 }
@@ -117,14 +113,14 @@ def write_page(path: Path, title: str, lead: str, parts: Sequence[str], footer: 
     return path
 
 # %% ../nbs/70_charts.ipynb #plot-log
-def plot_log(rows: list[dict], curves: dict[str, str], ncols: int = 3) -> Figure:
+def plot_log(rows: list[dict], curves: dict[str, str]) -> Figure:
     """One panel for each key of `curves` (key -> title): its values over the steps of a log.
 
-    A row without a key is passed over, a key that no row has gets no panel; at least one must be
-    there. `ncols`: panels side by side.
+    Three panels side by side. A row without a key is passed over, a key that no row has gets no
+    panel; at least one must be there.
     """
     keys = [key for key in curves if any(key in row for row in rows)]
-    ncols = min(ncols, len(keys))
+    ncols = min(3, len(keys))
     nrows = -(-len(keys) // ncols)
     size = (8.4, 2.6 * nrows)
     fig, axes = plt.subplots(nrows, ncols, figsize=size, squeeze=False, layout="constrained")

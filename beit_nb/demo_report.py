@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from .attention import attention_maps, patch_attention, show_attention
 from .charts import cards_html, figure_html, plot_log, table_html, write_page
 from .engine.log import read_log
+from .engine.runs import run_config
 from .engine.sources import Digits
 from .images import PALETTE, preprocess, to_float
 from .pretraining import load_mim
@@ -95,20 +96,23 @@ def headlines(metrics: dict) -> str:
 def words_section(out: Path, dvae: dict, tokenizer: Tokenizer) -> list[str]:
     "1. The tokenizer: what its tokens hold, and how it was trained."
     curves = {"mse": "squared error", "perplexity": "tokens in use (perplexity)"}
+    images = to_float(Digits("test").images[:6])
+    side = images.shape[-1] // tokenizer.downsample
     return [
         "<h2>1. Pictures become words</h2><p>A discrete VAE learns an alphabet of stamps. Each "
         f"{tokenizer.downsample}x{tokenizer.downsample} cell of a picture is named by one of "
         f"{tokenizer.vocab_size} token ids; a decoder repaints the picture from the ids alone.</p>",
         figure_html(
-            tokens_figure(tokenizer, to_float(Digits("test").images[:6])),
-            "Test digits it never saw: the picture, its 8x8 token ids (one colour an id), and the "
-            "picture repainted from them.",
+            tokens_figure(tokenizer, images),
+            f"Test digits it never saw: the picture, its {side}x{side} token ids (one colour an "
+            "id), and the picture repainted from them.",
         ),
         figure_html(
             plot_log(read_log(out / "tokenizer"), curves),
-            "The error falls while more of the alphabet comes into use. On test digits the error "
-            f"is {dvae['mse'] / dvae['pixel_variance']:.1%} of the pixels' variance; "
-            f"{dvae['codes_used']} ids occur, with a perplexity of {dvae['perplexity']:.1f}.",
+            "Learning shows twice: the error falls, and more of the alphabet comes into use. On "
+            f"test digits the error is {dvae['mse'] / dvae['pixel_variance']:.1%} of the pixels' "
+            f"variance; {dvae['codes_used']} ids occur, with a perplexity of "
+            f"{dvae['perplexity']:.1f}.",
         ),
     ]
 
@@ -116,9 +120,13 @@ def words_section(out: Path, dvae: dict, tokenizer: Tokenizer) -> list[str]:
 def guesses_section(out: Path, mim: dict, tokenizer: Tokenizer) -> list[str]:
     "2. The pre-training: guesses getting better, curves, attention."
     curves = {"loss": "cross-entropy", "mlm_acc": "hidden tokens guessed"}
+    config = run_config(out / "pretrain") or {}
+    patches = (config["img_size"] // config["patch_size"]) ** 2
+    share = config["num_mask_patches"] / patches
     return [
-        "<h2>2. Hide and guess</h2><p>Blocks that cover 40 % of the patches are hidden, and a "
-        "Transformer must name the hidden tokens from what is left. No label is used.</p>",
+        f"<h2>2. Hide and guess</h2><p>Blocks that cover up to {share:.0%} of the patches are "
+        "hidden, and a Transformer must name the hidden tokens from what is left. No label is "
+        "used.</p>",
         figure_html(
             reconstruction_figure(out / "pretrain", tokenizer),
             "Grey patches are hidden from the model. Below: its guess at the hidden tokens, "
@@ -150,8 +158,9 @@ def labels_section(finetune: dict) -> list[str]:
         for name, (label, _) in ARMS.items()
     ]
     return [
-        f"<h2>3. Few labels are enough</h2><p>Now {finetune['labels_per_class']} labelled digits a "
-        "class. The same network starts once from the pre-trained weights and once from random "
+        "<h2>3. Are few labels enough?</h2><p>Now "
+        f"{finetune['labels_per_class']} labelled digits a class. The same "
+        "network starts once from the pre-trained weights and once from random "
         "ones; learning rates were chosen on validation digits, the figures are on "
         f"{len(Digits('test')):,} test digits.</p>",
         figure_html(
@@ -194,12 +203,13 @@ def demo_report(out: str | Path, metrics: dict) -> Path:
     out = Path(out)
     tokenizer = load_tokenizer(out / "tokenizer")
     minutes = metrics["seconds"] / 60
-    labels = metrics["probe"]["labels"]
+    labels = metrics["finetune"]["labels_per_class"]
+    digits = sum(len(Digits(split, places=1)) for split in ("train", "val", "test"))
     return write_page(
         out / "report.html",
         "BEiT, learnt on this machine",
-        f"Tokens, masks, guesses and labels: {minutes:.1f} minutes from nothing to a network that "
-        f"reads handwriting from {labels} labels.",
+        f"Tokens, masks, guesses and labels in {minutes:.1f} minutes: how well does a network read "
+        f"handwriting that has seen {labels} labelled digits a class?",
         [
             headlines(metrics),
             *words_section(out, metrics["dvae"], tokenizer),
@@ -207,6 +217,6 @@ def demo_report(out: str | Path, metrics: dict) -> Path:
             *labels_section(metrics["finetune"]),
             *probe_section(metrics["probe"]),
         ],
-        "Made by <code>beit demo</code> of beit_nb. Pictures: 5,000 MNIST digits, placed at "
+        f"Made by <code>beit demo</code> of beit_nb. Pictures: {digits:,} MNIST digits, placed at "
         "random on 32x32.",
     )

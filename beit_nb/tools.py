@@ -8,12 +8,13 @@ __all__ = ['TOOLS', 'Demo', 'Predict', 'AttentionMaps', 'Tokenize', 'Shard', 'Pl
 # %% ../nbs/78_tools.ipynb #imports
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from . import BeitError
 from .configs import Count, Natural, Run, Share
+from .scale.hours import HARDWARE
 
 # %% ../nbs/78_tools.ipynb #demo
 @dataclass
@@ -185,7 +186,7 @@ class Plan:
     recipe: Positional[str]  # a preset, such as base-in1k
     command: str = "pretrain"  # of which training
     gpus: int = 8  # how many
-    hardware: Literal["v100", "a100", "h100"] = "a100"  # of which kind
+    hardware: Annotated[str, arg(help=f"of which kind: {', '.join(HARDWARE)}")] = "a100"
     # model FLOPs over the hardware's peak: an assumption, better measured with `beit bench step`
     mfu: float = 0.4
     cores: int = 8  # processor cores for each GPU

@@ -24,11 +24,11 @@ def a_figure():
 def test_figure_carries_its_picture():
     fig = a_figure()
 
-    html = figure_html(fig, "a < b & c", dpi=60)
+    html = figure_html(fig, "a < b & c")
 
     data = base64.b64decode(html.split("base64,")[1].split('"')[0])
     picture = Image.open(io.BytesIO(data))
-    assert picture.format == "PNG" and abs(picture.width - 4 * 60) < 40
+    assert picture.format == "PNG" and abs(picture.width - 4 * 110) < 40
     assert np.ptp(np.asarray(picture.convert("L"))) > 100
     assert 'alt="a &lt; b &amp; c"' in html
     assert not plt.fignum_exists(fig.number)  # closed: figures do not pile up in memory
@@ -40,7 +40,7 @@ def test_table():
         {"arm": "</table>", "lr": 0.0, "accuracy": 1.0, "steps": 10_000},
     ]
 
-    html = table_html(rows, "Two arms.")
+    html = table_html(rows)
 
     assert "<th>arm</th><th>lr</th><th>accuracy</th><th>steps</th>" in html
     assert "<td>0.0015</td><td>0.935</td><td>200</td>" in html

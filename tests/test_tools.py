@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from helpers import FEW_STEPS, beit, few_steps_of_each, mixed_photos, refused
 from PIL import Image
 
 from beit_nb.engine.log import read_log
-from beit_nb.tools import TOOLS
+from beit_nb.scale.bench import BENCHES
+from beit_nb.scale.hours import HARDWARE
+from beit_nb.tools import TOOLS, Bench
 
 
 @pytest.fixture(scope="module")
@@ -163,9 +166,22 @@ def test_plan():
     assert "finetune base-in1k on 8 x A100" in finetune and "steps of 64 pictures" in finetune
     refused("plan", "huge", says=["huge", "base-in1k"])
     refused("plan", "nano", "--gpus", 0, says="gpus")
+    refused("plan", "nano", "--hardware", "tpu", says=["tpu", *HARDWARE])
     refused("plan", "nano", "--gpu", 1, says=["no option --gpu ", "--gpus"])
     refused("plan", "nano", "--command", "probe", says="probe")
     refused("plan", "nano", "--command", "dream", says=["dream", "pretrain"])
+
+
+def test_help_names_the_hardware():
+    page = beit("plan", "--help").stdout
+
+    assert ", ".join(HARDWARE) in page
+
+
+def test_bench_offers_every_benchmark():
+    names, _ = get_args(get_type_hints(Bench)["names"])
+
+    assert get_args(names) == tuple(BENCHES)
 
 
 def test_report(runs, tmp_path):

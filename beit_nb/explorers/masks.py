@@ -85,6 +85,10 @@ class MaskView:
         self.words = W.HTML(layout=W.Layout(margin="6px 0 0 0"))
         self.source = None  # of the picture
         self.caption = ""  # of the frame, while the game is played
+        self.rule = MaskRule()
+        self.seed = 0
+        self.attempts: list[MaskBlock] = []
+        self.drawn = np.zeros(self.rule.grid_size, bool)  # the mask as the rule drew it
 
     def show_picture(self, source) -> None:
         "Another picture under the mask; anything that `read_picture` takes."
@@ -97,7 +101,7 @@ class MaskView:
         self.rule = rule
         self.seed = seed
         self.caption = ""
-        self.attempts: list[MaskBlock] = []
+        self.attempts = []
         self.drawn = np.zeros(rule.grid_size, bool)
         self.pad.boxes = []
         try:
@@ -249,12 +253,16 @@ class MaskExplorer(Explorer):
         rows = _arrange(self.controls, self.mask_view, self.statistics, self.prediction)
         super().__init__(rows, self.controls.watched)
         self.mask_view.pad.observe(self.guarded(self.mask_changed), "marked")
-        self.controls.play.on_click(lambda _: self.player.start(self.mask_view.play()))
+        self.controls.play.on_click(self.play)
 
     @property
     def mask(self) -> np.ndarray:
         "(h, w) bool, true where a patch is hidden."
         return self.mask_view.pad.mask
+
+    def play(self, button=None) -> None:
+        "Show how the mask on the screen came about, attempt by attempt."
+        self.player.start(self.mask_view.play())
 
     def update(self, change=None) -> None:
         "A control moved: draw the mask of its rule."

@@ -8,7 +8,6 @@ __all__ = ['ViTCost', 'vit_cost', 'cost_html', 'cut_patches', 'sequence_picture'
 
 # %% ../../nbs/65_explorers_patches.ipynb #imports
 import math
-from itertools import count
 from typing import NamedTuple
 
 import ipywidgets as W
@@ -79,12 +78,10 @@ def sequence_picture(
     height: int = 320,
 ) -> tuple[Image.Image, int]:
     "Patches row by row within width x height, and how many stand in a row."
-    for ncols in count(1):
-        nrows = -(-len(tiles) // ncols)
-        size = width // ncols
-        if nrows * size <= height:
-            return mosaic(tiles, ncols, size - 2), ncols
-    raise AssertionError("unreachable: `count` never ends")
+    ncols = 1
+    while math.ceil(len(tiles) / ncols) * (width // ncols) > height:
+        ncols += 1
+    return mosaic(tiles, ncols, width // ncols - 2), ncols
 
 
 def draw_frame(picture: Image.Image, left: float, top: float, size: float) -> Image.Image:

@@ -105,13 +105,11 @@ class TokenColumns(W.HBox):
     def __init__(self, rows: int, cols: int):
         self.size = (256, 256 * rows // cols)
         middle = (rows // 2 - 1) * cols + cols // 2 - 1
-        self.pad = PatchPad(rows=rows, cols=cols, mode="pick", width=256, cursor=middle)
-        self.pad.unit = "cell"
-        self.pad.label = "cells of the picture"
+        names = dict(unit="cell", label="cells of the picture")
+        self.pad = PatchPad(rows=rows, cols=cols, mode="pick", width=256, cursor=middle, **names)
         layout = W.Layout(width="36px", height="256px", overflow="hidden")
-        self.candidates = PatchPad(rows=8, cols=1, mode="pick", width=32, layout=layout)
-        self.candidates.unit = "candidate"
-        self.candidates.label = "best tokens"
+        names = dict(unit="candidate", label="best tokens")
+        self.candidates = PatchPad(rows=8, cols=1, mode="pick", width=32, layout=layout, **names)
         self.bars = W.HTML()
         self.view = picture_view()
         columns = [
@@ -165,7 +163,7 @@ class TokenExplorer(Explorer):
         self.candidates = self.columns.candidates
         self.pad.observe(self.guarded(self.point), "cursor")
         self.candidates.observe(self.guarded(self.choose), "cursor")
-        self.controls.token.observe(self.guarded(lambda change: self.write(change.new)), "value")
+        self.controls.token.observe(self.guarded(self.type_token), "value")
         self.controls.as_read.on_click(self.guarded(self.update))
         which = W.HTML(words_html(f'<span class="quiet">{line}</span>'))
         super().__init__([self.controls, self.columns, which], [self.controls.number])
@@ -190,6 +188,9 @@ class TokenExplorer(Explorer):
         token = self.best[change.new]
         if token != self.controls.token.value:
             self.write(token)
+
+    def type_token(self, change) -> None:
+        self.write(change.new)
 
     def write(self, token: int) -> None:
         "Put a token into the chosen cell and paint the picture anew."
