@@ -61,12 +61,13 @@ def torchvision_set(name: str, split: str, root: str | Path = "data") -> ImageDa
 
     Their test part is ours; val is the last tenth of train, by a fixed shuffle.
     """
+    opened = []
 
     def fetch() -> None:
-        download_set(name, split == "test", root)
+        opened.append(download_set(name, split == "test", root))
 
     rank_0_first(fetch)
-    base = download_set(name, split == "test", root)
+    base = opened[0] if opened else download_set(name, split == "test", root)
     y = labels_of(name, base)
     # Imagenette names each class several times
     classes = [c if isinstance(c, str) else c[0] for c in base.classes]
