@@ -11,6 +11,7 @@ __all__ = ['rank', 'world_size', 'sum_over_ranks', 'mean_over_ranks', 'gather_ov
 import os
 import resource
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -172,6 +173,9 @@ def join_processes():
         ) from e
     finally:
         dist.destroy_process_group()
+        # DTensor's caches keep the group's threads alive. One of them may still be dropping the
+        # last message, for which it needs Python: if Python ends first, the process is aborted.
+        time.sleep(0.1)
 
 # %% ../../nbs/24_engine_processes.ipynb #forward
 class ModelWithLoss(nn.Module):
