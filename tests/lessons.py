@@ -63,9 +63,9 @@ def run(path, slow: bool = False, timeout: int = 600):
 
 
 def looks_like(image: Image.Image, other: Image.Image) -> bool:
-    "Side by side no eye tells: 3 of 255 apart on average (root mean square), 40 at most."
+    "Side by side no eye tells: 3.5 of 255 apart on average (root mean square), 64 at most."
     error = np.subtract(image.convert("RGB"), other.convert("RGB"), dtype=float)
-    return (error**2).mean() <= 3**2 and abs(error).max() <= 40
+    return (error**2).mean() <= 3.5**2 and abs(error).max() <= 64
 
 
 def few_colors(image: Image.Image) -> Image.Image:
