@@ -105,11 +105,24 @@ class TokenColumns(W.HBox):
     def __init__(self, rows: int, cols: int):
         self.size = (256, 256 * rows // cols)
         middle = (rows // 2 - 1) * cols + cols // 2 - 1
-        names = dict(unit="cell", label="cells of the picture")
-        self.pad = PatchPad(rows=rows, cols=cols, mode="pick", width=256, cursor=middle, **names)
-        layout = W.Layout(width="36px", height="256px", overflow="hidden")
-        names = dict(unit="candidate", label="best tokens")
-        self.candidates = PatchPad(rows=8, cols=1, mode="pick", width=32, layout=layout, **names)
+        self.pad = PatchPad(
+            rows=rows,
+            cols=cols,
+            mode="pick",
+            width=256,
+            cursor=middle,
+            unit="cell",
+            label="cells of the picture",
+        )
+        self.candidates = PatchPad(
+            rows=8,
+            cols=1,
+            mode="pick",
+            width=32,
+            unit="candidate",
+            label="best tokens",
+            layout=W.Layout(width="36px", height="256px", overflow="hidden"),
+        )
         self.bars = W.HTML()
         self.view = picture_view()
         columns = [
