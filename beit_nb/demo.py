@@ -282,6 +282,7 @@ def demo(plan: DemoPlan | None = None) -> dict:
     metrics: dict = {name: stage(plan, name, work) for name, work in STAGES.items()}
     metrics["seconds"] = sum(figures["seconds"] for figures in metrics.values())
     metrics["peak_rss_mb"] = max(memory_mb(), metrics["finetune"]["peak_mb"])
+    metrics["rehearsal"] = plan.pretrain_steps < DemoPlan.pretrain_steps
     write_metrics(out, metrics)
     page = demo_report(out, metrics)
     print(

@@ -97,6 +97,7 @@ def words_section(out: Path, dvae: dict, tokenizer: Tokenizer) -> list[str]:
     "1. The tokenizer: what its tokens hold, and how it was trained."
     curves = {"mse": "squared error", "perplexity": "tokens in use (perplexity)"}
     images = to_float(Digits("test").images[:6])
+    error = dvae["mse"] / dvae["pixel_variance"]
     side = images.shape[-1] // tokenizer.downsample
     return [
         "<h2>1. Pictures become words</h2><p>A discrete VAE learns an alphabet of stamps. Each "
@@ -109,8 +110,8 @@ def words_section(out: Path, dvae: dict, tokenizer: Tokenizer) -> list[str]:
         ),
         figure_html(
             plot_log(read_log(out / "tokenizer"), curves),
-            "Learning shows twice: the error falls, and more of the alphabet comes into use. On "
-            f"test digits the error is {dvae['mse'] / dvae['pixel_variance']:.1%} of the pixels' "
+            "A tokenizer that learns shows it twice: its error falls, and in the long run more of "
+            f"the alphabet comes into use. On test digits the error is {error:.1%} of the pixels' "
             f"variance; {dvae['codes_used']} ids occur, with a perplexity of "
             f"{dvae['perplexity']:.1f}.",
         ),
@@ -204,12 +205,17 @@ def demo_report(out: str | Path, metrics: dict) -> Path:
     tokenizer = load_tokenizer(out / "tokenizer")
     minutes = metrics["seconds"] / 60
     labels = metrics["finetune"]["labels_per_class"]
+    lead = (
+        f"Tokens, masks, guesses and labels in {minutes:.1f} minutes: how well does a network "
+        f"read handwriting that has seen {labels} labelled digits a class?"
+    )
+    if metrics["rehearsal"]:
+        lead = f"<b>A rehearsal, too short to learn anything well.</b> {lead}"
     digits = sum(len(Digits(split, places=1)) for split in ("train", "val", "test"))
     return write_page(
         out / "report.html",
         "BEiT, learnt on this machine",
-        f"Tokens, masks, guesses and labels in {minutes:.1f} minutes: how well does a network read "
-        f"handwriting that has seen {labels} labelled digits a class?",
+        lead,
         [
             headlines(metrics),
             *words_section(out, metrics["dvae"], tokenizer),

@@ -184,6 +184,7 @@ def check_metrics(metrics):
         assert {"mean", "std", "runs", "steps", "lr"} <= set(metrics["finetune"][arm])
     assert {"labels", "pretrained", "random", "pixels"} <= set(metrics["probe"])
     assert metrics["finished"] is True
+    assert metrics["rehearsal"] is True
 
 
 def test_a_damaged_stage_is_one_line(tmp_path):
