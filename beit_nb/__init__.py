@@ -1,8 +1,8 @@
 """BEiT, explained and defined in notebooks: learn it, run it, trust it.
 
 Written by hand, as `__main__.py` is; every other module is exported from a notebook in `nbs/`.
-Holds the version, the two errors that every module may raise, and the names that outside users
-rely on, loaded when they are first asked for, so that `import beit_nb` imports no torch.
+Holds the version, the two errors that every module may raise, the exit status that they mean, and
+the names that outside users rely on, loaded when they are first asked for, so that `import beit_nb` imports no torch.
 """
 __version__ = "0.2.0"
 
@@ -19,6 +19,16 @@ class BeitError(ValueError):
 
 class UnreadableImage(BeitError):
     "A picture that cannot be read; a training stands another one in for it and counts it."
+
+
+def exit_status(error: BaseException) -> int:
+    """The exit status of a command that ends with `error`.
+
+    2: bad input or a file that fails us; 130: Ctrl-C; 1: anything else.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, (BeitError, OSError)) else 1
 
 
 HOMES = {

@@ -18,7 +18,7 @@ from typing import Any
 
 import tyro
 
-from . import BeitError, __version__
+from . import BeitError, __version__, exit_status
 from .configs import Recipe, wrong_fields
 from .recipes import COMMANDS, command_named
 from .tools import TOOLS, Plan
@@ -162,12 +162,12 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt as e:
         said = str(e) or "stopped; the same command continues from the last checkpoint"
         print(f"\nbeit: {said}", file=sys.stderr)
-        return 130
+        return exit_status(e)
     except (BeitError, OSError, FloatingPointError) as e:
         if debug:
             raise
         print(f"beit: error: {' '.join(str(e).split())}", file=sys.stderr)
-        return 1 if isinstance(e, FloatingPointError) else 2
-    except Exception:
+        return exit_status(e)
+    except Exception as e:
         traceback.print_exc()
-        return 1
+        return exit_status(e)

@@ -18,7 +18,7 @@ from . import BeitError
 from .engine.files import is_picture, walk_files
 from .engine.processes import rank_0_first
 from .engine.shards import ImageShards, class_names
-from .engine.sources import Digits, ImageDataset, ImageFolder, Photos
+from .engine.sources import SPLITS, Digits, ImageDataset, ImageFolder, Photos, split_ids
 from .recipes import DATASETS
 
 # %% ../nbs/36_data.ipynb #torchvision-sets
@@ -73,12 +73,7 @@ def torchvision_set(name: str, split: str, root: str | Path = "data") -> ImageDa
     classes = [c if isinstance(c, str) else c[0] for c in base.classes]
     order = np.random.default_rng(0).permutation(len(y))
     end = len(y) - len(y) // 10
-    ids = {
-        "test": np.arange(len(y)),
-        "train": order[:end],
-        "val": order[end:],
-        "train+val": order,
-    }[split]
+    ids = split_ids(split, order[:end], order[end:], np.arange(len(y)))
     get = partial(read_from, base, ids)
     return ImageDataset(len(ids), get, y[ids], classes, f"{name}/{split}")
 
@@ -119,14 +114,16 @@ def labelled_folder(root: Path, split: str) -> ImageDataset:
 # %% ../nbs/36_data.ipynb #open-data
 def open_data(
     data: str,  # a known set, or a folder
-    split: str = "train",  # train, val, test, or train+val
+    split: str = "train",  # one of SPLITS
     labels: bool = False,  # are labels needed?
 ) -> ImageDataset:
     """A known set by name, or a folder.
 
     For labels with train/<class>/ and val/<class>/ in it, for pictures alone any folder. Raises
-    BeitError where there is none.
+    BeitError where there is none, or no such split.
     """
+    if split not in SPLITS:
+        raise BeitError(f"unknown split {split!r}; there are: {', '.join(SPLITS)}")
     if data == "digits":
         return Digits(split, places=1 if labels else 4)
     if data == "photos":

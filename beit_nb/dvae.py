@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor, nn
 
+from . import BeitError
 from .elbo import kl_uniform
 from .gumbel import gumbel_softmax
 
@@ -268,7 +269,7 @@ def init_codes(model: DiscreteVAE, images: Tensor, seed: int = 0) -> None:
     """Starts the codebook on outputs of the encoder, in place; nothing happens to linear scores.
 
     images: (N, 3, H, W) in [0, 1]. The encoder's last layer is changed so that its outputs have
-    mean 0 and spread 1; then far-apart outputs (k-means++) become the rows. Raises ValueError if
+    mean 0 and spread 1; then far-apart outputs (k-means++) become the rows. Raises BeitError if
     the pictures have fewer cells than there are codes.
     """
     if model.log_scale is None:
@@ -283,7 +284,7 @@ def init_codes(model: DiscreteVAE, images: Tensor, seed: int = 0) -> None:
     cells = f.permute(0, 2, 3, 1).flatten(0, 2).cpu()  # (N*h*w, D)
     some = torch.randperm(len(cells), generator=torch.Generator().manual_seed(seed))[:16384]
     if len(some) < model.vocab_size:
-        raise ValueError(
+        raise BeitError(
             f"init_codes: {len(some)} cells cannot start {model.vocab_size} codes; give more "
             "pictures, or lower vocab_size"
         )

@@ -246,11 +246,16 @@ def command_named(name: str) -> Command:
 
 
 def from_config(config: dict) -> Any:
-    "The recipe that `as_config` wrote; unknown fields (of another version) are dropped."
+    """The recipe that `as_config` wrote; unknown fields (of another version) are dropped.
+
+    Raises BeitError where it cannot work, since somebody may have changed it.
+    """
     recipe_class: Any = command_named(config["command"]).recipe
     known = {f.name for f in fields(recipe_class)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in config.items() if k in known}
-    return recipe_class(**values)
+    recipe = recipe_class(**values)
+    check_recipe(recipe)
+    return recipe
 
 # %% ../nbs/21_recipes.ipynb #recipe-named
 def recipe_named(command: str, name: str, **changes) -> Any:

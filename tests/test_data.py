@@ -269,3 +269,10 @@ def test_a_few_labels_of_every_class():
     assert (sample_labels(labels, None) == np.arange(60)).all()
     with pytest.raises(BeitError, match="more than the 10 pictures of the smallest class"):
         sample_labels(labels, 11)
+
+
+@pytest.mark.parametrize("name", ["digits", "cifar10", "nowhere"])
+def test_a_split_that_is_none_is_refused(name):
+    line = "^unknown split 'valid'; there are: train, val, test, train.val$"
+    with pytest.raises(BeitError, match=line):
+        open_data(name, "valid", labels=True)

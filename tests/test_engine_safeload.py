@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers_dalle import published, refusal, save_published, small_dalle
 
-from beit_nb.engine.safeload import load_tensors, read_legacy_file
+from beit_nb.engine.safeload import LegacyUnpickler, load_tensors, read_legacy_file
 
 
 class Evil:
@@ -117,3 +117,20 @@ def test_stand_ins_are_lent_for_the_moment_only(tmp_path):
     buffer.seek(0)
     with pytest.raises(pickle.UnpicklingError):
         torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("keys", [7, [1.5], [None], [["a"]], {1: 2}])
+def test_keys_of_storages_that_are_none(tmp_path, keys):
+    "An old file is five pickles; in the last are the keys of its storages, which must be texts."
+    file = tmp_path / "old.pth"
+    torch.save({"w": torch.ones(3)}, file, _use_new_zipfile_serialization=False)
+    data = io.BytesIO(file.read_bytes())
+    for _ in range(3):
+        pickle.load(data)
+    reader = LegacyUnpickler(data)
+    reader.storages = {}
+    reader.load()
+    head = data.getvalue()[: data.tell()]
+    file.write_bytes(head + pickle.dumps(keys, 2) + bytes(20))
+
+    assert "is damaged or no file of weights" in refusal(load_tensors, file)

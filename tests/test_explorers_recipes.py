@@ -48,6 +48,14 @@ def test_temperature_runs_from_start_to_end(name):
     assert math.isclose(tau[0], recipe.tau_start) and math.isclose(tau[-1], recipe.tau_end)
 
 
+def test_a_run_that_stops_early_has_the_curves_of_the_whole():
+    "--max-steps and --dry-run stop a run, and its schedules are still those of all its steps."
+    whole = recipe_curves(recipe_named("pretrain", "nano"))
+    for changes in (dict(max_steps=7), dict(dry_run=True)):
+        stopped = recipe_curves(recipe_named("pretrain", "nano", **changes))
+        assert all(np.array_equal(stopped[name][1], y) for name, (_, y) in whole.items())
+
+
 def test_dalles_schedules_are_those_of_its_training():
     recipe = recipe_named("tokenizer", "dalle")
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from beit_nb import BeitError
 from beit_nb.engine.log import read_log
 from beit_nb.engine.runs import load_checkpoint
 from beit_nb.recipes import recipe_named
@@ -81,3 +82,10 @@ def test_mean_is_the_mean(tmp_path):
         )
     for k, v in tokenizer.dvae.state_dict().items():
         torch.testing.assert_close(v, mean[k], atol=1e-6, rtol=1e-5)
+
+
+def test_more_tokens_than_there_are_cells_are_refused(tmp_path):
+    r = recipe_named("tokenizer", "nano", out=str(tmp_path), width=16, vocab_size=20_000, **TINY)
+
+    with pytest.raises(BeitError, match="16384 cells cannot start 20000 codes; .*vocab_size"):
+        train_tokenizer(r, quiet=True)

@@ -21,7 +21,7 @@ from .figures import FIGURE_STYLE, BlittedFigure, chart, on_white, words_html
 from .shell import CONTROL_WIDTH, Explorer, control
 from ..images import PALETTE
 from ..recipes import COMMANDS
-from ..scale.hours import dataset_size, num_steps
+from ..scale.hours import dataset_size
 from ..tokenizer import tokenizer_schedules
 
 # %% ../../nbs/69_explorers_recipes.ipynb #curves
@@ -36,8 +36,8 @@ def layer_decay_of(recipe: Run) -> float | None:
 def recipe_curves(recipe: Run, points: int = 201) -> dict[str, Curve]:
     "Curves of a recipe by name: (percent of the run, value), or (block or layer, value)."
     images, _ = dataset_size(recipe)
-    total = num_steps(recipe, images)
     per_epoch = max(1, images // recipe.batch_size)
+    total = recipe.total_steps(per_epoch)
     if isinstance(recipe, TokenizerRecipe):
         by_name = tokenizer_schedules(recipe, total, per_epoch)
         schedules = {
