@@ -125,14 +125,6 @@ def test_a_repaired_picture_is_welcome(tmp_path):
     assert len(list(through(loader(samples, replace(RECIPE, max_damaged=0.01))))) == 20
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.5, 100])
-def test_a_share_that_is_none_is_refused(tmp_path, share):
-    save_gray(tmp_path / "0.png", 0)
-    samples = TransformedDataset(ImageFolder(tmp_path), transform, ids=[0, 0, 0, 0])
-    with pytest.raises(BeitError, match="max_damaged .* is no share"):
-        loader(samples, replace(RECIPE, max_damaged=share))
-
-
 def test_nothing_can_be_read(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_bytes(b"no picture")

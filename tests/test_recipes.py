@@ -245,6 +245,8 @@ def test_a_config_of_another_version():
     assert from_config(config | {"field_of_tomorrow": 1}) == recipe_named("probe", "nano")
     with pytest.raises(BeitError, match="no recipes for the command 'dream'"):
         from_config(config | {"command": "dream"})
+    with pytest.raises(BeitError, match="^draws 0 must be at least 1$"):
+        from_config(config | {"draws": 0})
 
 
 @pytest.mark.parametrize("name", ["digits", "photos"])
