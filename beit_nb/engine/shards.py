@@ -248,10 +248,7 @@ def write_plan(out: Path, plan: dict, classes: list[str]) -> None:
     write_json(out / "classes.json", classes)
 
 # %% ../../nbs/31_engine_shards.ipynb #shard-folder
-def list_folder(
-    source: Path,
-    classes: Sequence[str] | None = None,  # their order, where another folder (train) has it
-) -> tuple[ImageFolder, int]:
+def list_folder(source: Path, classes: Sequence[str] | None = None) -> tuple[ImageFolder, int]:
     """The pictures of a folder, and how many other files are in it; it is walked once.
 
     They have labels where each of them lies in a sub-folder.

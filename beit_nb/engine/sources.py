@@ -91,7 +91,7 @@ SPLITS = ("train", "val", "test", "train+val")
 def split_ids(split: str, train: np.ndarray, val: np.ndarray, test: np.ndarray) -> np.ndarray:
     "The numbers of the pictures of a split, from those of its three parts."
     parts = (train, val, test, np.concatenate([train, val]))
-    return dict(zip(SPLITS, parts))[split]
+    return parts[SPLITS.index(split)]
 
 
 class Digits(ImageDataset):

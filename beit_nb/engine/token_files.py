@@ -217,7 +217,7 @@ def load_tokens(path: str | Path) -> tuple[Tensor, dict]:
     where a part is missing or broken.
     """
     path = Path(path)
-    described = read_description(path) | {"damaged": []}
+    described: dict = read_description(path) | {"damaged": []}
     n, grid, per_part = described["pictures"], described["grid"], described["per_part"]
     smallest = torch.int16 if described["vocab_size"] <= 2**15 else torch.int32
     ids = torch.empty(n, *grid, dtype=smallest)
