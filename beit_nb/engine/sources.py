@@ -90,8 +90,9 @@ SPLITS = ("train", "val", "test", "train+val")
 
 def split_ids(split: str, train: np.ndarray, val: np.ndarray, test: np.ndarray) -> np.ndarray:
     "The numbers of the pictures of a split, from those of its three parts."
-    parts = (train, val, test, np.concatenate([train, val]))
-    return parts[SPLITS.index(split)]
+    both = np.concatenate([train, val])
+    parts: dict[str, np.ndarray] = dict(zip(SPLITS, (train, val, test, both)))
+    return parts[split]
 
 
 class Digits(ImageDataset):
