@@ -1,4 +1,5 @@
-"""What all tests share: one thread a process, a seed for each test, the markers of pyproject.toml.
+"""What all tests share: one thread a process, a seed for each test, the markers of pyproject.toml,
+and who runs what where all tests run two at a time.
 
 Nobody marks a lesson or a browser test by hand. `test_lesson_runs` is `lessons`; a test that uses
 the browser (one of the fixtures of browser.py, itself or through another fixture) is `browser`.
@@ -12,6 +13,7 @@ import sys
 from zlib import crc32
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Before torch is imported: the tests start several processes, and threads that wait for each other
 # on a busy machine are 30 times slower.
@@ -33,16 +35,42 @@ def pytest_configure(config):
     browser_is_required()  # a mistyped value is refused before anything runs
 
 
+def kind(nodeid: str) -> str:
+    "Which tests belong together, by the name: `browser`, `lessons`, or `other`."
+    if "/test_browser_" in nodeid:
+        return "browser"
+    return "lessons" if "::test_lesson_runs[" in nodeid else "other"
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest chooses by `-m`
 def pytest_collection_modifyitems(items):
     for item in items:
-        if BROWSER_FIXTURES.intersection(item.fixturenames):
-            item.add_marker("browser")
-        if item.originalname == "test_lesson_runs":
-            item.add_marker("lessons")
-    # Last, since Playwright leaves an event loop running in this thread, and an explorer behaves
-    # otherwise within one.
-    items.sort(key=lambda item: item.get_closest_marker("browser") is not None)
+        if kind(item.nodeid) != "other":
+            item.add_marker(kind(item.nodeid))
+        elif BROWSER_FIXTURES.intersection(item.fixturenames):
+            raise pytest.UsageError(f"{item.nodeid} belongs in a file test_browser_*.py")
+    # Playwright leaves an event loop running in its thread, and an explorer behaves otherwise
+    # within one. A lesson does not mind: its kernel is a process of its own.
+    items.sort(key=lambda item: ["other", "browser", "lessons"].index(kind(item.nodeid)))
+
+
+def pytest_xdist_auto_num_workers(config):
+    "Two processes share all tests; what somebody picks by hand runs in this one (`-n 2`: in two)."
+    picked = config.args_source.name != "TESTPATHS" or config.option.keyword
+    return 0 if picked or os.cpu_count() == 1 else 2
+
+
+class ByFile(LoadScopeScheduling):
+    "One process runs all tests of a file, one all those of the browser; lessons come one by one."
+
+    def _split_scope(self, nodeid):
+        by_kind = {"browser": "browser", "lessons": nodeid, "other": nodeid.split("::")[0]}
+        return by_kind[kind(nodeid)]
+
+
+def pytest_xdist_make_scheduler(config, log):
+    config.option.loadscopereorder = False  # in the order above
+    return ByFile(config, log)
 
 
 @pytest.hookimpl(tryfirst=True)  # before a fixture starts JupyterLab for nothing
@@ -98,3 +126,29 @@ def seeded(request):
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
     request.node.add_report_section("setup", "seed", f"BEIT_SEED={seed} pytest '{name}'")
+
+
+# Made once for all test files of a process, and not to be changed. A file may have its own.
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    from helpers import few_steps_of_each
+
+    return few_steps_of_each(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    from helpers import mixed_photos
+
+    return mixed_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture
+def precision_restored():
+    import torch
+
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,14 +45,14 @@ def refused(*words, says):
     return lines[0]
 
 
+FETCHES = ("http:", "https:", "<script", "<link", 'src="/')  # what a page must not hold
+
+
 FEW_STEPS = "--precision fp32 --steps 4 --log-every 2 --checkpoint-every 2".split()
 
 
-@cache  # once for all test files of a session
-def few_steps_of_each(base: Path) -> Path:
+def few_steps_of_each(top: Path) -> Path:
     "A folder with a tokenizer, a pre-training and a fine-tuning of four steps: tok, pre, fine."
-    top = base / "few-steps-of-each"
-    top.mkdir()
     beit("tokenizer", "nano", *FEW_STEPS, "--out", top / "tok")
     from_tokens = ["--tokenizer", top / "tok", "--watch-every", 2]
     beit("pretrain", "nano", *FEW_STEPS, *from_tokens, "--out", top / "pre")

@@ -7,12 +7,11 @@ import os
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from helpers import FETCHES
 from PIL import Image
 
 from beit_nb import BeitError
 from beit_nb.charts import cards_html, figure_html, page, plot_log, table_html, write_page
-
-FETCHES = ("http:", "https:", "<script", "<link", 'src="/')
 
 
 def a_figure():

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers_models import SIZE, shaken
 
 from beit_nb import BeitError
 from beit_nb.checkpoints import load_backbone, resize_pos_embed, resize_rel_pos_bias
@@ -9,17 +10,8 @@ from beit_nb.finetuning import BeitForImageClassification
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.vit import VisionTransformer
 
-SIZE = dict(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=4)
 PLUS = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
 SHARED = dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1)
-
-
-def shaken(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model.eval()
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (8, 8), (12, 12), (10, 7), (3, 24)])
@@ -61,7 +53,7 @@ def test_bias_table_is_near_timms_linear_one_where_it_is_smooth():
     "form", [{}, SHARED, PLUS, dict(use_rel_pos_bias=True, use_shared_rel_pos_bias=True)]
 )
 def test_a_model_reloads_its_own_kind_exactly(form):
-    old = shaken(VisionTransformer(**SIZE, **form))
+    old = shaken(VisionTransformer(**SIZE, **form)).eval()
     new = VisionTransformer(**SIZE, **form)
     assert load_backbone(new, old.state_dict(), (8, 8)) == []
     x = torch.randn(2, 3, 32, 32)
@@ -69,7 +61,7 @@ def test_a_model_reloads_its_own_kind_exactly(form):
 
 
 def test_a_shared_table_means_the_same_in_every_block():
-    old = shaken(BeitForMaskedImageModeling(**SIZE, vocab_size=9, **SHARED))
+    old = shaken(BeitForMaskedImageModeling(**SIZE, vocab_size=9, **SHARED)).eval()
     new = BeitForImageClassification(10, **SIZE, **PLUS).eval()
     load_backbone(new, old.state_dict(), (8, 8))
     x = torch.randn(2, 3, 32, 32)

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import toy_command
-from helpers import FEW_STEPS, beit, few_steps_of_each, mixed_photos, refused
+from helpers import FEW_STEPS, beit, refused
+from helpers_processes import run, run_python
 
 from beit_nb import BeitError
 from beit_nb.cli import main, read_recipe, usage
@@ -20,17 +20,9 @@ from beit_nb.configs import check_recipe
 from beit_nb.recipes import COMMANDS, from_config
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return few_steps_of_each(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return mixed_photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.mark.parametrize("words", ["--help", "pretrain --help", "pretrain nano --help"])
+@pytest.mark.parametrize(
+    "words", ["--help", "pretrain --help", "pretrain nano --help", "plan --help"]
+)
 def test_help_is_fast_and_needs_no_torch(words):
     code = (
         f"import sys; sys.argv = ['beit', *{words.split()}]\n"
@@ -40,7 +32,7 @@ def test_help_is_fast_and_needs_no_torch(words):
         "assert not {'torch', 'numpy'} & set(sys.modules)"
     )
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    run_python(code)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
 
     # wall time says more about the neighbours
@@ -54,13 +46,13 @@ def test_the_two_ways_to_start_it(start):
         "module": [sys.executable, "-m", "beit_nb"],
         "script": [str(Path(sys.executable).with_name("beit"))],
     }
-    bad = subprocess.run([*starts[start], "pretrain", "huge"], capture_output=True, text=True)
-    good = subprocess.run([*starts[start], "--help"], capture_output=True, text=True)
+    bad = run(*starts[start], "pretrain", "huge", ok=2)
+    good = run(*starts[start], "--help")
 
-    assert bad.returncode == 2 and bad.stdout == ""
+    assert bad.stdout == ""
     assert bad.stderr.startswith("beit: error: unknown pretrain recipe 'huge'")
     assert bad.stderr.count("\n") == 1
-    assert good.returncode == 0 and "usage: beit" in good.stdout
+    assert "usage: beit" in good.stdout
 
 
 def test_read_recipe():

@@ -64,13 +64,6 @@ def test_auto_is_fp32_where_torch_cannot_say(monkeypatch):
     assert pick_precision("auto", CPU) is None
 
 
-@pytest.fixture
-def precision_restored():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize(
     "avx512, amx, device, width, want",
     [

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import save_gray
+from helpers_processes import PATIENCE, run_python, wait_until
 
 from beit_nb import BeitError, UnreadableImage
 from beit_nb.engine.files import (
@@ -66,11 +67,10 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path):
     for _ in range(20):
         writer = multiprocessing.get_context("fork").Process(target=write_until_killed, args=[file])
         writer.start()
-        while not file.exists():
-            time.sleep(0.001)
+        wait_until(file.exists, "the first page", writer.is_alive, pause=0.001)
         time.sleep(rng.uniform(0, 0.02))
         writer.kill()
-        writer.join()
+        writer.join(PATIENCE)
 
         page = file.read_bytes()
 
@@ -107,7 +107,7 @@ def test_several_processes_may_write_one_file(tmp_path):
 
 def test_only_what_dead_writers_left_is_taken_away(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
+    dead.wait(PATIENCE)
     assert is_running(os.getpid()) and not is_running(dead.pid)
     stay = [
         f"page.{os.getpid()}-ab.part",  # at work
@@ -137,9 +137,8 @@ def test_damaged_json_is_one_line(tmp_path, content):
 def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
     file = tmp_path / "page"
     file.write_text("old")
-    command = [sys.executable, "-c", FULL_DISK, file]
 
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    said = run_python(FULL_DISK, file).stdout.splitlines()
 
     assert len(said) == 3
     for line in said:

@@ -4,7 +4,6 @@ read; and the one walk over a data set."""
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 from collections import Counter
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import save_gray
+from helpers_processes import run
 from torch import Tensor
 
 from beit_nb import BeitError
@@ -292,15 +292,13 @@ def test_processes_pool_what_they_found(bad_eighth, tmp_path, share, ends):
     "Each of two processes meets less than the four that are forgiven; each file is named once."
     (tmp_path / "worker.py").write_text(WORKER)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    run = subprocess.run(
-        [*torchrun, "--nproc-per-node=2", tmp_path / "worker.py", bad_eighth, str(share)],
+    ended = run(
+        *[*torchrun, "--nproc-per-node=2", tmp_path / "worker.py", bad_eighth, share],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=170,
+        ok=None,
     )
-    assert run.stdout.count(ends) == 2, run.stdout + run.stderr[-2000:]
-    named = [line.split(": ")[2] for line in run.stderr.splitlines() if "passed over" in line]
+    assert ended.stdout.count(ends) == 2, ended.stdout + ended.stderr[-2000:]
+    named = [line.split(": ")[2] for line in ended.stderr.splitlines() if "passed over" in line]
     assert len(named) == len(set(named)) == 5
 
 

@@ -272,7 +272,7 @@ def test_loader_processes_do_not_keep_the_lock(recipe):
     assert born.wait(30)
     enter(recipe)
     worker.kill()
-    worker.join()
+    worker.join(30)
 
 
 def test_a_file_system_without_locks_is_said(recipe, monkeypatch, capsys):

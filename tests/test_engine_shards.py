@@ -3,13 +3,13 @@
 import json
 import os
 import pickle
-import subprocess
 import tarfile
 
 import numpy as np
 import pytest
 import torch
 from helpers import save_gray
+from helpers_processes import run
 from PIL import Image
 
 import beit_nb.engine.files as files
@@ -124,7 +124,7 @@ def test_any_tar(tmp_path, kind):
     tar = tmp_path / "s" / "0.tar"
     tar.parent.mkdir()
     if kind == "command":
-        subprocess.run(["tar", "cf", tar, "-C", root, "."], check=True)
+        run("tar", "cf", tar, "-C", root, ".")
     else:
         with tarfile.open(tar, "w", format=getattr(tarfile, f"{kind.upper()}_FORMAT")) as t:
             t.add(root, ".")

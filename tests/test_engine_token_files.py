@@ -1,14 +1,13 @@
 "The ids of a whole data set on disk: resumed, shared among processes, checked against the data."
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
+from helpers_processes import PATIENCE, wait_until
 from PIL import Image
 
 from beit_nb import BeitError
@@ -23,6 +22,7 @@ from beit_nb.scale.launching import torchrun
 from beit_nb.targets import tokenize_dataset
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 
+FORK = multiprocessing.get_context("fork")  # a process to kill, without importing torch again
 TINY = dict(steps=6, width=16, batch_size=8, precision="fp32", log_every=1, checkpoint_every=2)
 
 
@@ -75,21 +75,22 @@ def test_tokenize_killed_goes_on(tokenizer, tmp_path):
     No part is ever broken under its name, sound ones are not made twice, and the ids end the same.
     """
     out = tmp_path / "tokens"
-    command = [sys.executable, "-m", "beit_nb", "tokenize", "digits", "--tokenizer", tokenizer]
-    command += ["--out", out, "--per-part", "600", "--batch-size", "50"]
+    words = ("digits", tokenizer, out)
+    options = dict(per_part=600, batch_size=50)
     made = {}
     for n in (1, 6, 12):
-        run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while len(list(out.glob("*.npz"))) < n and run.poll() is None:
-            time.sleep(0.01)
+        run = FORK.Process(target=write_tokens, args=words, kwargs=options)
+        run.start()
+        wait_until(lambda n=n: len(list(out.glob("*.npz"))) >= n, f"part {n}", run.is_alive)
         run.kill()
-        assert run.wait() == -9, "it must have been killed"
+        run.join(PATIENCE)
+        assert run.exitcode == -9, "it must have been killed"
         for f in out.glob("*.npz"):
             with np.load(f) as part:
                 assert part["ids"].shape == (600, 8, 8)
             assert made.setdefault(f.name, f.stat().st_mtime_ns) == f.stat().st_mtime_ns
 
-    subprocess.run(command, check=True, capture_output=True)
+    write_tokens(*words, **options)
 
     write_tokens("digits", tokenizer, tmp_path / "whole")
     assert torch.equal(load_tokens(out)[0], load_tokens(tmp_path / "whole")[0])

@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from typing import NamedTuple
 
@@ -14,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_processes import PATIENCE, run_python, wait_until
+from helpers_runs import slowed_after, step_of
 from torch import Tensor, nn
 
 from beit_nb import BeitError
@@ -59,8 +59,16 @@ def tokenizer_run(out, **changes):
     train_tokenizer(r, quiet=True)
 
 
-def step_of(out):
-    return max((row["step"] for row in read_log(out)), default=0)
+def crawling_run(out, after, **changes):
+    "The same in a process of its own that hardly goes on after that step, so it will be caught."
+
+    def crawl():
+        slowed_after(after)()
+        tokenizer_run(out, **changes)
+
+    process = FORK.Process(target=crawl)
+    process.start()
+    return process
 
 
 def weights(out):
@@ -87,15 +95,12 @@ def test_kill_and_resume(whole, tmp_path):
     The same command ends with the weights of the unstopped run.
     """
     after = random.randint(4, 14)
-    process = FORK.Process(target=tokenizer_run, args=(tmp_path,))
-    process.start()
-    while step_of(tmp_path) < after:
-        assert process.is_alive(), "the run ended by itself"
-        time.sleep(0.002)
+    process = crawling_run(tmp_path, after + 4)
+    wait_until(lambda: step_of(tmp_path) >= after, f"step {after}", process.is_alive)
     time.sleep(random.uniform(0, 0.05))
 
     process.kill()
-    process.join()
+    process.join(PATIENCE)
     stopped = load_checkpoint(tmp_path, "tokenizer")["step"]
     assert process.exitcode == -signal.SIGKILL and 0 < stopped < 24, f"killed after step {after}"
     tokenizer_run(tmp_path)
@@ -248,7 +253,7 @@ def test_full_disk(tmp_path):
     path = tmp_path / "last.pt"
     save_checkpoint(path, dict(config=dict(command="toy"), x=torch.zeros(10)))
 
-    said = subprocess.check_output([sys.executable, "-c", STARVED, path], text=True)
+    said = run_python(STARVED, path).stdout
 
     assert said.startswith(f"cannot write {path}") and "intact" in said and said.count("\n") == 1
     assert len(load_checkpoint(path)["x"]) == 10
@@ -336,13 +341,8 @@ def test_two_quick_sigterms_save(tmp_path):
 
     The second signal must not throw the work away.
     """
-    process = FORK.Process(
-        target=tokenizer_run, args=(tmp_path,), kwargs=dict(checkpoint_every=1000)
-    )
-    process.start()
-    while step_of(tmp_path) < 5:
-        assert process.is_alive(), "the run ended by itself"
-        time.sleep(0.002)
+    process = crawling_run(tmp_path, 5, checkpoint_every=1000)
+    wait_until(lambda: step_of(tmp_path) >= 5, "step 5", process.is_alive)
     for _ in range(3):
         os.kill(process.pid, signal.SIGTERM)
         time.sleep(0.004)

@@ -3,13 +3,12 @@
 import base64
 import io
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers_processes import run_python
 from PIL import Image
 
 import beit_nb
@@ -22,12 +21,9 @@ from beit_nb.tokens import Tokenizer
 ROOT = Path(__file__).parents[1]
 
 
-def run_python(code):
+def run_here(code):
     "A fresh interpreter on the repository's beit_nb."
-    environment = dict(os.environ, PYTHONPATH=str(ROOT))
-    return subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
+    return run_python(code, ok=None, env=dict(os.environ, PYTHONPATH=str(ROOT)))
 
 
 def test_import_loads_neither_torch_nor_widgets():
@@ -37,7 +33,7 @@ def test_import_loads_neither_torch_nor_widgets():
         f"print([name for name in {heavy} if name in sys.modules])"
     )
 
-    run = run_python(code)
+    run = run_here(code)
 
     assert run.stdout.strip() == "[]", run.stderr
 
@@ -62,7 +58,7 @@ def test_library_needs_no_widgets_and_explorers_say_what_they_need():
         "from beit_nb import MaskExplorer"
     )
 
-    run = run_python(code)
+    run = run_here(code)
 
     assert run.stdout.strip() == "(14, 14)" and run.returncode == 1
     last = run.stderr.splitlines()[-1]

@@ -20,11 +20,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers_processes import PATIENCE, wait_until
+from helpers_runs import slowed_after, step_of
 
 from beit_nb import pretraining, targets
 from beit_nb.cli import main
 from beit_nb.configs import check_recipe
-from beit_nb.engine import training
 from beit_nb.engine.log import read_log
 from beit_nb.engine.processes import rank, world_size
 from beit_nb.engine.runs import load_checkpoint, open_run, read_metrics, run_checkpoints
@@ -137,17 +138,15 @@ def said(out):
     return [line for line in lines if line.startswith(("beit:", "Traceback"))]
 
 
-def step_of(out):
-    return max((row["step"] for row in read_log(out)), default=0)
+def only_line(out):
+    lines = said(out)
+    assert len(lines) == 1, Path(f"{out}.txt").read_text()
+    return lines[0]
 
 
-def wait_for(condition, family):
-    "Wait until it holds; False if a process ended before."
-    while not condition():
-        if not all(process.is_alive() for process in family):
-            return False
-        time.sleep(0.0005)
-    return True
+def wait_for(condition, what, family):
+    "Wait until it holds, while all processes live."
+    wait_until(condition, what, lambda: all(process.is_alive() for process in family), pause=0.0005)
 
 
 def moments(state):
@@ -173,22 +172,6 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     assert ends(born(out, steps=24)) == [0]
     return out
-
-
-def slowed_after(step, seconds=0.2):
-    "A life that crawls after that step, so that it cannot end before it is killed."
-
-    def slow_down():
-        train_step = training.train_step
-
-        def crawl(trainer, *args):
-            if trainer.step >= step:
-                time.sleep(seconds)
-            return train_step(trainer, *args)
-
-        training.train_step = crawl
-
-    return slow_down
 
 
 def slow_renames():
@@ -224,9 +207,9 @@ def stop_once(out, kind, **changes):
     def half_written():
         return any(out.glob("checkpoints/last.pt.*.part"))
 
-    assert wait_for(lambda: step_of(out) >= after, family), said(out)
+    wait_for(lambda: step_of(out) >= after, f"step {after}", family)
     if kind == "kill while saving":
-        assert wait_for(half_written, family), said(out)
+        wait_for(half_written, "a save", family)
     else:
         time.sleep(random.uniform(0, 0.03))
     asked = time.time()
@@ -309,11 +292,10 @@ def test_a_killed_worker_comes_back(tmp_path, tokenizer):
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    while step_of(out) < 9 and run.poll() is None:
-        time.sleep(0.002)
+    wait_until(lambda: step_of(out) >= 9, "step 9", lambda: run.poll() is None)
 
     os.kill(random.choice(children_of(run.pid)), signal.SIGKILL)
-    text = run.communicate(timeout=120)[0]
+    text = run.communicate(timeout=PATIENCE)[0]
 
     assert run.returncode == 0 and "exitcode: -9" in text, text
     assert_same(out, straight)
@@ -337,7 +319,7 @@ def test_one_refusal_stops_all(tmp_path):
     for name, (batch_size, words_of_refusal) in cases.items():
         out = tmp_path / name
         assert ends(born(out, n=2, steps=4, batch_size=batch_size), 20) == [2, 2]
-        [line] = said(out)
+        line = only_line(out)
         assert line.startswith(f"beit: error: {words_of_refusal}")
     assert not (tmp_path / "bad").exists()
     assert not (tmp_path / "odd" / "config.json").exists(), "a corrected try may use the folder"
@@ -348,7 +330,7 @@ def test_a_stop_is_agreed_upon(tmp_path):
     "Only the second process is asked to stop; both save the same step, and one speaks."
     out = tmp_path / "run"
     family = born(out, n=2, before=slowed_after(8), steps=24)
-    assert wait_for(lambda: step_of(out) >= 5, family)
+    wait_for(lambda: step_of(out) >= 5, "step 5", family)
 
     os.kill(family[1].pid, signal.SIGTERM)
 
@@ -364,7 +346,7 @@ def test_a_process_whose_neighbor_died_stops(tmp_path):
     "It does not hang, and says how to go on."
     out = tmp_path / "run"
     family = born(out, n=2, before=slowed_after(8), steps=24)
-    assert wait_for(lambda: step_of(out) >= 5, family)
+    wait_for(lambda: step_of(out) >= 5, "step 5", family)
 
     family[1].kill()
 
@@ -417,7 +399,7 @@ def test_a_loss_that_is_no_number(tmp_path, n):
 
     assert ends(born(out, n=n, before=break_the_loss, steps=24, **every)) == [1] * n
 
-    [line] = said(out)
+    line = only_line(out)
     assert "in step 9 the loss is nan" in line and "has sound weights, of step 8" in line
     record = json.loads((out / "nonfinite-step-9.json").read_text())
     assert record["step"] == 9 and record["loss"] == "nan"
@@ -443,7 +425,7 @@ def test_full_disk(tmp_path, whole):
 
     assert ends(born(out, steps=24, before=no_room)) == [2]
 
-    [line] = said(out)
+    line = only_line(out)
     assert line.startswith(f"beit: error: cannot write {out}/checkpoints/last.pt: ")
     assert "the checkpoint before it is intact" in line
     assert load_checkpoint(out)["step"] == 6 and len(run_checkpoints(out)) == 2
@@ -465,7 +447,7 @@ def test_read_only_folder(tmp_path):
 
     assert ends(born(out, steps=24, before=read_only)) == [2]
 
-    [line] = said(out)
+    line = only_line(out)
     assert "Read-only file system" in line
     assert load_checkpoint(out)["step"] == 6
 
@@ -484,7 +466,7 @@ def test_a_damaged_newest_checkpoint(tmp_path, whole):
 
     assert ends(born(out, steps=24, max_steps=7, keep_checkpoints=2)) == [0]
 
-    [line] = said(out)
+    line = only_line(out)
     assert f"{last} is damaged" in line and "going on from the one before, " in line
     assert line.endswith("step-0000004.pt")
     assert [f.stem for f in run_checkpoints(out)] == ["last", "step-0000006"]
@@ -508,7 +490,7 @@ def test_masks_are_never_empty(kind, target, least):
         min_mask_patches_per_block=least,
         exact_mask=False,
     )
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(0)
 
     check_recipe(r)
     masks = [pretraining.mask_maker(r)(rng=rng) for _ in range(300)]

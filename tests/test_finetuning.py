@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import red_and_blue, save_gray
+from helpers_models import SIZE, shaken
 from PIL import Image
 
 from beit_nb import BeitError
@@ -26,7 +27,6 @@ from beit_nb.finetuning import (
 from beit_nb.probing import all_features, raw_pixels
 from beit_nb.recipes import recipe_named
 
-SIZE = dict(img_size=32, patch_size=4, embed_dim=64, depth=3, num_heads=4)
 PLUS = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
 TINY = dict(
     img_size=16,
@@ -42,14 +42,6 @@ TINY = dict(
     batch_size=4,
     warmup_steps=0,
 )
-
-
-def shaken(model):
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +62,7 @@ def folder(tmp_path_factory):
 def test_timm_logits_and_gradients(form):
     from timm.models.beit import Beit
 
-    ours = shaken(BeitForImageClassification(10, **SIZE, **form))
+    ours = shaken(BeitForImageClassification(10, **SIZE, **form)).eval()
     pool = "avg" if form.get("use_mean_pooling", True) else "token"
     theirs = Beit(
         num_classes=10,

@@ -4,8 +4,6 @@ import ast
 import base64
 import io
 import re
-import subprocess
-import sys
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +11,7 @@ from pathlib import Path
 import lessons
 import nbformat
 import pytest
+from helpers_processes import run_python
 from PIL import Image, ImageDraw
 
 from beit_nb.images import photos
@@ -65,18 +64,10 @@ def arrows() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.fixture(scope="session")
-def runs(request):
-    "All chosen lessons, two at a time (each in a kernel of its own): half as long."
-    items = request.session.items
-    chosen = [i.callspec.params["path"] for i in items if i.originalname == "test_lesson_runs"]
-    with ThreadPoolExecutor(2) as pool:
-        yield {p: pool.submit(lessons.run, p) for p in chosen}
-
-
 @pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
-def test_lesson_runs(path, runs):
-    runs[path].result()
+def test_lesson_runs(path):
+    with ThreadPoolExecutor(1) as pool:  # in this thread may be the browser's event loop
+        pool.submit(lessons.run, path).result()
 
 
 def test_imports_go_down():
@@ -149,7 +140,7 @@ def test_every_module_imports_alone():
         "        del sys.modules[m]\n"
         "    importlib.import_module(f'beit_nb.{name}')\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+    run_python(code, cwd="/")
 
 
 def test_names_from_the_top():
@@ -161,7 +152,7 @@ def test_names_from_the_top():
         "assert len(names) > 30 and all(getattr(beit_nb, n) is not None for n in names)\n"
         "assert set(names) <= set(dir(beit_nb))\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+    run_python(code, cwd="/")
     import beit_nb
 
     with pytest.raises(AttributeError, match="no attribute 'bite'"):

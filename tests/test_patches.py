@@ -47,7 +47,7 @@ def test_patch_embed_is_timms(img_size, P, C):
         (lambda: unpatchify(torch.rand(4, 48), 4), "not (B, N, P*P*C)"),
         (lambda: unpatchify(torch.rand(1, 6, 48), 4), "6 patches do not fill a 2x2 grid"),
         (lambda: unpatchify(torch.rand(1, 4, 48), 4, (1, 5)), "do not fill a 1x5 grid"),
-        (lambda: unpatchify(torch.rand(1, 4, 47), 4), "no whole channels"),
+        (lambda: unpatchify(torch.rand(1, 4, 47), 4), "not 4x4 pixels of whole channels"),
         (lambda: PatchEmbed(30, 4), "30x30 is not divisible by patch_size 4"),
         (lambda: PatchEmbed(32, 8)(torch.rand(1, 3, 32, 16)), "wanted (B, 3, 32, 32)"),
         (lambda: PatchEmbed(32, 8)(torch.rand(1, 1, 32, 32)), "got shape (1, 1, 32, 32)"),
@@ -57,6 +57,6 @@ def test_refusals_name_the_fault(call, said):
     with pytest.raises(ValueError) as e:
         call()
 
-    message = str(e.value).replace("not 4x4 pixels of whole channels", "no whole channels")
+    message = str(e.value)
     assert said in message
     assert "\n" not in message

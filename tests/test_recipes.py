@@ -7,12 +7,11 @@ tiny networks (lesson `recipes`).
 """
 
 import math
-import subprocess
-import sys
 from dataclasses import asdict, fields, replace
 from pkgutil import resolve_name
 
 import pytest
+from helpers_processes import run_python
 from torch import nn
 
 from beit_nb import BeitError
@@ -223,7 +222,7 @@ def test_what_is_shown_is_also_drawn():
 
 def test_no_torch_is_imported():
     code = "import sys, beit_nb.recipes; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+    run_python(code)
 
 
 def test_recipe_named():

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from helpers import FETCHES
 
 from beit_nb import BeitError
 from beit_nb.engine.log import read_log
@@ -18,7 +19,6 @@ from beit_nb.tokenizer import train_tokenizer
 
 SMALL = dict(steps=8, batch_size=16, log_every=2, checkpoint_every=2, precision="fp32")
 BODY = dict(embed_dim=32, num_heads=2, depth=2)
-FETCHES = ("http:", "https:", "<script", "<link", 'src="/')
 
 
 def report(out):

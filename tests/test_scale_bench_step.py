@@ -26,13 +26,6 @@ class Ticks:
         return self.now
 
 
-@pytest.fixture
-def precision_restored():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def made(name, mode="fp32", batch=4, clock=None):
     if name == "hf":
         pytest.importorskip("transformers")

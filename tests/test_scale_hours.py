@@ -1,11 +1,10 @@
 "Pictures are counted as the training counts them; steps, tokens and hours follow."
 
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers_processes import run_python
 from PIL import Image
 
 from beit_nb import BeitError
@@ -183,4 +182,4 @@ from beit_nb.scale.hours import dataset_size
 dataset_size(recipe_named("pretrain", "base-in1k"))
 assert not {"torch", "numpy"} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python(code)

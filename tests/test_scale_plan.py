@@ -1,14 +1,12 @@
 "`beit plan`: what a recipe costs, against known figures and as the command reads it."
 
 import re
-import resource
-import subprocess
-import sys
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from helpers import beit, refused
+from helpers_processes import run_python
 
 from beit_nb import BeitError
 from beit_nb.cli import read_recipe
@@ -279,26 +277,12 @@ from beit_nb.scale.plan import plan_recipe
 plan_recipe("x", recipe_named("pretrain", "base-in1k"))
 assert not {"torch", "numpy"} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    run_python(code)
 
 
-def test_help_is_light():
-    code = """
-import sys
-from beit_nb.cli import main
-try:
-    main(["plan", "--help"])
-except SystemExit:
-    pass
-assert not {"torch", "numpy"} & set(sys.modules)
-"""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run = [sys.executable, "-c", code]
-    text = subprocess.run(run, check=True, capture_output=True, text=True).stdout
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def test_help_says_where_the_fields_are():
+    text = beit("plan", "--help").stdout
 
-    assert seconds < 0.5
     assert "--mfu" in text and "beit pretrain base-in1k --help" in " ".join(
         re.sub("[│]", " ", text).split()
     )

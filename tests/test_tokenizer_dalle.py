@@ -1,11 +1,9 @@
 """load_dalle and save_dalle: every kind of file of DALL-E's weights that people really have."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from helpers_dalle import published, random_images, refusal, save_published, small_dalle
+from helpers_processes import run_python
 from safetensors.torch import save_file
 
 from beit_nb.dalle import DalleDecoder
@@ -78,9 +76,8 @@ def test_no_code_of_the_package_is_needed_or_used(tmp_path, zipped):
         print(painted.shape, [m for m in sys.modules if m.startswith("dall_e.")])
     """
 
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    out = run_python(code)
 
-    assert out.returncode == 0, out.stderr
     assert out.stdout.strip() == "torch.Size([1, 3, 16, 16]) []"
 
 

@@ -7,23 +7,13 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from helpers import FEW_STEPS, beit, few_steps_of_each, mixed_photos, refused
+from helpers import FEW_STEPS, beit, refused
 from PIL import Image
 
 from beit_nb.engine.log import read_log
 from beit_nb.scale.bench import BENCHES
 from beit_nb.scale.hours import HARDWARE
 from beit_nb.tools import TOOLS, Bench
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    return few_steps_of_each(tmp_path_factory.getbasetemp())
-
-
-@pytest.fixture(scope="module")
-def photos(tmp_path_factory):
-    return mixed_photos(tmp_path_factory.mktemp("photos"))
 
 
 @pytest.fixture
