@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import refused
+from helpers_processes import PATIENCE, run, wait_until
 
 from beit_nb import BeitError
 from beit_nb.demo import (
@@ -26,6 +26,7 @@ from beit_nb.demo import (
     stage,
 )
 from beit_nb.demo_report import ARMS
+from beit_nb.engine.log import read_log
 from beit_nb.tools import Demo
 
 ENV = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
@@ -142,6 +143,15 @@ def test_spread():
     assert spread([0.5])["std"] == 0
 
 
+REHEARSAL = """
+import sys
+from beit_nb import demo
+from beit_nb.cli import main
+demo.QUICK.update(tokenizer_steps=20, finetune_steps=2, draws=1)  # quicker still
+sys.exit(main(["demo", "--quick", "--out", sys.argv[1]]))
+"""
+
+
 @pytest.mark.slow
 def test_demo_stops_and_continues(tmp_path):
     """Ctrl-C in the middle of the demo.
@@ -149,21 +159,18 @@ def test_demo_stops_and_continues(tmp_path):
     The same command ends it, with every figure and a self-contained report.
     """
     out = tmp_path / "demo"
-    words = [sys.executable, "-m", "beit_nb", "demo", "--quick", "--out", str(out)]
+    words = [sys.executable, "-c", REHEARSAL, str(out)]
     log = out / "pretrain" / "log.jsonl"
 
     process = subprocess.Popen(
         words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV
     )
-    deadline = time.time() + 300
-    while not (log.exists() and log.read_text().count("\n") >= 2):
-        assert process.poll() is None and time.time() < deadline, process.stdout.read()
-        time.sleep(0.2)
+    wait_until(lambda: len(read_log(log.parent)) >= 2, "two rows", lambda: process.poll() is None)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=PATIENCE)[0]
     last = out / "pretrain" / "checkpoints" / "last.pt"
     stopped = torch.load(last, weights_only=True)["step"]
-    again = subprocess.run(words, capture_output=True, text=True, env=ENV, check=True)
+    again = run(*words, env=ENV)
 
     assert process.returncode == 130 and "saved; the same command continues" in said, said
     assert "== dvae ==" not in again.stdout and "== mim ==" in again.stdout
