@@ -40,20 +40,43 @@ def number(module: str) -> int:
     return int(notebook_of(module)[:2])
 
 
-def imported(source: str, package: str) -> set[str]:
-    "The modules of ours that a source imports, wherever in the file; `package`: where it lies."
+def imports(source: str, package: str) -> set[str]:
+    """All that a source imports, wherever in the file, in full: beit_nb.masking.blockwise_mask.
+
+    `package`: where in ours it lies, such as engine.
+    """
     found = set()
+    home = ["beit_nb", *filter(None, package.split("."))]
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {a.name.removeprefix("beit_nb.") for a in node.names}
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        parts = package.split(".") if package else []
-        base = parts[: len(parts) - node.level + 1] if node.level else []
-        name = [*base, *(node.module or "").removeprefix("beit_nb").strip(".").split(".")]
-        full = ".".join(filter(None, name))
-        found |= {full} | {f"{full}.{a.name}".strip(".") for a in node.names}
-    return found & set(MODULES)
+            found |= {a.name for a in node.names}
+        if isinstance(node, ast.ImportFrom):
+            base = home[: len(home) - node.level + 1] if node.level else []
+            name = ".".join([*base, *filter(None, [node.module])])
+            found |= {f"{name}.{a.name}" for a in node.names}
+    return found
+
+
+def begins_with(name: str, module: str) -> bool:
+    return f"{name}.".startswith(f"{module}.")
+
+
+def imported(source: str, package: str) -> set[str]:
+    "The modules of ours that a source imports."
+    names = imports(source, package)
+    return {m for m in MODULES if any(begins_with(n, f"beit_nb.{m}") for n in names)}
+
+
+PLUMBING = ["beit_nb.engine", "beit_nb.scale", "beit_nb.explorers"]
+PLUMBING += (
+    "argparse fcntl multiprocessing shutil socket subprocess tempfile threading tyro".split()
+)
+
+
+def plumbing_in(source: str) -> set[str]:
+    "What a concept has no use for: engines, files, processes and commands."
+    names = imports(source, "")
+    return {m for m in OURS + PLUMBING if any(begins_with(n, m) for n in names)}
 
 
 def arrows() -> list[tuple[str, str]]:
@@ -81,18 +104,31 @@ def test_concept_rooms_are_pure():
     "What BEiT is (lessons 0x and 1x) imports nothing of what makes it run."
     plumbing = [(a, b) for a, b in arrows() if number(a) < 20 <= number(b)]
     assert plumbing == []
-    for module in MODULES:
-        if number(module) < 20:
-            source = MODULES[module].read_text()
-            names = {
-                a.name
-                for n in ast.walk(ast.parse(source))
-                if isinstance(n, ast.Import)
-                for a in n.names
-            }
-            assert not names & {"subprocess", "argparse", "tyro", "fcntl", "multiprocessing"}, (
-                module
-            )
+    concepts = {m: path.read_text() for m, path in MODULES.items() if number(m) < 20}
+    assert len(concepts) >= 12
+    assert {m: plumbing_in(source) for m, source in concepts.items() if plumbing_in(source)} == {}
+
+
+@pytest.mark.parametrize(
+    "line, modules, plumbing",
+    [
+        ("import beit_nb.engine.log as log", {"engine.log"}, {"beit_nb.engine"}),
+        ("from beit_nb.engine.log import read_log", {"engine.log"}, {"beit_nb.engine"}),
+        ("from .engine.log import read_log", {"engine.log"}, {"beit_nb.engine"}),
+        ("from beit_nb.engine import log", {"engine.log"}, {"beit_nb.engine"}),
+        ("from beit_nb import engine", set(), {"beit_nb.engine"}),
+        ("from . import engine", set(), {"beit_nb.engine"}),
+        ("def f():\n    import beit_nb.engine", set(), {"beit_nb.engine"}),
+        ("from subprocess import run", set(), {"subprocess"}),
+        ("import multiprocessing.pool as p", set(), {"multiprocessing"}),
+        ("from beit_nb import masking, BeitError", {"masking"}, set()),
+        ("from .masking import blockwise_mask", {"masking"}, set()),
+        ("import masking, torch.engine, tyro_ish", set(), set()),
+    ],
+)
+def test_no_import_is_overlooked(line, modules, plumbing):
+    assert imported(line, "") == modules
+    assert plumbing_in(line) == plumbing
 
 
 def test_the_engine_knows_no_beit():
@@ -118,6 +154,15 @@ def test_every_module_has_its_notebook(module):
     stem = notebook_of(module)
     assert (ROOT / "nbs" / f"{stem}.ipynb").exists(), f"{module} comes from {stem}, which is gone"
     assert stem[3:] == module.replace(".", "_")
+
+
+OF_MANY = "browser_explorers browser_map browser_masks explorers faults lessons tokenizer_dalle"
+
+
+def test_every_module_has_its_test_file():
+    "engine/runs.py: test_engine_runs.py. The few others test what goes through many modules."
+    files = {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+    assert files == {m.replace(".", "_") for m in MODULES} | set(OF_MANY.split())
 
 
 def test_a_name_means_one_thing():
