@@ -1,12 +1,17 @@
 """BEiT, explained and defined in notebooks: learn it, run it, trust it.
 
-Written by hand, as `__main__.py` is; every other module is exported from a notebook in `nbs/`.
-Holds the version, the two errors that every module may raise, the exit status that they mean, and
-the names that outside users rely on, loaded when they are first asked for, so that `import beit_nb` imports no torch.
+Written by hand, as the other `__init__.py` and `__main__.py` are; every other module is exported
+from a notebook in `nbs/`.
+Holds the version, the two errors that every module may raise, the exit status that they mean, the
+one road on which a line reaches a person, and the names that outside users rely on, loaded when
+they are first asked for, so that `import beit_nb` imports no torch.
 """
 __version__ = "0.2.0"
 
+import sys
+from contextlib import suppress
 from importlib import import_module
+from typing import TextIO
 
 
 class BeitError(ValueError):
@@ -31,6 +36,37 @@ def exit_status(error: BaseException) -> int:
     return 2 if isinstance(error, (BeitError, OSError)) else 1
 
 
+def shown(text: object) -> str:
+    r"""`text` as one line that a terminal only shows: whatever could move its cursor is escaped.
+
+    Names of files and classes come from strangers. What is not printable (an escape, a line break,
+    a mark that turns the direction of writing, a byte that is no UTF-8) is written as `\x1b` is.
+    """
+    letters = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(letters)
+
+
+def write_lines(stream: TextIO | None, lines: tuple[object, ...]) -> None:
+    "Each line escaped, all in one piece. A stream that is closed, full or gone ends no training."
+    if stream is None:
+        return
+    text = "".join(f"{shown(line)}\n" for line in lines)
+    letters = getattr(stream, "encoding", None) or "utf-8"  # of those the stream may have few
+    with suppress(OSError):
+        stream.write(text.encode(letters, "backslashreplace").decode(letters))
+        stream.flush()
+
+
+def say(*lines: object) -> None:
+    "Lines for whoever reads the standard output; everything that this library says goes this way."
+    write_lines(sys.stdout, lines)
+
+
+def warn(*lines: object) -> None:
+    "The same, but to the error stream, with `beit: ` in front."
+    write_lines(sys.stderr, tuple(f"beit: {line}" for line in lines))
+
+
 HOMES = {
     "patches": "patchify unpatchify PatchEmbed",
     "elbo": "log_evidence posterior kl_categorical kl_uniform",
@@ -46,7 +82,9 @@ HOMES = {
     "data": "open_data",
     "tokenizer": "train_tokenizer load_tokenizer",
     "checkpoints": "resize_rel_pos_bias resize_pos_embed load_backbone",
-    "finetuning": "BeitForImageClassification",
+    "pretraining": "pretrain",
+    "finetuning": "BeitForImageClassification finetune",
+    "probing": "probe",
     "explorers": "MaskExplorer",
 }
 _HOME_OF = {name: module for module, names in HOMES.items() for name in names.split()}

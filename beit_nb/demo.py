@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from . import BeitError, __version__
+from . import BeitError, __version__, say
 from .configs import FinetuneRecipe, PretrainRecipe, Run
 from .demo_report import ARMS, demo_report
 from .engine.augment import TwoViews
@@ -99,7 +99,7 @@ def stage(plan: DemoPlan, name: str, work: Callable[[DemoPlan], dict]) -> dict:
     kept = read_stage(plan, name)
     if kept is not None:
         return kept
-    print(f"\n== {name} ==", flush=True)
+    say("", f"== {name} ==")
     began = time.time()
     result = work(plan)
     result["seconds"] = time.time() - began
@@ -181,7 +181,7 @@ def fine_tune_all(recipes: list[FinetuneRecipe]) -> list[dict]:
         show_progress(recipes, jobs)
         results = [job.result() for job in jobs]
     for r, result in zip(recipes, results):
-        print(f"{Path(r.out).name}: validation accuracy {result['accuracy']:.3f}", flush=True)
+        say(f"{Path(r.out).name}: validation accuracy {result['accuracy']:.3f}")
     return results
 
 # %% ../nbs/75_demo.ipynb #arms
@@ -243,10 +243,9 @@ def finetune_stage(plan: DemoPlan) -> dict:
         score = spread([score_on_test(r.out) for r in runs[arm]])
         steps = runs[arm][0].steps
         result[arm] = score | {"lr": best[arm], "steps": steps, "curves": curves}
-        print(
+        say(
             f"{label}: test accuracy {score['mean']:.3f} ± {score['std']:.3f} "
-            f"(lr {best[arm]:g}, {steps} steps)",
-            flush=True,
+            f"(lr {best[arm]:g}, {steps} steps)"
         )
     return result
 
@@ -285,9 +284,9 @@ def demo(plan: DemoPlan | None = None) -> dict:
     metrics["rehearsal"] = plan.pretrain_steps < DemoPlan.pretrain_steps
     write_metrics(out, metrics)
     page = demo_report(out, metrics)
-    print(
-        f"\n{metrics['seconds']:.0f} s in all, at most {metrics['peak_rss_mb']:.0f} MB of memory. "
+    say(
+        "",
+        f"{metrics['seconds']:.0f} s in all, at most {metrics['peak_rss_mb']:.0f} MB of memory. "
         f"Now look at {page}",
-        flush=True,
     )
     return metrics

@@ -20,7 +20,7 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from . import BeitError
+from . import BeitError, say
 from .checkpoints import load_backbone
 from .configs import FinetuneRecipe, ProbeRecipe
 from .data import labels_in, open_data, sample_labels
@@ -209,9 +209,8 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
             best = score_arm(train, held_out, rows)
             result[name] = best
             if not quiet:
-                print(
+                say(
                     f"{name}: {best['mean']:.3f} ± {best['std']:.3f} "
-                    f"(best of {len(best['layers'])}: {best['layer']})",
-                    flush=True,
+                    f"(best of {len(best['layers'])}: {best['layer']})"
                 )
         return write_metrics(out, {"labels": len(draws[0]), "split": r.split, **result})

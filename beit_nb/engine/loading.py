@@ -8,7 +8,6 @@ __all__ = ['Transform', 'ImageBatch', 'PretrainBatch', 'LabelledBatch', 'collate
            'whole_batch', 'TrainLoader']
 
 # %% ../../nbs/33_engine_loading.ipynb #imports
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .. import BeitError, UnreadableImage
+from .. import BeitError, UnreadableImage, warn
 from ..configs import Run
 from .augment import seeded
 from .processes import gather_over_ranks, rank, rank_0_first
@@ -123,7 +122,7 @@ def report_unreadable(pictures: ImageDataset, numbers: Iterable[int]) -> None:
         if why is None:
             path = pictures.path(i)
             why = f"cannot read the picture {path} when it was wanted; now it can be read"
-        print(f"beit: passed over: {why}", file=sys.stderr, flush=True)
+        warn(f"passed over: {why}")
         pictures.reported.add(i)
 
 

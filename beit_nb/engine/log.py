@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from .. import say
 from .files import atomic_write, explain_write_errors, write_json
 from .processes import mean_over_ranks, memory_mb, rank
 
@@ -66,7 +67,7 @@ class Progress:
             return
         due = time.time() - self.printed_at > 5 or step == self.total
         if text and due and not self.quiet:
-            print(f"{self.label} {step}/{self.total}: {text}", flush=True)
+            say(f"{self.label} {step}/{self.total}: {text}")
             self.printed_at = time.time()
 
     def close(self) -> None:

@@ -7,14 +7,13 @@ __all__ = ['cosine_schedule', 'recipe_schedule', 'layer_id', 'param_groups', 'mi
 
 # %% ../../nbs/27_engine_optim.ipynb #imports
 import re
-import sys
 from collections.abc import Sequence
 
 import numpy as np
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .. import BeitError
+from .. import BeitError, warn
 from ..configs import Run
 from .processes import rank
 
@@ -50,10 +49,9 @@ def recipe_schedule(recipe: Run, total: int, per_epoch: int) -> np.ndarray:  # o
         recipe.warmup_steps,
     )
     if 0 < total - 1 == lr.argmax() and rank() == 0:
-        print(
-            f"beit: the warm-up is as long as the {total:,} steps of the training, so "
-            "the learning rate only rises; set --warmup-steps",
-            file=sys.stderr,
+        warn(
+            f"the warm-up is as long as the {total:,} steps of the training, so the learning rate "
+            "only rises; set --warmup-steps"
         )
     return lr
 

@@ -12,7 +12,6 @@ import fcntl
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from zipfile import BadZipFile, ZipFile
 
 import torch
 
-from .. import BeitError
+from .. import BeitError, warn
 from ..configs import as_config, check_recipe, check_same_run
 from .files import atomic_write, explain_write_errors, read_json, write_json
 from .processes import join_processes, memory_mb, rank, rank_0_first
@@ -139,8 +138,7 @@ def newest_sound(files: list[Path]) -> dict:
         except BeitError as e:
             what = str(e).split(";")[0]
             if rank() == 0:
-                line = f"beit: {what}; going on from the one before, {older}"
-                print(line, file=sys.stderr, flush=True)
+                warn(f"{what}; going on from the one before, {older}")
     return read_checkpoint(oldest)
 
 # %% ../../nbs/25_engine_runs.ipynb #run-config
@@ -169,8 +167,7 @@ def take_lock(lock, out: Path) -> None:
             f"another run is at work in {out}; wait for it, or choose another --out"
         ) from None
     except OSError:
-        line = f"beit: the file system of {out} knows no locks; nothing stops a second run there"
-        print(line, file=sys.stderr)
+        warn(f"the file system of {out} knows no locks; nothing stops a second run there")
 
 
 @contextmanager

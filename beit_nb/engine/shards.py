@@ -21,7 +21,7 @@ from zlib import crc32
 import numpy as np
 from tqdm import tqdm
 
-from .. import BeitError, UnreadableImage
+from .. import BeitError, UnreadableImage, warn
 from beit_nb.engine.files import (
     EXTENSIONS,
     FileList,
@@ -224,7 +224,7 @@ def shard_part(tar: Path, pictures: ImageFolder, numbers: Iterable[int]) -> None
                 data = pictures.bytes(i)
                 decode_image(data, partial(pictures.path, i))
             except UnreadableImage as e:
-                print(f"beit: left out: {e}", file=sys.stderr, flush=True)
+                warn(f"left out: {e}")
                 continue
             file = pictures.files[i]
             sample = {"__key__": shard_name(i, file), file.suffix[1:].lower(): data}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .. import BeitError
+from .. import BeitError, say
 from ..engine.files import atomic_write
 from .bench_parts import bench_loader, bench_masks, bench_small, bench_tokenizer
 from .bench_step import bench_step
@@ -69,9 +69,9 @@ def bench(
             except BeitError as e:
                 if names:  # it was asked for
                     raise
-                print(f"{name}: {e}\n", flush=True)
+                say(f"{name}: {e}", "")
                 continue
-            print(results_table(name, results[name]), end="\n\n", flush=True)
+            say(*results_table(name, results[name]).splitlines(), "")
             with atomic_write(file) as f:
                 f.write(json.dumps(results, indent=1).encode() + b"\n")
     finally:

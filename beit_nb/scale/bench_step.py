@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .. import BeitError
+from .. import BeitError, say
 from ..dalle import DalleEncoder, DalleVAE
 from ..device import default_device, kernels_for, set_matmul_precision
 from ..engine.optim import param_groups
@@ -242,7 +242,7 @@ def build_steps(shape: dict, batch: int, device: torch.device, clock) -> dict[st
         try:
             models[name] = kind(shape, batch, device, clock)
         except BeitError as e:
-            print(f"without {name}: {e}")
+            say(f"without {name}: {e}")
     steps = {}
     last = "bf16 compiled" if device.type == "cuda" else "bf16 all"
     for mode, names in {"fp32": models, "bf16": ("official", "ours"), last: ("ours",)}.items():
