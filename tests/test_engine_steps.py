@@ -155,7 +155,7 @@ def test_a_signal_becomes_a_flag():
 def test_workers_leave_signals_alone():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        leave_signals(0)
+        leave_signals()
         for number in before:
             os.kill(os.getpid(), number)
             assert signal.getsignal(number) == signal.SIG_IGN

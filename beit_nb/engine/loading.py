@@ -4,24 +4,25 @@
 
 # %% auto #0
 __all__ = ['Transform', 'ImageBatch', 'PretrainBatch', 'LabelledBatch', 'collate', 'TransformedDataset', 'why_unreadable',
-           'report_unreadable', 'exclude', 'sample_loader', 'Walked', 'once', 'check_damage', 'UnreadableLog',
-           'whole_batch', 'TrainLoader']
+           'report_unreadable', 'exclude', 'load_batch', 'load_batches', 'Walked', 'once', 'check_damage',
+           'UnreadableLog', 'whole_batch', 'check_batch', 'TrainLoader']
 
 # %% ../../nbs/33_engine_loading.ipynb #imports
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from .. import BeitError, UnreadableImage, warn
 from ..configs import Run
 from .augment import seeded
 from .processes import gather_over_ranks, rank, rank_0_first
 from .sources import ImageDataset
-from .steps import StepLoader, batch_indices, leave_signals, split_batch
+from .steps import StepLoader, batch_indices, load_ahead, map_batch, split_batch
 
 # %% ../../nbs/33_engine_loading.ipynb #batch-types
 class ImageBatch(NamedTuple):
@@ -133,16 +134,18 @@ def exclude(pictures: ImageDataset, numbers: Iterable[int]) -> None:
         pictures.excluded[i] = f"cannot read the picture {path} when its tokens were made"
 
 # %% ../../nbs/33_engine_loading.ipynb #once
-def sample_loader(samples: Dataset, workers: int, **order: Any) -> DataLoader:
-    "torch's own loader of samples; `order` says which ones, in its words."
-    return DataLoader(
-        samples,
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        worker_init_fn=leave_signals,
-        **order,
-    )
+def load_batch(samples: TransformedDataset, keys: list[int]) -> tuple[Any, Tensor]:
+    "The batch of some samples, and what they stand in for."
+    return collate([samples[key] for key in keys])
+
+
+def load_batches(
+    samples: TransformedDataset, keys: Iterable[list[int]], workers: int
+) -> Iterator[tuple[Any, Tensor]]:
+    "The batches of these keys, loaded ahead by `workers` processes; for a GPU in pinned memory."
+    pin = torch.cuda.is_available()
+    for batch, replaced in load_ahead(partial(load_batch, samples), keys, workers):
+        yield map_batch(Tensor.pin_memory, batch) if pin else batch, replaced
 
 
 class Walked(NamedTuple):
@@ -169,9 +172,10 @@ def once(
     n = len(part)
     turns = range(rank, n + -n % world, world)
     numbers = [part[turn % n] for turn in turns]
-    loader = sample_loader(dataset, workers, batch_size=batch_size, sampler=numbers)
-    for i, (batch, replaced) in enumerate(loader):
-        mine = torch.tensor(turns[i * batch_size : (i + 1) * batch_size])
+    batches = [slice(i, i + batch_size) for i in range(0, len(turns), batch_size)]
+    loader = load_batches(dataset, [numbers[batch] for batch in batches], workers)
+    for rows, (batch, replaced) in zip(batches, loader):
+        mine = torch.tensor(turns[rows])
         unreadable = replaced[replaced >= 0].tolist()
         report_unreadable(dataset.pictures, unreadable)
         yield Walked(batch, (mine < n) & (replaced < 0), unreadable)
@@ -230,6 +234,20 @@ def whole_batch(batch) -> tuple[Any, int]:
     return batch, len(batch.number)
 
 
+def check_batch(pictures: int, batch_size: int, world: int = 1) -> None:
+    "Raise BeitError where a batch does not fit so many pictures, or so many processes."
+    if pictures < batch_size:
+        raise BeitError(
+            f"batch_size {batch_size} is larger than the data set of {pictures} pictures; lower "
+            "--batch-size"
+        )
+    if batch_size % world:
+        raise BeitError(
+            f"batch_size {batch_size} is not divisible by {world} processes; choose a multiple of "
+            f"{world}"
+        )
+
+
 class TrainLoader(StepLoader):
     """The micro-batches of every step, the same whatever stopped in between and however many
     workers load. Raises BeitError where the batch does not fit the data or the processes."""
@@ -244,16 +262,7 @@ class TrainLoader(StepLoader):
         world: int = 1,
     ):
         n = len(samples)
-        size = recipe.batch_size
-        if n < size:
-            raise BeitError(
-                f"batch_size {size} is larger than the data set of {n} pictures; lower --batch-size"
-            )
-        if size % world:
-            raise BeitError(
-                f"batch_size {size} is not divisible by {world} processes; choose a multiple of "
-                f"{world}"
-            )
+        check_batch(n, recipe.batch_size, world)
         self.samples = samples
         self.pictures = samples.pictures
         self.recipe = recipe
@@ -298,10 +307,14 @@ class TrainLoader(StepLoader):
         if self.chunk_starts is not None:
             self.pictures.read_ahead = True  # neighbors will be wanted soon
         keys = self.keys(first, last, self.rank, self.world)
-        for batch, replaced in sample_loader(self.samples, self.recipe.workers, batch_sampler=keys):
-            self.unreadable.note(replaced)
-            parts = [self.finalize_batch(b) for b in split_batch(batch, self.micro_batch_size)]
-            yield [part for part, _ in parts], [count for _, count in parts]
+        try:
+            for batch, replaced in load_batches(self.samples, keys, self.recipe.workers):
+                self.unreadable.note(replaced)
+                parts = [self.finalize_batch(b) for b in split_batch(batch, self.micro_batch_size)]
+                yield [part for part, _ in parts], [count for _, count in parts]
+        except (BeitError, OSError) as e:
+            self.failure = e
+            yield [], []  # the other processes must hear of it before this one stops
 
     def sources(self, step: int) -> list[dict]:
         "The pictures of the whole batch of a step, over all processes: their numbers and files."

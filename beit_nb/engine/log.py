@@ -10,10 +10,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,10 +111,15 @@ class RunLog:
             self.tensorboard = SummaryWriter(Path(out) / "tb", purge_step=start + 1)
 
     def forget_after(self, start: int) -> None:
-        "A killed run may have logged past its last checkpoint: those steps will happen again."
+        """A killed run may have logged past its last checkpoint: those steps will happen again.
+
+        Of the step of the checkpoint itself only the line of its training stays: whatever looked
+        at the run after that save looks again.
+        """
         if rank() > 0:
             return
-        kept = [row for row in read_log(self.file.parent) if row["step"] <= start]
+        rows = read_log(self.file.parent)
+        kept = [row for row in rows if row["step"] < start + ("loss" in row)]
         with atomic_write(self.file) as f:
             f.write("".join(json.dumps(row) + "\n" for row in kept).encode())
 
@@ -150,7 +156,7 @@ class StepMetrics:
         self.seconds_waited = 0.0
         self.began = time.perf_counter()
 
-    def timed(self, batches: Iterable) -> Iterator:
+    def timed(self, batches: Iterable) -> Generator[Any, None, None]:
         "The same batches; how long we waited for them is remembered."
         batches = iter(batches)
         while True:

@@ -4,19 +4,28 @@
 
 # %% auto #0
 __all__ = ['rank', 'world_size', 'sum_over_ranks', 'mean_over_ranks', 'gather_over_ranks', 'rank_0_first', 'full_tensors',
-           'distribute_like', 'refused_by_rank_0', 'start_process_group', 'join_processes', 'ModelWithLoss',
-           'shard_model', 'wrap_model', 'no_sync', 'memory_mb']
+           'distribute_like', 'end_with_parent', 'TensorPickler', 'pack', 'unpack', 'refused_by_rank_0',
+           'start_process_group', 'join_processes', 'ModelWithLoss', 'shard_model', 'wrap_model', 'no_sync',
+           'memory_mb']
 
 # %% ../../nbs/24_engine_processes.ipynb #imports
+import io
+import mmap
+import multiprocessing
 import os
+import pickle
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryFile
+from threading import Thread
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -105,6 +114,62 @@ def distribute_like(x: Any, like: Any) -> Any:
         return x
     return distribute_tensor(x.to(like.device), like.device_mesh, like.placements)
 
+# %% ../../nbs/24_engine_processes.ipynb #end-with-parent
+def end_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
+    "From now on this process gets the signal `how` when its parent has ended, by whatever."
+    before = os.getppid()
+    parent = multiprocessing.parent_process()  # with forkserver another one than before
+    pipes = [parent.sentinel] if parent else []
+
+    def watch() -> None:
+        while os.getppid() == before and not wait(pipes, timeout=1):
+            pass
+        os.kill(os.getpid(), how)
+
+    Thread(target=watch, daemon=True).start()
+
+# %% ../../nbs/24_engine_processes.ipynb #pack
+class TensorPickler(pickle.Pickler):
+    "Pickles tensors such that their bytes can travel apart from all else (PEP 574)."
+
+    def reducer_override(self, x: Any) -> Any:
+        if isinstance(x, Tensor):
+            return torch.from_numpy, (x.contiguous().numpy(),)
+        return NotImplemented
+
+
+def pack(batch: Any) -> tuple[bytes, list[slice], IO[bytes]]:
+    """A batch without the bytes of its tensors, the places of these in a file, and the file.
+
+    Raises BeitError where there is no room for them.
+    """
+    buffers: list[pickle.PickleBuffer] = []
+    rest = io.BytesIO()
+    TensorPickler(rest, protocol=5, buffer_callback=buffers.append).dump(batch)
+    places = []
+    try:
+        in_memory = hasattr(os, "memfd_create")  # on Linux; elsewhere on the disk
+        file = open(os.memfd_create("batch"), "w+b") if in_memory else TemporaryFile()
+        file.write(bytes(64))  # an empty file could not be mapped
+        for data in [buffer.raw() for buffer in buffers]:
+            places.append(slice(file.tell(), file.tell() + len(data)))
+            file.write(data)
+            file.write(bytes(-len(data) % 64))  # the next one begins at a round address
+        file.flush()
+    except OSError as e:
+        raise BeitError(
+            f"a loader worker has no memory to share its batch in ({e.strerror}); set --workers "
+            "0, or give more (in Docker with --memory and --shm-size)"
+        ) from e
+    return rest.getvalue(), places, file
+
+
+def unpack(rest: bytes, places: list[slice], fd: int) -> Any:
+    "What was packed; its tensors lie where the file lies, and nothing is copied."
+    memory = memoryview(mmap.mmap(fd, 0))
+    os.close(fd)
+    return pickle.loads(rest, buffers=[memory[place] for place in places])
+
 # %% ../../nbs/24_engine_processes.ipynb #join-processes
 def refused_by_rank_0(store: dist.Store) -> bool:
     "Has rank 0 met the same fault, so that it has been said? It has a few seconds."
@@ -146,6 +211,7 @@ def join_processes():
     if dist.is_initialized() or not dist.is_torchelastic_launched():
         yield
         return
+    end_with_parent(signal.SIGTERM)  # torchrun: without it nobody looks after us
     store = start_process_group()
     try:
         yield
