@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from .attention import attention_maps, patch_attention, show_attention
-from .charts import cards_html, figure_html, plot_log, table_html, write_page
+from beit_nb.charts import (
+    Html,
+    cards_html,
+    figure_html,
+    fill,
+    plot_log,
+    table_html,
+    write_page,
+)
 from .engine.log import read_log
 from .engine.runs import run_config
 from .engine.sources import Digits
@@ -75,7 +83,7 @@ def attention_figure(run: str | Path, number: int = 3) -> Figure:
     return show_attention(image[0], attention[0], patch)
 
 # %% ../nbs/74_demo_report.ipynb #words-section
-def headlines(metrics: dict) -> str:
+def headlines(metrics: dict) -> Html:
     "The four figures to remember, as cards."
     finetune = metrics["finetune"]
     mim = metrics["mim"]
@@ -93,16 +101,20 @@ def headlines(metrics: dict) -> str:
     )
 
 
-def words_section(out: Path, dvae: dict, tokenizer: Tokenizer) -> list[str]:
+def words_section(out: Path, dvae: dict, tokenizer: Tokenizer) -> list[Html]:
     "1. The tokenizer: what its tokens hold, and how it was trained."
     curves = {"mse": "squared error", "perplexity": "tokens in use (perplexity)"}
     images = to_float(Digits("test").images[:6])
     error = dvae["mse"] / dvae["pixel_variance"]
     side = images.shape[-1] // tokenizer.downsample
     return [
-        "<h2>1. Pictures become words</h2><p>A discrete VAE learns an alphabet of stamps. Each "
-        f"{tokenizer.downsample}x{tokenizer.downsample} cell of a picture is named by one of "
-        f"{tokenizer.vocab_size} token ids; a decoder repaints the picture from the ids alone.</p>",
+        fill(
+            "<h2>1. Pictures become words</h2><p>A discrete VAE learns an alphabet of stamps. Each "
+            "{cell}x{cell} cell of a picture is named by one of {n} token ids; a decoder repaints "
+            "the picture from the ids alone.</p>",
+            cell=tokenizer.downsample,
+            n=tokenizer.vocab_size,
+        ),
         figure_html(
             tokens_figure(tokenizer, images),
             f"Test digits it never saw: the picture, its {side}x{side} token ids (one colour an "
@@ -118,16 +130,19 @@ def words_section(out: Path, dvae: dict, tokenizer: Tokenizer) -> list[str]:
     ]
 
 # %% ../nbs/74_demo_report.ipynb #guesses-section
-def guesses_section(out: Path, mim: dict, tokenizer: Tokenizer) -> list[str]:
+def guesses_section(out: Path, mim: dict, tokenizer: Tokenizer) -> list[Html]:
     "2. The pre-training: guesses getting better, curves, attention."
     curves = {"loss": "cross-entropy", "mlm_acc": "hidden tokens guessed"}
     config = run_config(out / "pretrain") or {}
     patches = (config["img_size"] // config["patch_size"]) ** 2
     share = config["num_mask_patches"] / patches
     return [
-        f"<h2>2. Hide and guess</h2><p>Blocks that cover up to {share:.0%} of the patches are "
-        "hidden, and a Transformer must name the hidden tokens from what is left. No label is "
-        "used.</p>",
+        fill(
+            "<h2>2. Hide and guess</h2><p>Blocks that cover up to {share} of the patches are "
+            "hidden, and a Transformer must name the hidden tokens from what is left. No label is "
+            "used.</p>",
+            share=f"{share:.0%}",
+        ),
         figure_html(
             reconstruction_figure(out / "pretrain", tokenizer),
             "Grey patches are hidden from the model. Below: its guess at the hidden tokens, "
@@ -146,7 +161,7 @@ def guesses_section(out: Path, mim: dict, tokenizer: Tokenizer) -> list[str]:
     ]
 
 # %% ../nbs/74_demo_report.ipynb #labels-section
-def labels_section(finetune: dict) -> list[str]:
+def labels_section(finetune: dict) -> list[Html]:
     "3. The fine-tuning: three arms, judged on the test digits."
     rows = [
         {
@@ -159,11 +174,13 @@ def labels_section(finetune: dict) -> list[str]:
         for name, (label, _) in ARMS.items()
     ]
     return [
-        "<h2>3. Are few labels enough?</h2><p>Now "
-        f"{finetune['labels_per_class']} labelled digits a class. The same "
-        "network starts once from the pre-trained weights and once from random "
-        "ones; learning rates were chosen on validation digits, the figures are on "
-        f"{len(Digits('test')):,} test digits.</p>",
+        fill(
+            "<h2>3. Are few labels enough?</h2><p>Now {labels} labelled digits a class. The same "
+            "network starts once from the pre-trained weights and once from random ones; learning "
+            "rates were chosen on validation digits, the figures are on {digits} test digits.</p>",
+            labels=finetune["labels_per_class"],
+            digits=f"{len(Digits('test')):,}",
+        ),
         figure_html(
             compare_figure(finetune),
             "Each thin line is one draw of the labels; the bars show mean and standard deviation "
@@ -173,7 +190,7 @@ def labels_section(finetune: dict) -> list[str]:
     ]
 
 
-def probe_section(probe: dict) -> list[str]:
+def probe_section(probe: dict) -> list[Html]:
     "4. The linear probe of every block."
     rows = [
         {
@@ -185,8 +202,11 @@ def probe_section(probe: dict) -> list[str]:
         for name, arm in probe["spread"].items()
     ]
     return [
-        "<h2>4. What the blocks know</h2><p>A linear classifier on frozen features, "
-        f"{probe['labels']} labels: what is easy to read off without any fine-tuning.</p>",
+        fill(
+            "<h2>4. What the blocks know</h2><p>A linear classifier on frozen features, {labels} "
+            "labels: what is easy to read off without any fine-tuning.</p>",
+            labels=probe["labels"],
+        ),
         figure_html(
             probe_figure(probe["spread"]),
             "Probe accuracy by block. The random network and the raw pixels show how much of it "
@@ -210,7 +230,7 @@ def demo_report(out: str | Path, metrics: dict) -> Path:
         f"read handwriting that has seen {labels} labelled digits a class?"
     )
     if metrics["rehearsal"]:
-        lead = f"<b>A rehearsal, too short to learn anything well.</b> {lead}"
+        lead = fill("<b>A rehearsal, too short to learn anything well.</b> {lead}", lead=lead)
     digits = sum(len(Digits(split, places=1)) for split in ("train", "val", "test"))
     return write_page(
         out / "report.html",
@@ -223,6 +243,9 @@ def demo_report(out: str | Path, metrics: dict) -> Path:
             *labels_section(metrics["finetune"]),
             *probe_section(metrics["probe"]),
         ],
-        f"Made by <code>beit demo</code> of beit_nb. Pictures: {digits:,} MNIST digits, placed at "
-        "random on 32x32.",
+        fill(
+            "Made by <code>beit demo</code> of beit_nb. Pictures: {digits} MNIST digits, placed at "
+            "random on 32x32.",
+            digits=f"{digits:,}",
+        ),
     )

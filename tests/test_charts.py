@@ -11,7 +11,18 @@ from helpers import FETCHES
 from PIL import Image
 
 from beit_nb import BeitError
-from beit_nb.charts import cards_html, figure_html, page, plot_log, table_html, write_page
+from beit_nb.charts import (
+    Html,
+    as_html,
+    cards_html,
+    figure_html,
+    fill,
+    join,
+    page,
+    plot_log,
+    table_html,
+    write_page,
+)
 
 
 def a_figure():
@@ -54,11 +65,53 @@ def test_cards_are_escaped():
 
 
 def test_page_asks_nobody_for_anything():
-    html = page("A & B", "lead <i>here</i>", [figure_html(a_figure()), "<p>x</p>"], "foot")
+    lead = Html("lead <i>here</i>")
+    html = page("A & B", lead, [figure_html(a_figure()), Html("<p>x</p>")], "foot")
 
     assert html.startswith("<!doctype html>") and html.endswith("</html>")
     assert "<title>A &amp; B</title>" in html and '<p class="lead">lead <i>here</i></p>' in html
     assert not [bait for bait in FETCHES if bait in html]
+
+
+BAD = "\"><script>steal()</script>&'"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: page(BAD, BAD, [BAD], BAD),
+        lambda: figure_html(a_figure(), BAD),
+        lambda: table_html([{BAD: BAD}]),
+        lambda: cards_html([(BAD, BAD)]),
+        lambda: fill("<p>{x}</p>", x=BAD),
+        lambda: join([BAD, Html("<b>"), BAD]),
+        lambda: as_html([BAD]),
+        lambda: as_html(Html("<b>") + BAD),  # a sum is no Html: its tags are shown
+    ],
+)
+def test_only_html_of_our_own_enters_a_page(make):
+    html = make()
+
+    assert isinstance(html, Html)
+    assert "<script" not in html and 'alt=""' not in html and "&lt;script&gt;" in html
+
+
+def test_page_forbids_what_it_does_not_need():
+    "Before anything that could be run; a browser obeys the first policy that it meets."
+    html = page("A", "lead", [], "")
+
+    policy = html.split('http-equiv="Content-Security-Policy" content="')[1].split('"')[0]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert rules["default-src"] == "'none'" and "script-src" not in rules
+    assert rules["img-src"] == "data:" and rules["style-src"] == "'unsafe-inline'"
+    assert html.index("Content-Security-Policy") < html.index("<title>")
+
+
+def test_letters_that_utf8_does_not_know(tmp_path):
+    "Bytes of a Latin-1 name, as Python hands them on; JSON can write them too."
+    file = write_page(tmp_path / "page.html", "caf\udce9", "", ["\ud800"])
+
+    assert "caf\\udce9" in file.read_text("utf-8") and "\\ud800" in file.read_text("utf-8")
 
 
 def test_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -84,6 +137,16 @@ def test_plot_log_draws_what_is_there():
     assert titles == ["cross-entropy", "hits"]
     assert list(fig.axes[1].lines[0].get_xdata()) == [20, 40, 60]
     assert list(fig.axes[1].lines[0].get_ydata()) == [20, 40, 60]
+    plt.close(fig)
+
+
+@pytest.mark.parametrize("strange", ["3", [1, 2], None, {"a": 1}, True, 10**400])
+def test_plot_log_draws_numbers_only(strange):
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": strange}, {"step": 3, "loss": 1.0}]
+
+    fig = plot_log(rows, {"loss": "loss"})
+
+    assert list(fig.axes[0].lines[0].get_xdata()) == [1, 3]
     plt.close(fig)
 
 
