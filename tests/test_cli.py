@@ -73,7 +73,7 @@ def test_recipes_page():
         assert name in page and text in page
 
 
-def test_bad_words(runs, tmp_path):
+def test_bad_words():
     refused("pretrian", says=["pretrian", "pretrain"])
     refused("pretrain", says=["name a pretrain recipe", "base-in1k"])
     refused("pretrain", "--lr", 1, says="name a pretrain recipe")

@@ -63,7 +63,7 @@ def test_other_processes_neither_write_nor_speak(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_full_disk_is_said_in_one_line(tmp_path, monkeypatch):
+def test_a_full_disk_is_said_in_one_line(tmp_path):
     log = RunLog(tmp_path, 0, 10, quiet=True)
     log.file = tmp_path / "no-folder" / "log.jsonl"
 

@@ -280,7 +280,7 @@ def test_classes_that_are_words(tree, tmp_path, said):
         ImageShards(tmp_path / "s", labels=True)
 
 
-def test_a_size_that_no_file_has_is_one_line(tree, tmp_path):
+def test_a_size_that_no_file_has_is_one_line(tmp_path):
     "A header in GNU's way of writing large numbers, and a picture of 2^70 bytes."
     save_gray(tmp_path / "s" / "a.png", 7)
     tar = tmp_path / "s" / "0.tar"

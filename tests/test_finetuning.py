@@ -177,7 +177,7 @@ def test_evaluation_passes_over_damage(tmp_path, capfd):
     assert sum("passed over" in line and "a/4.png" in line for line in lines) == 1
 
 
-def test_features_of_a_damaged_picture_are_its_neighbors(tmp_path, capfd):
+def test_features_of_a_damaged_picture_are_its_neighbors(tmp_path):
     for i in range(5):
         save_gray(tmp_path / "val" / "a" / f"{i}.png", 20 * i, (32, 32))
     (tmp_path / "val" / "a" / "3.png").write_bytes(b"")

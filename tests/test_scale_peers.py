@@ -125,7 +125,7 @@ def test_tokens_of_a_small_encoder():
         assert torch.equal(official_tokens(dvae.encoder, images), want)
 
 
-def test_hugging_face_has_our_shape(monkeypatch):
+def test_hugging_face_has_our_shape():
     pytest.importorskip("transformers")
     hf = hugging_face(**TINY_SHAPE)
     ours = BeitForMaskedImageModeling(**TINY_SHAPE, **BEIT_PLUS)

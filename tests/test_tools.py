@@ -67,6 +67,7 @@ def test_probe(runs, tmp_path):
     assert len(metrics["pretrained"]["layers"]) == 4
 
 
+@pytest.mark.slow  # 14,400 pictures
 def test_tokens_from_disk_give_the_same_training(runs, tmp_path):
     "Bit for bit the training that the tokenizer gives; tokens of something else are refused."
     made = ["tokenize", "digits", "--tokenizer", runs / "tok", "--out", tmp_path / "tokens"]
