@@ -1,4 +1,8 @@
-"`python -m beit_nb` (and so `torchrun -m beit_nb`) is the command `beit`. The one module without a notebook: nbdev cannot export this name."
+"""`python -m beit_nb` (and so `torchrun -m beit_nb`) is the command `beit`.
+
+Written by hand: a notebook cannot export a module of this name.
+"""
+
 import sys
 
 from beit_nb.cli import main

@@ -130,16 +130,16 @@ def blockwise_steps(
     count = 0
     while count < num_mask_patches:
         cap = min(num_mask_patches - count, most)
-        for u, v, s, t in rng.random((10, 4)).tolist():  # ten attempts, four numbers each
-            area = least + (cap - least) * u  # cap < least only swaps the ends
-            aspect = exp(span * (2 * v - 1))  # log-uniform: tall and wide alike
+        for size, shape, down, right in rng.random((10, 4)).tolist():  # ten attempts
+            area = least + (cap - least) * size  # cap < least only swaps the ends
+            aspect = exp(span * (2 * shape - 1))  # log-uniform: tall and wide alike
             h = round(sqrt(area * aspect))
             w = round(sqrt(area / aspect))
             if h >= rows or w >= columns:  # no block spans the grid
                 yield MaskBlock(0, 0, h, w, 0, False)
                 continue
-            top = int(s * (rows - h + 1))
-            left = int(t * (columns - w + 1))
+            top = int(down * (rows - h + 1))
+            left = int(right * (columns - w + 1))
             region = mask[top : top + h, left : left + w]
             new = h * w - int(np.count_nonzero(region))
             accepted = 0 < new <= cap
@@ -256,7 +256,7 @@ def mask_statistics(masks: np.ndarray, num_mask_patches: int) -> dict:
 
     `frequency` (h, w): how often each patch is hidden; `counts` (B,): patches hidden in each mask;
     `mean` of the counts. Shares between 0 and 1: `exactly` (masks that meet the target), `corner`
-    and `centre` (how often those patches are hidden), `neighbor_rate`, and `chance`, what that rate
+    and `center` (how often those patches are hidden), `neighbor_rate`, and `chance`, what that rate
     would be for patches hidden independently.
     """
     frequency = masks.mean(0)
@@ -270,7 +270,7 @@ def mask_statistics(masks: np.ndarray, num_mask_patches: int) -> dict:
         mean=float(counts.mean()),
         exactly=float((counts == num_mask_patches).mean()),
         corner=float(corners.mean()),
-        centre=float(middle.mean()),
+        center=float(middle.mean()),
         neighbor_rate=neighbor_rate(masks),
         chance=float((counts * (counts - 1)).sum() / (counts.sum() * (h * w - 1))),
     )

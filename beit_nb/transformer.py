@@ -188,10 +188,10 @@ class DropPath(nn.Module):
         if keep is None:
             return y
         scale = keep / (1 - self.p)  # (B,), 0 or 1 / (1 - p)
-        return y * scale.view(-1, *[1] * (y.ndim - 1))
+        return y * scale.view(-1, *(1 for _ in y.shape[1:]))
 
     def skips(self, device: torch.device) -> bool:
-        "Whether dropped samples need not even be computed: the table's choice, uncompiled only."
+        "Whether dropped samples need not even be computed: `device.KERNELS` decides; not compiled."
         if not self.training or self.p == 0 or torch.compiler.is_compiling():
             return False
         return kernels_for(device).skip_dropped
@@ -271,7 +271,7 @@ def forward_fast(
     rel_pos_bias: Tensor | None = None,
     token_index: Tensor | None = None,
 ) -> Tensor:
-    """What `Block.forward` gives, (B, N, D), with less work; the same random draws in one order.
+    """What `Block.forward` gives, (B, N, D), with less work, and from the same draws.
 
     Two savings: dropped samples (see `add_branch`), and, with `token_index` (n,), the Mlp of all
     other tokens. An Mlp looks at one token at a time, so nothing is missed: (n, D).

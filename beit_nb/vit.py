@@ -179,6 +179,7 @@ def init_vit_weights(
             WEIGHT_INITS[weight_init](module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    # tokens and positions: small normal numbers, as in the official code, for "xavier" too
     draw_token = WEIGHT_INITS["beit" if weight_init == "beit" else "beit_finetune"]
     for token in (model.cls_token, model.mask_token, model.pos_embed):
         if token is not None:
