@@ -17,15 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from .configs import PretrainRecipe
-from .data import open_data
+from .data import open_data, picture_records
 from .device import default_device, set_matmul_precision
 from .engine.augment import TwoViews
 from .engine.loading import PretrainBatch, TrainLoader, TransformedDataset, once
 from .engine.log import read_log
 from .engine.processes import rank, world_size
-from .engine.runs import load_checkpoint, open_run, write_metrics
+from beit_nb.engine.runs import (
+    load_checkpoint,
+    open_run,
+    read_metrics,
+    record_inputs,
+    write_metrics,
+)
 from .engine.sources import ImageDataset
-from .engine.training import Trainer, fit
+from .engine.training import Trainer, fit, training_length
 from .images import MEAN_STD, normalize, preprocess, to_float
 from .masking import blockwise_mask, random_mask
 from .mim import BeitForMaskedImageModeling, masked_indices, mim_accuracy, mim_loss
@@ -177,20 +183,29 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
     with open_run("pretrain", r, r.resume) as out:
         set_matmul_precision(default_device(), r.embed_dim)
         pictures = open_data(r.data)
+        record_inputs(out, r, {"data": picture_records(pictures)})
         transform = PretrainTransform(r)
-        targets = build_targets(r, pictures, transform.views)
         samples = TransformedDataset(pictures, transform, r.seed, pixels=True)
-        per_epoch = len(samples) // r.batch_size
-        total = r.total_steps(per_epoch)
+        total, per_epoch = training_length(r, len(samples))
+        targets = build_targets(r, pictures, transform.views)
+        inputs = record_inputs(out, r, targets.inputs)
         torch.manual_seed(r.seed)
         model = build_mim(r)
         trainer = Trainer(
-            "pretrain", r, out, model, total, per_epoch, loss_mean=r.loss_mean, quiet=quiet
+            "pretrain",
+            r,
+            out,
+            model,
+            total,
+            per_epoch,
+            loss_mean=r.loss_mean,
+            inputs=inputs,
+            quiet=quiet,
         )
         callbacks = []
         if not trainer.finished:  # else nobody would read the table
             targets = tabulate(targets, pictures, transform.views)
-        if r.watch_every and not trainer.finished:
+        if r.watch_every and not (trainer.finished and read_metrics(out)):
             callbacks.append(watch_reconstructions(r, out, r.watch_every, pictures, targets))
             if trainer.step == 0:
                 callbacks[0](trainer)
@@ -204,8 +219,8 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
 
 def last_figures(trainer: Trainer) -> dict:
     "What metrics.json says of a pre-training: its length, and the last figures of its log."
-    rows = [row for row in read_log(trainer.out) if "loss" in row]
-    last = rows[-1] if rows else {}
+    rows = [row for row in read_log(trainer.out) if row["step"] == trainer.step]
+    last = next((row for row in rows if "loss" in row), {})
     return {
         "steps": trainer.step,
         "images": trainer.step * trainer.recipe.batch_size,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'Labelled', 'WholePicture', 'block_features', 'linear_scores', 'best_on_val', 'probe_networks',
-           'raw_pixels', 'all_features', 'score_arm', 'probe_arms', 'probe']
+           'raw_pixels', 'all_features', 'score_arm', 'load_probed', 'probe_arms', 'probe']
 
 # %% ../nbs/46_probing.ipynb #imports
 from collections.abc import Callable
@@ -23,11 +23,19 @@ from torch import Tensor
 from . import BeitError, say
 from .checkpoints import load_backbone
 from .configs import FinetuneRecipe, ProbeRecipe
-from .data import labels_in, open_data, sample_labels
+from .data import labels_in, open_data, picture_records, sample_labels
 from .device import default_device, pick_precision
 from .engine.augment import TwoViews
 from .engine.loading import ImageBatch, TransformedDataset, once
-from .engine.runs import load_checkpoint, open_run, write_metrics
+from beit_nb.engine.runs import (
+    fingerprint_weights,
+    forget_metrics,
+    load_checkpoint,
+    open_run,
+    record_inputs,
+    warn_unfinished,
+    write_metrics,
+)
 from .engine.sources import ImageDataset
 from .finetuning import build_classifier
 from .images import preprocess, to_float
@@ -165,14 +173,22 @@ def score_arm(
     return best_on_val(np.array(scores))
 
 
-def probe_arms(r: ProbeRecipe) -> tuple[dict[str, Callable[[Tensor], np.ndarray]], int]:
-    "What is compared: name -> images to (layers, n, D); and the size of picture that they want."
+def load_probed(r: ProbeRecipe) -> dict:
+    "The checkpoint that a recipe probes. Raises BeitError where there is none."
     if not r.init:
         raise BeitError(
             "a probe needs --init: the --out folder of `beit pretrain` or `beit finetune`, or a "
             "checkpoint in it"
         )
-    state = load_checkpoint(r.init, ("pretrain", "finetune"))
+    warn_unfinished(r.init)
+    return load_checkpoint(r.init, ("pretrain", "finetune"))
+
+
+def probe_arms(
+    r: ProbeRecipe,
+    state: dict,  # the checkpoint
+) -> tuple[dict[str, Callable[[Tensor], np.ndarray]], int]:
+    "What is compared: name -> images to (layers, n, D); and the size of picture that they want."
     trained, untrained, shape = probe_networks(state, r.seed)
     arms = {
         "pretrained": lambda images: block_features(trained, images, shape.mean_std),
@@ -188,9 +204,16 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
     All on the same labels. Leaves metrics.json in its folder. Raises BeitError for bad input.
     """
     with open_run("probe", r) as out:
-        arms, size = probe_arms(r)
+        state = load_probed(r)
         splits = dict.fromkeys(("train", "val", r.split))  # val once, if it is also reported
         sets = {split: open_data(r.data, split, labels=True) for split in splits}
+        inputs = {
+            "data": picture_records(sets["train"]),
+            "init": fingerprint_weights(state["model"]),
+        }
+        record_inputs(out, r, inputs, redo=True)
+        forget_metrics(out)
+        arms, size = probe_arms(r, state)
         labels = labels_in(sets["train"])
         draws = [sample_labels(labels, r.labels_per_class, r.seed + d) for d in range(r.draws)]
         used = np.unique(np.concatenate(draws))  # each picture is read once, for all draws

@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['Targets', 'check_tokenizer', 'tokenize_dataset', 'TokenizerTargets', 'TableTargets', 'colored', 'check_tokens',
-           'decoder_of', 'build_targets', 'tabulate']
+           'check_same_tokenizer', 'decoder_of', 'build_targets', 'tabulate']
 
 # %% ../nbs/42_targets.ipynb #imports
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,16 @@ from .configs import PretrainRecipe
 from .dalle import DalleVAE
 from .device import default_device, kernels_for
 from .engine.augment import TwoViews, jitter_batch
+from .engine.files import fingerprint
 from .engine.loading import PretrainBatch, exclude, once
+from .engine.runs import warn_unfinished
 from .engine.sources import ImageDataset
-from .engine.token_files import load_tokens, read_description, token_views
+from beit_nb.engine.token_files import (
+    fingerprint_tokenizer,
+    load_tokens,
+    read_description,
+    token_views,
+)
 from .engine.winograd import optimize_for_inference
 from .images import to_float
 from .tokenizer import load_tokenizer
@@ -66,6 +75,8 @@ class TokenizerTargets:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
+        # before it is arranged for a device
+        self.inputs = {"tokenizer": fingerprint_tokenizer(tokenizer, True), "tokens": ""}
 
     def hidden(self, batch: PretrainBatch) -> Tensor:
         "The ids (n,) of the hidden patches of a batch on the device."
@@ -79,11 +90,16 @@ class TokenizerTargets:
 
 
 class TableTargets:
-    "Targets looked up in a table of all ids (N, h, w); `tokenizer` only decodes, if there is one."
+    """Targets looked up in a table of all ids (N, h, w); `tokenizer` only decodes, if there is one.
+
+    `inputs` (for `record_inputs`) knows the table by a few thousand rows of it.
+    """
 
     def __init__(self, table: Tensor, tokenizer: Tokenizer | None = None):
         self.table = table
         self.tokenizer = tokenizer
+        rows = table[:: len(table) // 4096 + 1]
+        self.inputs = {"tokenizer": "", "tokens": fingerprint(rows)}
 
     def hidden(self, batch: PretrainBatch) -> Tensor:
         "The ids (n,) of the hidden patches of a batch on the device."
@@ -133,6 +149,24 @@ def check_tokens(
         )
 
 
+def check_same_tokenizer(r: PretrainRecipe, described: dict) -> None:
+    """Of a recipe with ids and a tokenizer, which then only decodes, both must belong together.
+
+    `described` is what tokens.json says. A tokenizer that is gone contradicts nothing.
+    """
+    if not r.tokenizer or not Path(r.tokenizer).exists():
+        return
+    tokenizer = load_tokenizer(r.tokenizer)
+    # ids of an earlier version know all of its weights, later ones those that decide
+    there = described.get("encoder", described.get("tokenizer"))
+    here = [fingerprint_tokenizer(tokenizer, ids_only) for ids_only in (True, False)]
+    if there not in here:
+        raise BeitError(
+            f"the ids in {r.tokens} were written by another tokenizer than {r.tokenizer}; drop "
+            "--tokenizer or --tokens, or write the ids again with `beit tokenize`"
+        )
+
+
 def decoder_of(r: PretrainRecipe) -> Tokenizer | None:
     "The tokenizer of a recipe, if it is there still and has a decoder."
     if not r.tokenizer:
@@ -151,7 +185,9 @@ def build_targets(r: PretrainRecipe, pictures: ImageDataset, views: TwoViews) ->
     Raises BeitError where tokens or tokenizer are missing, or belong to something else.
     """
     if r.tokens:
-        check_tokens(r, read_description(r.tokens), pictures, views)
+        described = read_description(r.tokens)
+        check_tokens(r, described, pictures, views)
+        check_same_tokenizer(r, described)
         table, described = load_tokens(r.tokens)
         exclude(pictures, described["damaged"])
         tokenizer = decoder_of(r) if r.watch_every else None
@@ -163,11 +199,14 @@ def build_targets(r: PretrainRecipe, pictures: ImageDataset, views: TwoViews) ->
         )
     tokenizer = load_tokenizer(r.tokenizer)
     check_tokenizer(r, tokenizer)
+    warn_unfinished(r.tokenizer)
+    targets = TokenizerTargets(tokenizer)
     device = default_device()
     half = kernels_for(device).tokenizer
     if half is not None and isinstance(tokenizer.dvae, DalleVAE):
         optimize_for_inference(tokenizer.dvae, half)
-    return TokenizerTargets(tokenizer.to(device))
+    tokenizer.to(device)
+    return targets
 
 
 def tabulate(targets: Targets, pictures: ImageDataset, views: TwoViews) -> Targets:

@@ -22,17 +22,17 @@ from torch import Tensor, nn
 from . import BeitError
 from .configs import TokenizerRecipe
 from .dalle import DalleDecoder, DalleEncoder, DalleVAE
-from .data import open_data
+from .data import open_data, picture_records
 from .device import default_device
 from .dvae import DiscreteVAE, TokenModel, dvae_loss, init_codes
 from .engine.augment import TwoViews
 from .engine.loading import ImageBatch, TrainLoader, TransformedDataset
 from .engine.optim import Ema, cosine_schedule
 from .engine.processes import rank, world_size
-from .engine.runs import load_checkpoint, open_run, write_metrics
+from .engine.runs import load_checkpoint, open_run, record_inputs, write_metrics
 from .engine.safeload import load_tensors
 from .engine.token_files import TokenTransform
-from .engine.training import Trainer, fit
+from .engine.training import Trainer, fit, training_length
 from .engine.winograd import optimize_for_inference
 from .gumbel import temperature_schedule
 from .images import to_float
@@ -122,9 +122,12 @@ class HardMetrics:
         self.every = every
         self.ema = ema
 
-    def __call__(self, trainer: Trainer) -> dict | None:
+    def follow(self, trainer: Trainer) -> None:
+        "An update: take the weights of this step into the mean."
         if self.ema is not None:
             self.ema.update(trainer.model)
+
+    def __call__(self, trainer: Trainer) -> dict | None:
         if trainer.step % self.every:
             return None
         model = trainer.model if self.ema is None else self.ema.module
@@ -139,11 +142,11 @@ def train_tokenizer(r: TokenizerRecipe, quiet: bool = False) -> Tokenizer:
     """
     with open_run("tokenizer", r, r.resume) as out:
         views = TwoViews(r.img_size, crop_scale=r.crop_scale, flip=r.flip)
-        samples = TransformedDataset(open_data(r.data), TokenTransform(views), r.seed, pixels=True)
-        per_epoch = len(samples) // r.batch_size
-        total = r.total_steps(per_epoch)
+        pictures = open_data(r.data)
+        inputs = record_inputs(out, r, {"data": picture_records(pictures)})
+        samples = TransformedDataset(pictures, TokenTransform(views), r.seed, pixels=True)
+        total, per_epoch = training_length(r, len(samples))
         schedules = tokenizer_schedules(r, total, per_epoch)
-        lr = schedules["lr"]
         torch.manual_seed(r.seed)
         dvae = build_dvae(r)
         images = first_pictures(samples, 512)
@@ -154,13 +157,22 @@ def train_tokenizer(r: TokenizerRecipe, quiet: bool = False) -> Tokenizer:
             for half in (dvae.encoder, dvae.decoder):
                 cast(nn.Module, half).compile()
         ema = Ema(dvae, r.ema) if r.ema else None
-        state = {} if ema is None else {"ema": ema}
         trainer = Trainer(
-            "tokenizer", r, out, dvae, total, per_epoch, lr=lr, state=state, quiet=quiet
+            "tokenizer",
+            r,
+            out,
+            dvae,
+            total,
+            per_epoch,
+            lr=schedules["lr"],
+            state={} if ema is None else {"ema": ema},
+            inputs=inputs,
+            quiet=quiet,
         )
         loader = TrainLoader(samples, r, trainer.micro_batch_size, rank=rank(), world=world_size())
         compute_loss = TokenizerLoss(schedules, r.usage_weight)
-        fit(trainer, loader, compute_loss, [HardMetrics(images[:64], r.log_every, ema)])
+        hard = HardMetrics(images[:64], r.log_every, ema)
+        fit(trainer, loader, compute_loss, [hard], [hard.follow])
         trained = dvae if ema is None else cast(TokenModel, ema.module)
         tokenizer = Tokenizer(trained, r.img_size)
         metrics = evaluate_tokenizer(tokenizer, images)

@@ -116,7 +116,7 @@ def test_workers_change_nothing(whole, tmp_path):
     assert equal(weights(tmp_path), weights(whole))
 
 
-def toy(out, compute_loss=squared_error, callbacks=(), **changes):
+def toy(out, compute_loss=squared_error, callbacks=(), updates=(), **changes):
     "A toy regression with dropout through the real engine; the weights at its end."
     options = dict(
         steps=30,
@@ -137,7 +137,7 @@ def toy(out, compute_loss=squared_error, callbacks=(), **changes):
         torch.manual_seed(r.seed)
         model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Tanh(), nn.Linear(16, 1))
         trainer = Trainer("toy", r, folder, model, r.steps, 10, quiet=True)
-        fit(trainer, PairLoader(batch), compute_loss, callbacks)
+        fit(trainer, PairLoader(batch), compute_loss, callbacks, updates)
         return {k: v.clone() for k, v in model.state_dict().items()}
 
 
@@ -186,19 +186,68 @@ def test_other_recipe_is_refused(tmp_path):
     assert not (tmp_path / "new").exists(), "a bad recipe leaves nothing behind"
 
 
-def test_callbacks_come_before_the_save(tmp_path):
-    "What they change, such as an average of the weights, is in the checkpoint of their step."
+def test_updates_come_before_the_save_and_callbacks_after_it(tmp_path):
+    """What updates change, such as an average of the weights, is in the checkpoint of their step.
+
+    Whatever looks may fail, and then the step that it looked at is saved.
+    """
+    updated = []
     seen = []
+
+    def update(trainer):
+        updated.append((trainer.step, trainer.saved_step))
 
     def look(trainer):
         seen.append((trainer.step, trainer.saved_step))
         return {"seen": len(seen)} if trainer.step == 8 else None
 
-    toy(tmp_path, callbacks=[look], steps=9, checkpoint_every=4)
+    toy(tmp_path, callbacks=[look], updates=[update], steps=9, checkpoint_every=4)
 
     saved_before = [0, 0, 0, 0, 4, 4, 4, 4, 8]
-    assert seen == list(zip(range(1, 10), saved_before))
+    saved_after = [0, 0, 0, 4, 4, 4, 4, 8, 9]
+    assert updated == list(zip(range(1, 10), saved_before))
+    assert seen == list(zip(range(1, 10), saved_after))
     assert [row["step"] for row in read_log(tmp_path) if "seen" in row] == [8]
+
+
+@pytest.mark.parametrize("wrong", [BeitError("no room"), RuntimeError("broken"), SystemExit(3)])
+def test_whatever_fails_in_a_look_the_step_is_saved(tmp_path, wrong):
+    def look(trainer):
+        if trainer.step == 6:
+            raise wrong
+
+    said = "no room; step 6 of 30 is saved" if isinstance(wrong, BeitError) else str(wrong)
+    with pytest.raises(type(wrong), match=said):
+        toy(tmp_path, callbacks=[look], checkpoint_every=100)
+    assert load_checkpoint(tmp_path)["step"] == 6
+    assert equal(toy(tmp_path), toy(tmp_path / "straight"))
+
+
+def test_a_look_that_was_missed_is_made_up_for(tmp_path):
+    "The run ended between its save and its look; nothing is looked at twice in the log."
+
+    def look(trainer):
+        return {"seen": trainer.step} if trainer.step % 4 == 0 else None
+
+    toy(tmp_path, max_steps=8)  # nobody looked
+    toy(tmp_path, callbacks=[look], max_steps=16)
+    toy(tmp_path, callbacks=[look], max_steps=20)
+
+    assert [row["step"] for row in read_log(tmp_path) if "seen" in row] == [8, 12, 16, 20]
+
+
+def test_numbers_that_broke_are_not_saved_by_a_look_that_fails(tmp_path):
+    def compute_loss(model, batch, step):
+        loss, metrics = squared_error(model, batch, step)
+        return loss * (float("nan") if step == 4 else 1), metrics
+
+    def look(trainer):
+        if trainer.step == 6:
+            raise BeitError("no room")
+
+    with pytest.raises(FloatingPointError, match="in step 5"):
+        toy(tmp_path, compute_loss, [look], checkpoint_every=100, log_every=100)
+    assert not run_checkpoints(tmp_path)
 
 
 def test_damaged_checkpoints_are_refused(tmp_path):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ComputeLoss', 'Callback', 'train_step', 'read_steps', 'stop_run', 'training_length', 'open_log', 'add_up',
-           'write_log', 'look', 'save_sound', 'save_and_leave', 'keep_work', 'log_save_look', 'fit', 'StepLoader',
-           'Trainer']
+           'write_log', 'look', 'save_sound', 'save_and_leave', 'met_by_all', 'keep_work', 'log_save_look', 'fit',
+           'StepLoader', 'Trainer']
 
 # %% ../../nbs/37_engine_training.ipynb #imports
 import math
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import BeitError
+from .. import BeitError, exit_status
 from ..configs import Run
 from .loading import check_batch
 from .log import RunLog, StepMetrics, first_nonfinite, stop_on_nonfinite
@@ -186,6 +186,12 @@ def save_and_leave(trainer: Trainer, metrics: StepMetrics, loader: StepLoader) -
     rank_0_first(leave)
 
 # %% ../../nbs/37_engine_training.ipynb #fit-loop
+def met_by_all(error: BaseException) -> bool:
+    "Do all processes meet it together? Of rank 0's BeitError the others hear as exit status 2."
+    told = isinstance(error, SystemExit) and error.code == exit_status(BeitError())
+    return told or isinstance(error, BeitError)
+
+
 @contextmanager
 def keep_work(trainer: Trainer, metrics: StepMetrics, loader: StepLoader) -> Iterator[None]:
     """Whatever fails inside, the steps that were taken are saved first; a BeitError says so.
@@ -197,7 +203,7 @@ def keep_work(trainer: Trainer, metrics: StepMetrics, loader: StepLoader) -> Ite
     except FloatingPointError:  # these steps are not sound
         raise
     except (Exception, SystemExit) as e:
-        if world_size() == 1 or isinstance(e, (BeitError, SystemExit)):
+        if world_size() == 1 or met_by_all(e):
             save_sound(trainer, metrics, loader)
         if isinstance(e, BeitError) and 0 < trainer.step == trainer.saved_step:
             raise BeitError(
