@@ -1,20 +1,32 @@
 "The parts of a step: which samples it takes, how a batch is cut, the update, and stopping."
 
+import multiprocessing
 import os
+import random
+import resource
 import signal
+import subprocess
+import sys
+import threading
+import time
+from itertools import repeat
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers_processes import PATIENCE
 from torch import Tensor, nn
 
+from beit_nb import BeitError
 from beit_nb.engine.steps import (
     GracefulStop,
     StepLoader,
     batch_indices,
     leave_signals,
+    load_ahead,
     map_batch,
     shuffled,
     split_batch,
@@ -162,3 +174,175 @@ def test_workers_leave_signals_alone():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def doubled(order):
+    "What a worker loads in these tests: two tensors, a word, and nothing."
+    return Loaded(torch.full((3, order), order), torch.tensor(order / 2), f"no. {order}", None)
+
+
+class Loaded(NamedTuple):
+    pixels: Tensor
+    half: Tensor
+    name: str
+    nothing: None
+
+
+def fails_at_two(order):
+    if order == 2:
+        raise BeitError("two is no picture; give another")
+    return order
+
+
+def breaks_at_two(order):
+    return order / (order - 2)
+
+
+def refuses_to_travel(order):
+    class Local(Exception):
+        "Nobody else knows this kind."
+
+    raise Local("a local word")
+
+
+def dies_at_two(order):
+    if order == 2:
+        os.kill(os.getpid(), signal.SIGBUS)  # memory that was promised and is not there
+    return order
+
+
+STARTS = ["fork", *(pytest.param(m, marks=pytest.mark.slow) for m in ("spawn", "forkserver"))]
+
+
+@pytest.fixture(params=STARTS)
+def start_method(request, monkeypatch):
+    "New processes are started in this way."
+    context = multiprocessing.get_context(request.param)
+    monkeypatch.setattr(multiprocessing, "get_context", lambda: context)
+    return request.param
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_loaded_ahead_is_what_is_loaded_here(start_method, workers):
+    orders = [0, 1, 5, 2, 3, 1, 0, 7]
+
+    ahead = list(load_ahead(doubled, orders, workers))
+
+    for order, got in zip(orders, ahead, strict=True):
+        assert isinstance(got, Loaded) and got.name == f"no. {order}" and got.nothing is None
+        assert torch.equal(got.pixels, torch.full((3, order), order)) and got.half == order / 2
+        got.pixels.add_(1)  # ours, to be written on
+    assert not multiprocessing.active_children()
+
+
+def test_what_a_worker_raises_is_raised_here(start_method):
+    loaded = load_ahead(fails_at_two, [1, 2, 3], 1)
+    assert next(loaded) == 1
+    with pytest.raises(BeitError, match="^two is no picture; give another$"):
+        next(loaded)
+    with pytest.raises(ZeroDivisionError) as caught:
+        list(load_ahead(breaks_at_two, [1, 2, 3], 2))
+    assert "in breaks_at_two" in "".join(caught.value.__notes__)
+    with pytest.raises(RuntimeError, match="a local word"):
+        list(load_ahead(refuses_to_travel, [1], 1))
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_dies_is_one_line(start_method):
+    loaded = load_ahead(dies_at_two, [1, 1, 2, 3, 4, 5], 2)
+    assert [next(loaded), next(loaded)] == [1, 1]
+    with pytest.raises(BeitError, match="killed by SIGBUS, .*--workers .*--shm-size"):
+        next(loaded)
+    assert not multiprocessing.active_children()
+
+
+def test_workers_killed_at_random_moments():
+    "Whichever it is and whenever, it is one error, and nobody is left."
+    for _ in range(20):
+        loaded = load_ahead(doubled, repeat(5), workers=3)
+        next(loaded)
+        victim = random.choice(multiprocessing.active_children())
+        began = time.monotonic()
+        timer = threading.Timer(random.uniform(0, 0.02), victim.kill)
+        timer.start()
+        with pytest.raises(BeitError, match="killed by SIGKILL"):
+            for got in loaded:
+                assert torch.equal(got.pixels, torch.full((3, 5), 5))
+        timer.join()
+        assert time.monotonic() - began < 10
+        assert not multiprocessing.active_children()
+
+
+def test_a_loop_that_ends_early_leaves_nobody():
+    loaded = load_ahead(doubled, range(10**6), workers=2)
+    next(loaded)
+    loaded.close()
+    assert not multiprocessing.active_children()
+
+
+def no_bigger_files(order):
+    "From now on this worker can write 4 kB and no more, as if its memory were full."
+    if order == 2:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1))
+    return torch.zeros(10_000)
+
+
+def test_no_memory_to_share_is_one_line(start_method):
+    loaded = load_ahead(no_bigger_files, [1, 2, 3], 1)
+    assert len(next(loaded)) == 10_000
+    line = "no memory to share .*File too large.*--workers 0.*--shm-size"
+    with pytest.raises(BeitError, match=line):
+        next(loaded)
+
+
+def test_no_process_to_be_had_is_one_line(monkeypatch):
+    def refuse(process):
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(multiprocessing.Process, "start", refuse)
+    monkeypatch.setattr(multiprocessing.get_context("fork").Process, "start", refuse)
+    with pytest.raises(BeitError, match="cannot start a loader worker .*unavailable.*--workers"):
+        list(load_ahead(doubled, [1], 1))
+
+
+ORPHANS = """
+import multiprocessing, os, signal, sys, time
+from beit_nb.engine.steps import load_ahead
+from test_engine_steps import doubled
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    loaded = load_ahead(doubled, range(10**6), workers=2)
+    next(loaded)
+    print("at work", flush=True)
+    how = sys.argv[2]
+    if how == "exit":
+        sys.exit(3)
+    if how == "raise":
+        raise KeyError("a defect, whose traceback keeps the generator")
+    if how == "_exit":
+        os._exit(4)
+    time.sleep(60)
+"""
+
+
+RARER = [pytest.param(end, marks=pytest.mark.slow) for end in ("exit", "_exit", signal.SIGSEGV)]
+
+
+@pytest.mark.parametrize("end", ["raise", signal.SIGKILL, signal.SIGTERM, *RARER])
+def test_workers_end_with_their_parent(start_method, end, tmp_path):
+    "However it ends. The pipe of its output closes when nobody holds it any more."
+    program = tmp_path / "orphans.py"
+    program.write_text(ORPHANS)
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, program, start_method, end if isinstance(end, str) else "wait"]
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=env)
+    assert parent.stdout.readline() == b"at work\n"
+    began = time.monotonic()
+    if not isinstance(end, str):
+        parent.send_signal(end)
+
+    parent.communicate(timeout=PATIENCE)
+
+    assert time.monotonic() - began < 10

@@ -3,11 +3,13 @@
 BEIT_KILLS=100 pytest tests/test_faults.py -k survives -s     # the long harness; prints what it did
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -475,6 +477,132 @@ def test_a_damaged_newest_checkpoint(tmp_path, whole):
     for file in run_checkpoints(out):
         file.write_bytes(b"ashes")
     assert ends(born(out, steps=24)) == [2] and "is damaged" in said(out)[-1]
+
+
+def session_of(pid):
+    "The processes of a life that are still there, itself and its loaders."
+    stats = [p / "stat" for p in Path("/proc").iterdir() if p.name.isdigit()]
+    found = []
+    for stat in stats:
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(") ")[2].split()
+            if int(fields[3]) == pid and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGUSR2])
+def test_a_loader_worker_dies(tmp_path, whole, how):
+    "At a random moment: one line, the step is saved, and the run goes on as if nothing had been."
+    out = tmp_path / "run"
+    after = random.randint(1, 8)
+    [life] = family = born(out, before=slowed_after(after + 4), workers=2, checkpoint_every=100)
+    wait_for(lambda: step_of(out) >= after, f"step {after}", family)
+    time.sleep(random.uniform(0, 0.2))
+    began = time.monotonic()
+    os.kill(random.choice(children_of(life.pid)), how)
+
+    assert ends(family, 30) == [2], said(out)
+
+    assert time.monotonic() - began < 20
+    step = load_checkpoint(out)["step"]
+    [line] = said(out)
+    assert f"a loader worker was killed by {how.name}" in line and "--workers" in line
+    assert f"stopped after step {step} of " in line and step >= after
+    assert session_of(life.pid) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_killed_run_leaves_nobody(tmp_path, workers):
+    "Its loaders end with it, and its lock is free at once."
+    out = tmp_path / "run"
+    family = born(out, before=slowed_after(2), steps=24, workers=workers)
+    wait_for(lambda: step_of(out) >= 2, "step 2", family)
+    assert len(session_of(family[0].pid)) == 1 + workers
+    family[0].kill()
+    ends(family)
+    wait_until(lambda: session_of(family[0].pid) == [], "its loaders end", seconds=20)
+
+
+@pytest.mark.slow
+def test_a_loader_of_one_of_two_processes_dies(tmp_path, whole):
+    "Both save the same step and stop; one speaks; and the two go on as one would."
+    out = tmp_path / "run"
+    family = born(out, n=2, before=slowed_after(8), steps=24, workers=1, checkpoint_every=100)
+    wait_for(lambda: step_of(out) >= 5, "step 5", family)
+    os.kill(random.choice(children_of(family[1].pid)), signal.SIGKILL)
+
+    assert ends(family, 30) == [2, 2]
+
+    [line] = said(out)
+    step = load_checkpoint(out)["step"]
+    assert "a loader worker was killed by SIGKILL" in line and f"stopped after step {step}" in line
+    assert 5 <= step < 24
+    assert ends(born(out, n=2, steps=24, checkpoint_every=100)) == [0, 0]
+    assert_every_step_once(out, 24)
+
+
+@pytest.mark.slow
+def test_torchrun_itself_is_killed(tmp_path, tokenizer):
+    "Its processes notice, save and stop: nobody trains on where nobody looks, and holds the lock."
+    out = tmp_path / "run"
+    script = tmp_path / "run.py"
+    tests = str(Path(__file__).parent)
+    script.write_text(RUN_AS_SCRIPT.format(tests=tests, out=str(out), tokenizer=str(tokenizer)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    run = subprocess.Popen(
+        [*torchrun, "--nproc-per-node=2", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    wait_until(lambda: step_of(out) >= 9, "step 9", lambda: run.poll() is None)
+    run.kill()
+    text = run.communicate(timeout=30)[0]  # nobody holds its output any more
+    step = load_checkpoint(out)["step"]
+    assert f"stopped after step {step} of 24 and saved" in text
+    assert ends(born(out, n=2, steps=24)) == [0, 0]
+
+
+SMALL_MEMORY = """
+set -e
+mount -t tmpfs -o size={size} tmpfs /dev/shm
+exec {python} -c '
+import multiprocessing, sys
+multiprocessing.set_start_method("{start}")
+from beit_nb.cli import main
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+' "$@"
+"""
+
+
+def may_mount():
+    "May we give a process a /dev/shm of its own?"
+    probe = ["unshare", "-m", "mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"]
+    return (
+        bool(shutil.which("unshare")) and subprocess.run(probe, capture_output=True).returncode == 0
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["fork", "spawn", "forkserver"])
+def test_a_small_shared_memory_is_enough(tmp_path, start):
+    "Docker gives 64 MB, and this test 64 kB: batches do not go through /dev/shm."
+    if not may_mount():
+        pytest.skip("needs the right to mount")
+    script = SMALL_MEMORY.format(size="64k", python=sys.executable, start=start)
+    words = ["tokenizer", "nano", "--steps", "4", "--width", "16", "--workers", "2"]
+    run = subprocess.run(
+        ["unshare", "-m", "sh", "-c", script, "sh", *words, "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert run.returncode == 0, run.stderr
+    assert read_metrics(tmp_path / "run")["steps"] == 4
 
 
 MASKS = [("blockwise", 1, 1), ("blockwise", 4, 4), ("blockwise", 26, 16), ("random", 1, 16)]
