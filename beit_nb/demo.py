@@ -28,7 +28,7 @@ from . import BeitError, __version__, say
 from .configs import FinetuneRecipe, PretrainRecipe, Run
 from .demo_report import ARMS, demo_report
 from .engine.augment import TwoViews
-from .engine.files import atomic_write, read_json
+from .engine.files import atomic_write, read_json, write_json
 from .engine.log import read_log
 from .engine.processes import memory_mb
 from .engine.runs import write_metrics
@@ -276,8 +276,10 @@ def demo(plan: DemoPlan | None = None) -> dict:
     plan = plan or DemoPlan()
     out = Path(plan.out)
     out.mkdir(parents=True, exist_ok=True)
-    for name in STAGES:  # before any work
+    for name in ("plan", *STAGES):  # before any work
         read_stage(plan, name)
+    # from the first moment on, long before the first stage is done
+    write_json(out / "plan.json", {"settings": settings_of(plan), "result": {}})
     metrics: dict = {name: stage(plan, name, work) for name, work in STAGES.items()}
     metrics["seconds"] = sum(figures["seconds"] for figures in metrics.values())
     metrics["peak_rss_mb"] = max(memory_mb(), metrics["finetune"]["peak_mb"])

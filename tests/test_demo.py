@@ -104,6 +104,24 @@ def test_a_rehearsal_never_passes_for_the_demo(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("stopped_in", ["dvae", "mim"])
+def test_a_rehearsal_that_was_stopped_is_nobody_elses(tmp_path, monkeypatch, stopped_in):
+    "In its first stage nothing of it is done; its half-trained tokenizer must not be used."
+
+    def stop(plan):
+        raise KeyboardInterrupt
+
+    stages = {name: lambda plan: {} for name in STAGES} | {stopped_in: stop}
+    monkeypatch.setattr("beit_nb.demo.STAGES", stages)
+    with pytest.raises(KeyboardInterrupt):
+        demo(DemoPlan(str(tmp_path), **QUICK))
+
+    with pytest.raises(BeitError, match="holds another demo .tokenizer_steps 60 there, 720 now"):
+        demo(DemoPlan(str(tmp_path)))
+    with pytest.raises(KeyboardInterrupt):  # its own plan goes on
+        demo(DemoPlan(str(tmp_path), **QUICK))
+
+
 def test_options_become_a_plan(monkeypatch):
     plans = []
     monkeypatch.setattr("beit_nb.demo.demo", plans.append)
