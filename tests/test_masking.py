@@ -80,7 +80,7 @@ def test_official_masks_never_hide_more_and_rarely_less(official):
 def test_official_masks_are_clumps_in_the_middle(official):
     habits = mask_statistics(official, 75)
     assert abs(habits["neighbor_rate"] - 0.86) < 0.01
-    assert abs(habits["centre"] - 0.72) < 0.04
+    assert abs(habits["center"] - 0.72) < 0.04
     assert abs(habits["corner"] - 0.04) < 0.02
 
 
@@ -218,7 +218,7 @@ def test_measures_by_hand():
     assert habits["mean"] == 3.5
     assert habits["exactly"] == 0.5
     assert habits["corner"] == (0.5 + 0 + 0 + 0.5) / 4
-    assert habits["centre"] == 1
+    assert habits["center"] == 1
     assert habits["chance"] == pytest.approx((5 * 4 + 2 * 1) / (7 * 8))
     assert neighbor_rate(np.zeros((2, 3, 3), bool)) == 0
 

@@ -217,7 +217,7 @@ def statistics_html(stats: dict, rule: MaskRule, draws: int) -> str:
     center = "left:50%;top:50%;transform:translate(-50%,-50%)"
     map_html = (
         f'<div style="position:relative;width:150px">{gallery({"": often}, 150)}'
-        f"{_number_on(stats['centre'], center)}{_number_on(stats['corner'], 'left:4px;top:1px')}"
+        f"{_number_on(stats['center'], center)}{_number_on(stats['corner'], 'left:4px;top:1px')}"
         "</div>"
     )
     bars_title = (
