@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['BASE', 'LARGE', 'PLUS', 'SMALL', 'NANO', 'TINY', 'LAPTOP', 'GPU', 'TOKENIZER', 'PAPER', 'IN1K', 'IN22K', 'PRETRAIN',
-           'FINETUNE', 'PROBE', 'DATASETS', 'COMMANDS', 'shared', 'DatasetInfo', 'Command', 'command_named',
-           'from_config', 'recipe_named', 'Backbone', 'Run', 'FREE', 'as_config', 'check_recipe', 'check_same_run']
+           'FINETUNE', 'PROBE', 'DATASETS', 'COMMANDS', 'shared', 'DatasetInfo', 'known_set', 'data_source', 'Command',
+           'command_named', 'from_config', 'recipe_named', 'Backbone', 'Run', 'FREE', 'as_config', 'check_recipe',
+           'check_same_run']
 
 # %% ../nbs/21_recipes.ipynb #imports
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import BeitError
@@ -175,6 +177,28 @@ DATASETS = {  # what --data knows by name
     "imagenet": DatasetInfo("data/imagenet/{train,val}/<class>/, by hand", 1_281_167, 1000),
     "imagenet22k": DatasetInfo("data/imagenet22k/<class>/, by hand", 14_197_122, 21_841),
 }
+
+# %% ../nbs/21_recipes.ipynb #known-set
+def known_set(data: str) -> str | None:
+    """The known set that the word after `--data` means; None: it is a folder.
+
+    Raises BeitError where it could be either: `embedded:NAME` is the set, `./NAME` the folder.
+    """
+    name = data.removeprefix("embedded:")
+    if name == data and name in DATASETS and Path(name).is_dir():
+        raise BeitError(
+            f"--data {name} could be the known set or your folder of that name: say "
+            f"embedded:{name} or ./{name}"
+        )
+    if name != data and name not in DATASETS:
+        raise BeitError(f"no known set {name!r}; there are: {', '.join(DATASETS)}")
+    return name if name in DATASETS else None
+
+
+def data_source(data: str) -> str:
+    "What `--data` stands for, in words for people."
+    name = known_set(data)
+    return f"the known set {name}: {DATASETS[name].description}" if name else f"the folder {data}"
 
 # %% ../nbs/21_recipes.ipynb #command
 @dataclass(frozen=True)

@@ -230,7 +230,7 @@ class Shard:
     per_shard: Count = 4096  # pictures a file
 
     def run(self) -> None:
-        from beit_nb.engine.shards import shard_folder
+        from beit_nb.engine.packing import shard_folder
 
         counts = shard_folder(self.data, self.out, self.per_shard)
         words = [f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items()]

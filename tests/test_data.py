@@ -12,7 +12,7 @@ from helpers import save_gray
 import beit_nb.data as data
 from beit_nb import BeitError
 from beit_nb.data import open_data, sample_labels, torchvision_set
-from beit_nb.engine.shards import shard_folder
+from beit_nb.engine.packing import shard_folder
 from beit_nb.recipes import DATASETS
 
 TORCHVISION_SETS = ("cifar10", "cifar100", "imagenette", "oxford-pets")

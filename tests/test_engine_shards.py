@@ -10,13 +10,15 @@ import pytest
 import torch
 from helpers import save_gray
 from helpers_processes import run
+from helpers_shards import contents, counts, lay_out_tree
 from PIL import Image
 
 import beit_nb.engine.files as files
-import beit_nb.engine.shards as shards
 from beit_nb import BeitError, UnreadableImage
+from beit_nb.data import class_names
 from beit_nb.engine.files import fingerprint
-from beit_nb.engine.shards import ImageShards, class_names, shard_folder, shard_index, shard_name
+from beit_nb.engine.packing import shard_folder, shard_name
+from beit_nb.engine.shards import ImageShards, shard_index
 from beit_nb.engine.sources import ImageFolder
 
 
@@ -25,25 +27,9 @@ def grays(pictures) -> list[int]:
     return [round(float(pictures.pixels(i).float().mean())) for i in range(len(pictures))]
 
 
-def counts(pictures, shards, damaged=0, others=0) -> dict:
-    return {"pictures": pictures, "shards": shards, "damaged": damaged, "others": others}
-
-
 @pytest.fixture
 def tree(tmp_path):
-    """Twelve pictures in train (classes a, b, c) and val (class b alone).
-
-    Besides a note and a broken picture.
-    """
-    root = tmp_path / "in"
-    for i in range(12):
-        split, folder = ("train", "abc"[i % 3]) if i < 9 else ("val", "b")
-        deeper = "deep" if i % 2 else ""
-        ending = ("png", "JPEG", "webp")[i // 4]
-        save_gray(root / split / folder / deeper / f"pic.{i}.{ending}", 20 * i)
-    (root / "train" / "a" / "note.txt").write_text("hello")
-    (root / "train" / "b" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
-    return root
+    return lay_out_tree(tmp_path / "in")
 
 
 @pytest.fixture
@@ -51,13 +37,6 @@ def packed(tree, tmp_path):
     "The training pictures of the tree in five tars."
     shard_folder(tree / "train", tmp_path / "out", per_shard=2)
     return tmp_path / "out"
-
-
-def contents(folder) -> dict[bytes, int]:
-    "The bytes of every good picture below a folder of classes -> its class."
-    return {
-        f.read_bytes(): "abc".index(f.relative_to(folder).parts[0]) for f in folder.rglob("pic.*")
-    }
 
 
 def test_a_folder_into_tars(tree, tmp_path, capfd):
@@ -133,49 +112,6 @@ def test_any_tar(tmp_path, kind):
 
     assert sorted(grays(pictures)) == [0, 50, 100]
     assert "y" * 20 in pictures.path(0)
-
-
-def test_sharding_goes_on_where_it_was_stopped(tree, packed, tmp_path, monkeypatch):
-    out = tmp_path / "again"
-    real = shards.decode_image
-    seen = []
-
-    def dies(data, describe):
-        seen.append(describe())
-        if len(seen) > 5:
-            raise KeyboardInterrupt
-        return real(data, describe)
-
-    monkeypatch.setattr(shards, "decode_image", dies)
-    with pytest.raises(KeyboardInterrupt):
-        shard_folder(tree / "train", out, per_shard=2)
-    left = {tar.name: tar.stat().st_mtime_ns for tar in out.glob("*.tar")}
-    with pytest.raises(BeitError, match="holds 2 of 5 shards; let `beit shard` finish"):
-        ImageShards(out)
-    monkeypatch.setattr(shards, "decode_image", real)
-
-    made = shard_folder(tree / "train", out, per_shard=2)
-
-    assert len(left) == 2
-    assert not list(out.glob("*.part"))
-    assert made == counts(pictures=9, shards=5, damaged=1, others=1)
-    assert shard_folder(tree / "train", out, per_shard=2) == made
-    assert all((out / name).stat().st_mtime_ns == when for name, when in left.items())
-    for tar in packed.glob("*.tar"):
-        assert (out / tar.name).read_bytes() == tar.read_bytes()
-
-
-def test_another_folder_or_size_is_something_else(tree, packed):
-    with pytest.raises(BeitError, match="something else"):
-        shard_folder(tree / "train", packed, per_shard=3)
-    with pytest.raises(BeitError, match="per_shard 0 is not a number of pictures"):
-        shard_folder(tree / "train", packed, per_shard=0)
-    save_gray(tree / "train" / "a" / "new.png", 3)
-    with pytest.raises(BeitError, match="something else"):
-        shard_folder(tree / "train", packed, per_shard=2)
-    (packed / "shards.json").unlink()
-    with pytest.raises(BeitError, match="something else"):
-        shard_folder(tree / "train", packed, per_shard=2)
 
 
 def test_a_tar_that_is_cut_short(tree, tmp_path):
@@ -304,27 +240,6 @@ def test_damaged_notes_beside_shards_are_one_line(packed, name):
         ImageShards(packed, labels=True)
 
 
-@pytest.mark.parametrize("where", ["", "a/"], ids=["flat", "classes"])
-def test_a_folder_is_walked_once(tmp_path, monkeypatch, where):
-    "A network file system with fourteen million pictures takes an hour to list."
-    source = tmp_path / "in"
-    for k in range(3):
-        save_gray(source / f"{where}{k}.png", k)
-    (source / "note.txt").touch()
-    walks = []
-    real = files.walk_files
-
-    def walk(folder, inside="", above=()):
-        walks.append(inside)
-        return real(folder, inside, above)
-
-    for module in (files, shards):
-        monkeypatch.setattr(module, "walk_files", walk)
-
-    assert shard_folder(source, tmp_path / "out") == counts(pictures=3, shards=1, others=1)
-    assert walks.count("") == 1
-
-
 def test_names_in_other_alphabets(tmp_path):
     "Latin-1 bytes in a name are no UTF-8; packed, listed and told all the same."
     odd = os.fsdecode(b"caf\xe9.png")
@@ -337,21 +252,6 @@ def test_names_in_other_alphabets(tmp_path):
     (tmp_path / "out" / "shards.json").unlink()
     assert odd in ImageShards(tmp_path / "out").path(3)
     assert shard_name(7, tmp_path / "日本.x.jpg") == "00000007__x"
-
-
-def test_links_are_packed_but_not_in_circles(tmp_path):
-    for folder in "ab":
-        for k in range(3):
-            save_gray(tmp_path / "store" / folder / f"{k}.png", 10 * k)
-    for split in ("train", "val"):
-        (tmp_path / "set" / split).mkdir(parents=True)
-        for folder in "ab":
-            (tmp_path / "set" / split / folder).symlink_to(tmp_path / "store" / folder)
-    (tmp_path / "store" / "a" / "up").symlink_to(tmp_path / "store" / "a")
-
-    made = shard_folder(tmp_path / "set", tmp_path / "out")
-
-    assert made == counts(pictures=12, shards=2)
 
 
 def noise(file, seed):

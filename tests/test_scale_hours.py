@@ -10,7 +10,7 @@ from PIL import Image
 from beit_nb import BeitError
 from beit_nb.configs import Run
 from beit_nb.data import open_data
-from beit_nb.engine.shards import shard_folder
+from beit_nb.engine.packing import shard_folder
 from beit_nb.recipes import DATASETS, recipe_named
 from beit_nb.scale.hours import (
     HARDWARE,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import BeitError
 from ..configs import Backbone, FinetuneRecipe, PretrainRecipe, Run, TokenizerRecipe
-from ..recipes import DATASETS, recipe_named
+from ..recipes import DATASETS, known_set, recipe_named
 from .flops import flops_per_image
 
 # %% ../../nbs/52_scale_hours.ipynb #dataset-size
@@ -33,9 +33,10 @@ def dataset_size(r: Run, pictures: int | None = None) -> tuple[int, int]:
         raise BeitError(f"pictures {pictures} must be at least 1")
     classes = 1000
     known = pictures
-    if r.data in DATASETS:
-        _, known, classes = DATASETS[r.data]
-        if r.data == "digits" and not isinstance(r, FinetuneRecipe):
+    name = known_set(r.data)
+    if name:
+        _, known, classes = DATASETS[name]
+        if name == "digits" and not isinstance(r, FinetuneRecipe):
             known *= 4  # each at four places
     elif pictures is None and Path(r.data).is_dir():
         known, classes = folder_size(r)
