@@ -19,13 +19,14 @@ from PIL import Image
 from timm.data import Mixup, create_transform
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torchvision.transforms.v2 import functional as TF
 
 from . import BeitError
 from .checkpoints import load_backbone
 from .configs import FinetuneRecipe
 from .data import labels_in, open_data, picture_records, sample_labels
 from .device import default_device, pick_precision, set_matmul_precision
-from .engine.augment import TwoViews
+from .engine.augment import TwoViews, middle_box
 from .engine.loading import LabelledBatch, TrainLoader, TransformedDataset, once
 from .engine.log import read_log
 from .engine.processes import rank, sum_over_ranks, world_size
@@ -41,7 +42,7 @@ from beit_nb.engine.runs import (
 )
 from .engine.sources import ImageDataset
 from .engine.training import Trainer, fit, training_length
-from .images import MEAN_STD, denormalize, preprocess, to_float, to_pil
+from .images import MEAN_STD, denormalize, preprocess
 from .recipes import from_config
 from .vit import VisionTransformer, backbone_args
 
@@ -177,6 +178,7 @@ class FinetuneTransform:
     def __init__(self, r: FinetuneRecipe, labels: np.ndarray, training: bool):
         self.labels = labels
         self.mean_std = MEAN_STD[r.mean_std]
+        self.training = training
         self.max_shift = 2 if training else 0  # pixels
         self.views = TwoViews(r.img_size)
         self.timm = None if r.augment == "shift" else timm_transform(r, training)
@@ -197,10 +199,12 @@ class FinetuneTransform:
 
     def by_timm(self, picture) -> Tensor:
         "timm's pipeline, its normalisation undone: in [0, 1] but for the noise of erasing."
-        if isinstance(picture, Tensor):
-            picture = to_pil(to_float(picture))
+        image = TF.to_pil_image(picture) if isinstance(picture, Tensor) else picture
+        if not self.training:  # timm resizes, then crops
+            top, left, height, width = middle_box(image.height, image.width)
+            image = TF.crop(image, top, left, height, width)
         assert self.timm is not None
-        return denormalize(self.timm(picture), self.mean_std)
+        return denormalize(self.timm(image), self.mean_std)
 
 # %% ../nbs/45_finetuning.ipynb #finetune-loss
 class FinetuneLoss:

@@ -27,14 +27,14 @@ from .device import default_device
 from .dvae import DiscreteVAE, TokenModel, dvae_loss, init_codes
 from .engine.augment import TwoViews
 from .engine.loading import ImageBatch, TrainLoader, TransformedDataset
-from .engine.optim import Ema, cosine_schedule
+from .engine.optim import Ema, Schedule, cosine_values, warmup_of
 from .engine.processes import rank, world_size
 from .engine.runs import load_checkpoint, open_run, record_inputs, write_metrics
 from .engine.safeload import load_tensors
 from .engine.token_files import TokenTransform
 from .engine.training import Trainer, fit, training_length
 from .engine.winograd import optimize_for_inference
-from .gumbel import temperature_schedule
+from .gumbel import temperature
 from .images import to_float
 from .recipes import from_config
 from .tokens import Tokenizer, codebook_usage
@@ -88,29 +88,36 @@ def evaluate_tokenizer(
     }
 
 # %% ../nbs/40_tokenizer.ipynb #schedules
-def tokenizer_schedules(r: TokenizerRecipe, total: int, per_epoch: int) -> dict[str, np.ndarray]:
-    "Learning rate, temperature and KL weight of every step, each (total,)."
-    warmup = r.warmup_steps if r.warmup_steps is not None else round(r.warmup_epochs * per_epoch)
-    lr = cosine_schedule(r.lr, r.min_lr, 1, min(total, r.lr_steps or total), warmup_steps=warmup)
-    tau_steps = r.tau_steps or max(1, int(r.tau_share * total))
-    risen = np.minimum(np.arange(total) / max(1, r.kl_steps), 1)  # share of the KL weight's rise
-    return {
-        "lr": np.pad(lr, (0, total - len(lr)), constant_values=r.min_lr),
-        "tau": temperature_schedule(r.tau_start, r.tau_end, min(tau_steps, total), total),
-        "beta": r.kl_weight * (1 - np.cos(np.pi * risen)) / 2,
-    }
+def tokenizer_schedules(r: TokenizerRecipe, total: int, per_epoch: int) -> dict[str, Schedule]:
+    "Learning rate, temperature and KL weight of every step, each of `total` values."
+    warm = warmup_of(r, per_epoch)
+    lr_steps = min(total, r.lr_steps or total)
+    tau_steps = min(total, r.tau_steps or max(1, int(r.tau_share * total)))
+
+    def lr(steps: np.ndarray) -> np.ndarray:
+        falling = cosine_values(steps, r.lr, r.min_lr, lr_steps, warm)
+        return np.where(steps < lr_steps, falling, r.min_lr)
+
+    def tau(steps: np.ndarray) -> np.ndarray:
+        return temperature(steps, r.tau_start, r.tau_end, tau_steps)
+
+    def beta(steps: np.ndarray) -> np.ndarray:
+        risen = np.minimum(steps / max(1, r.kl_steps), 1)  # share of the KL weight's rise
+        return r.kl_weight * (1 - np.cos(np.pi * risen)) / 2
+
+    return {f.__name__: Schedule(f, total) for f in (lr, tau, beta)}
 
 # %% ../nbs/40_tokenizer.ipynb #tokenizer-loss
 class TokenizerLoss:
     "The loss of a step, (model, batch, step) -> loss, metrics: `dvae_loss` with its schedules."
 
-    def __init__(self, schedules: dict[str, np.ndarray], usage_weight: float):
+    def __init__(self, schedules: dict[str, Schedule], usage_weight: float):
         self.schedules = schedules
         self.usage_weight = usage_weight
 
     def __call__(self, model: TokenModel, batch: ImageBatch, step: int):
-        tau = float(self.schedules["tau"][step])
-        beta = float(self.schedules["beta"][step])
+        tau = self.schedules["tau"][step]
+        beta = self.schedules["beta"][step]
         return dvae_loss(model, to_float(batch.image), tau, beta, self.usage_weight)
 
 

@@ -1,10 +1,14 @@
 "The command `beit`, as a person types it: help, recipes, refusals, exit statuses, a new training."
 
+import ast
+import io
 import json
 import os
 import pickle
 import resource
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +16,13 @@ import pytest
 import torch
 import toy_command
 from helpers import FEW_STEPS, beit, refused
-from helpers_processes import run, run_python
+from helpers_processes import run, run_python, wait_until
 
-from beit_nb import BeitError
+from beit_nb import BeitError, say, shown, warn
 from beit_nb.cli import main, read_recipe, usage
 from beit_nb.configs import check_recipe
 from beit_nb.recipes import COMMANDS, from_config
+from beit_nb.tokenizer import train_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -302,3 +307,225 @@ def test_a_new_training_is_its_module_and_one_entry(monkeypatch, tmp_path):
     recipe = from_config(config)
     assert type(recipe) is toy_command.ToyRecipe and recipe.hidden == 4
     check_recipe(recipe)
+
+
+BEIT = [sys.executable, "-m", "beit_nb"]
+TINY_RUN = ["tokenizer", "nano", *FEW_STEPS, "--batch-size", "8", "--width", "8"]
+
+
+def shell(line, **options):
+    "A line of bash, in which `beit` stands for this interpreter's."
+    return run("bash", "-c", line.replace("beit ", f"{sys.executable} -m beit_nb "), **options)
+
+
+def is_finished(out):
+    return json.loads((out / "metrics.json").read_text())["finished"] is True
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "beit --help | head -1",
+        "beit pretrain nano --help | head -1",
+        "beit plan base-in1k | head -1",
+    ],
+)
+def test_a_reader_that_leaves_is_no_fault(line):
+    ended = shell(f"set -o pipefail; {line}")
+
+    assert ended.stderr == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "streams",
+    [
+        "> /dev/full 2>&1",
+        "<&- >&- 2>&-",
+        "2>&1 | true",
+    ],
+)
+def test_a_training_outlives_its_streams(streams, tmp_path):
+    line = " ".join(map(str, ["set -o pipefail; beit", *TINY_RUN, "--out", tmp_path / "run"]))
+
+    ended = shell(f"{line} {streams}")
+
+    assert is_finished(tmp_path / "run")
+    assert (tmp_path / "run" / "report.html").exists()
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_full_disk_is_told_where_it_can_be_heard():
+    ended = shell("beit --version > /dev/full")
+
+    assert ended.stderr.count("\n") == 1 and "No space left" in ended.stderr
+
+
+def test_a_file_never_gets_the_number_of_a_closed_stream():
+    "Else what is said to nobody would be written into it."
+    code = (
+        "import os, tempfile; from beit_nb.cli import keep_streams; keep_streams();"
+        "n = os.open(os.devnull, os.O_RDONLY); os._exit(0 if n > 2 else 1)"
+    )
+    shell(f"{sys.executable} -c '{code}' <&- >&- 2>&-")
+
+
+@pytest.mark.slow
+def test_a_terminal_that_closes_stops_a_training_as_sigterm_does(tmp_path):
+    import pty
+    import subprocess
+
+    master, slave = pty.openpty()
+    words = [*BEIT, *TINY_RUN, "--out", str(tmp_path / "run")]
+    words[words.index("--steps") + 1] = "1000000"
+    child = subprocess.Popen(
+        words,
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+        start_new_session=True,
+        preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+    )
+    os.close(slave)
+    last = tmp_path / "run" / "checkpoints" / "last.pt"
+    wait_until(last.exists, "a checkpoint", alive=lambda: child.poll() is None)
+
+    os.close(master)  # the kernel sends SIGHUP, and every later word meets an EIO
+
+    assert child.wait(60) == 130
+    assert "Traceback" not in (tmp_path / "run" / "report.html").read_text()
+    state = torch.load(last, weights_only=True)
+    assert state["step"] >= 2
+
+
+UGLY = (
+    "a\x1b[2J\x07\r\n\x9b31m\u202eb"  # clears the screen, rings, forges a line, turns the writing
+)
+
+
+def test_what_is_said_only_shows(capsys):
+    say(UGLY, "± caf\udce9")
+    warn(UGLY)
+    said = capsys.readouterr()
+
+    lines = said.out.splitlines()
+    assert lines[0] == r"a\x1b[2J\x07\r\n\x9b31m\u202eb"
+    assert lines[1] == r"± caf\udce9"
+    assert said.err == "beit: " + lines[0] + "\n"
+    assert shown("plain words, ± 中 é") == "plain words, ± 中 é"
+
+
+def test_a_stream_that_fails_or_is_none_hears_nothing(monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    ascii_only = io.TextIOWrapper(io.BytesIO(), "ascii", errors="strict")
+    for stream in (Full(), None, ascii_only):
+        monkeypatch.setattr(sys, "stdout", stream)
+        say("0.5 ± 0.1")
+
+    assert ascii_only.buffer.getvalue() == rb"0.5 \xb1 0.1" + b"\n"
+
+
+def test_names_of_strangers_never_reach_the_terminal_raw(photos, tmp_path):
+    "Folders, pictures and classes with names that would do something there."
+    top = tmp_path / UGLY.replace("/", "")
+    shutil.copytree(photos, top)
+    (top / "train" / "cat").rename(top / "train" / UGLY)
+    (top / "val" / "cat").rename(top / "val" / UGLY)
+    (top / "train" / UGLY / "broken.jpg").rename(top / "train" / UGLY / f"{UGLY}.jpg")
+    few = "--precision fp32 --steps 1 --batch-size 4 --max-damaged 1".split()
+    words = ["finetune", "nano", *few, "--data", top, "--labels-per-class", 4, "--out", top / "run"]
+    words[words.index("--out") + 1] = tmp_path / "out" / UGLY
+
+    said = [beit(*words)]
+    picture = top / "val" / UGLY / "deep" / "0.jpg"
+    said += [beit("predict", "--init", tmp_path / "out" / UGLY, "--images", picture)]
+    said += [beit("shard", top, "--out", tmp_path / f"shards{UGLY}")]
+    said += [beit("predict", "--init", UGLY, "--images", picture, ok=2)]
+    said += [beit("report", UGLY, ok=2), beit(UGLY, ok=2), beit("pretrain", UGLY, ok=2)]
+
+    for each in said:
+        for text in (each.stdout, each.stderr):
+            assert all(c.isprintable() or c == "\n" for c in text), text
+    assert r"\x1b[2J" in said[1].stdout and said[1].stdout.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", [b"caf\xe9", "caf\u00e9".encode(), b"\xff\xfe"])
+def test_folders_in_other_alphabets_cost_nothing(photos, tmp_path, folder):
+    "What may be read may be written: log, page, figures, where stdout knows ASCII alone too."
+    top = os.fsencode(tmp_path) + b"/" + folder
+    shutil.copytree(photos, os.fsdecode(top))
+    out = os.fsdecode(top + b"-out")
+    words = [*BEIT, "finetune", "nano", *FEW_STEPS, "--data", os.fsdecode(top)]
+    words += ["--batch-size", "4", "--labels-per-class", "4", "--max-damaged", "1", "--out", out]
+
+    ended = run(*words, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+
+    assert is_finished(Path(out)) and "report: " in ended.stdout
+    html = (Path(out) / "report.html").read_bytes().decode()  # it is UTF-8
+    assert "Finished" in html
+    assert json.loads((Path(out) / "config.json").read_bytes())["out"] == out
+
+
+def test_the_library_prints_on_one_road():
+    "`say` and `warn`: they escape names, and a lost stream ends nothing."
+    prints = {}
+    for file in (Path(__file__).parents[1] / "beit_nb").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print":
+                prints[file.name] = node.lineno
+
+    assert prints == {}
+
+
+def home(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    monkeypatch.setenv("PLACE", str(tmp_path / "me" / "place"))
+    monkeypatch.delenv("NOWHERE", raising=False)
+
+
+@pytest.mark.parametrize(
+    "typed, meant", [("~/x", "x"), ("$HOME/x", "x"), ("${HOME}/x", "x"), ("$PLACE/x", "place/x")]
+)
+def test_home_is_found_in_every_path(monkeypatch, tmp_path, typed, meant):
+    home(monkeypatch, tmp_path)
+    there = str(tmp_path / "me" / meant)
+
+    for command, path_fields in {
+        "tokenizer": ["data", "out"],
+        "pretrain": ["data", "out", "tokenizer", "tokens"],
+        "finetune": ["data", "out", "init"],
+        "probe": ["data", "out", "init"],
+    }.items():
+        for field in path_fields:
+            recipe = read_recipe(command, ["nano", f"--{field}={typed}"])
+            assert getattr(recipe, field) == there
+            check_recipe(recipe)
+
+
+def test_a_path_that_no_shell_has_read_is_refused(monkeypatch, tmp_path):
+    home(monkeypatch, tmp_path)
+
+    for path in ("~nobody-of-that-name/x", "$NOWHERE/x", "runs/${NOWHERE}"):
+        refused("tokenizer", "nano", *FEW_STEPS, "--out", path, says=["out ", "without ~ or $VAR"])
+        refused("tokenizer", "nano", *FEW_STEPS, "--data", path, says="data ")
+        refused("shard", path, "--out", "x", says="data ")
+        refused("predict", "--init", path, "--images", "x", says="init ")
+        refused("predict", "--init", "x", "--images", "y", path, says="images ")
+        refused("report", path, says="out ")
+        with pytest.raises(BeitError, match="without ~"):
+            train_tokenizer(replace(COMMANDS["tokenizer"].presets["nano"][1], out=path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tilde_that_is_a_letter_stays_one(monkeypatch, tmp_path):
+    home(monkeypatch, tmp_path)
+    (tmp_path / "~").mkdir()
+    (tmp_path / "$HOME").mkdir()
+
+    for path in ("~", "$HOME", "./~new", "./$NOWHERE", "a~b", "50$"):
+        assert read_recipe("tokenizer", ["nano", f"--out={path}"]).out == path

@@ -138,10 +138,11 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class GracefulStop:
-    """Turns SIGINT and SIGTERM into a flag, `asked`, that is read between two steps.
+    """Turns SIGINT, SIGTERM and SIGHUP into a flag, `asked`, that is read between two steps.
 
     Another Ctrl-C, a second later, stops at once; another SIGTERM changes nothing (a cluster
-    signals torchrun and its workers).
+    signals torchrun and its workers). A terminal that is lost says SIGHUP; who started with `nohup`
+    has it ignored, and it stays so.
     """
 
     def __enter__(self) -> "GracefulStop":
@@ -149,8 +150,9 @@ class GracefulStop:
         self.asked_at = 0.0
         self.handlers_before = {}
         with suppress(ValueError):  # not the main thread: leave signals alone
-            for s in (signal.SIGINT, signal.SIGTERM):
-                self.handlers_before[s] = signal.signal(s, self.ask)
+            for s in STOP_SIGNALS:
+                if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN:
+                    self.handlers_before[s] = signal.signal(s, self.ask)
         return self
 
     def ask(self, number: int, frame) -> None:

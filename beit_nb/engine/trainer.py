@@ -7,7 +7,7 @@ __all__ = ['Model', 'build_optimizer', 'few', 'check_fit', 'build_model', 'load_
            'check_same_step', 'Trainer']
 
 # %% ../../nbs/29_engine_trainer.ipynb #imports
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -19,7 +19,7 @@ from .. import BeitError
 from ..configs import Run, as_config, check_same_run
 from ..device import default_device, pick_precision
 from .files import explain_write_errors
-from .optim import micro_batch_size, param_groups, recipe_schedule
+from .optim import micro_batch_size, param_groups, step_schedule
 from beit_nb.engine.processes import (
     distribute_like,
     full_tensors,
@@ -151,7 +151,7 @@ class Trainer:
         total: int,  # steps of the whole training
         per_epoch: int,  # steps of an epoch
         layer_decay: float | None = None,
-        lr: np.ndarray | None = None,  # of every step, (total,); None: the recipe's cosine
+        lr: Sequence[float] | None = None,  # of every step; None: the recipe's cosine
         state: Mapping[str, Stateful] | None = None,  # saved and restored with the model
         metadata: dict | None = None,  # plain data for every checkpoint
         inputs: dict | None = None,  # what `record_inputs` knows of them
@@ -183,7 +183,7 @@ class Trainer:
             self.model = shard_model(self.model, self.device)
         self.optimizer = build_optimizer(model, recipe, layer_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.lr = recipe_schedule(recipe, total, per_epoch) if lr is None else lr
+        self.lr = step_schedule(recipe, total, per_epoch) if lr is None else lr
         self.step = 0
         self.saved_step = 0
         self.data: dict = {}  # the loader's part of a checkpoint

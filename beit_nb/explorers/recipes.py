@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..configs import Backbone, FinetuneRecipe, Run, TokenizerRecipe
-from ..engine.optim import recipe_schedule
+from ..engine.optim import Schedule, step_schedule
 from .figures import FIGURE_STYLE, BlittedFigure, chart, on_white, words_html
 from .shell import CONTROL_WIDTH, Explorer, control
 from ..images import PALETTE
@@ -46,8 +46,10 @@ def recipe_curves(recipe: Run, points: int = 201) -> dict[str, Curve]:
             "KL weight": by_name["beta"],
         }
     else:
-        schedules = {"learning rate": recipe_schedule(recipe, total, per_epoch)}
-    schedules["weight decay"] = np.full(total, recipe.weight_decay)
+        schedules = {"learning rate": step_schedule(recipe, total, per_epoch)}
+    schedules["weight decay"] = Schedule(
+        lambda steps: np.full(len(steps), recipe.weight_decay), total
+    )
     steps = np.linspace(0, total - 1, points).astype(int)
     percent = 100 * steps / max(1, total - 1)
     curves: dict[str, Curve] = {}
