@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['QUICK', 'STAGES', 'DemoPlan', 'settings_of', 'read_stage', 'stage', 'tokenizer_stage', 'warmup_steps',
-           'pretrain_recipe', 'pretrain_stage', 'show_progress', 'fine_tune_all', 'arm_recipes', 'arm_run', 'spread',
-           'score_on_test', 'best_rates', 'finetune_stage', 'probe_stage', 'demo']
+           'pretrain_recipe', 'pretrain_stage', 'show_progress', 'begin_job', 'fine_tune_all', 'arm_recipes', 'arm_run',
+           'spread', 'score_on_test', 'best_rates', 'finetune_stage', 'probe_stage', 'demo']
 
 # %% ../nbs/75_demo.ipynb #imports
 import json
@@ -13,10 +13,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from itertools import count
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .demo_report import ARMS, demo_report
 from .engine.augment import TwoViews
 from .engine.files import atomic_write, read_json, write_json
 from .engine.log import read_log
-from .engine.processes import memory_mb
+from .engine.processes import end_with_parent, memory_mb
 from .engine.runs import write_metrics
 from .engine.sources import Digits
 from .finetuning import evaluate_classifier, finetune, load_classifier
@@ -143,17 +143,17 @@ def pretrain_stage(plan: DemoPlan) -> dict:
     return figures | {"images": plan.pretrain_steps * recipe.batch_size}
 
 # %% ../nbs/75_demo.ipynb #fine-tune-all
-def show_progress(recipes: list[FinetuneRecipe], jobs: list[Future]) -> None:
-    "A bar over runs that are quiet, as long as one of them is at work: their logs tell."
-    bar = tqdm(
-        total=sum((r.steps or 0) * r.batch_size for r in recipes),
-        unit=" images",
-        desc="finetune",
-        dynamic_ncols=True,
-        disable=not sys.stderr.isatty(),
-    )
+def show_progress(recipes: list[FinetuneRecipe], jobs: list[Future]) -> list[dict]:
+    "What quiet runs give, or the first error of one; meanwhile a bar over them: their logs tell."
+    total = sum((r.steps or 0) * r.batch_size for r in recipes)
+    quiet = not sys.stderr.isatty()
+    bar = tqdm(total=total, unit=" images", desc="finetune", dynamic_ncols=True, disable=quiet)
     with bar:
-        while wait(jobs, timeout=2).not_done:
+        while True:
+            ended, at_work = wait(jobs, timeout=2, return_when=FIRST_EXCEPTION)
+            results = [job.result() for job in jobs if job in ended]
+            if not at_work:
+                return results
             done = 0
             for r in recipes:
                 rows = [row for row in read_log(r.out) if "loss" in row]
@@ -161,6 +161,12 @@ def show_progress(recipes: list[FinetuneRecipe], jobs: list[Future]) -> None:
                     done += rows[-1]["step"] * r.batch_size
                     bar.set_postfix_str(f"loss {rows[-1]['loss']:.3g}")
             bar.update(done - bar.n)
+
+
+def begin_job(threads: int) -> None:
+    "How a process begins that fine-tunes for another one: with so many threads, and not alone."
+    end_with_parent()
+    torch.set_num_threads(threads)
 
 
 def fine_tune_all(recipes: list[FinetuneRecipe]) -> list[dict]:
@@ -174,12 +180,16 @@ def fine_tune_all(recipes: list[FinetuneRecipe]) -> list[dict]:
         cores = len(os.sched_getaffinity(0))
     if cores < 2 or torch.cuda.is_available():
         return [finetune(r, quiet=True) for r in recipes]
-    with ProcessPoolExecutor(
-        2, get_context("spawn"), initializer=torch.set_num_threads, initargs=(cores // 2,)
-    ) as pool:
+    pool = ProcessPoolExecutor(2, get_context("spawn"), begin_job, (cores // 2,))
+    try:
         jobs = [pool.submit(finetune, r, quiet=True) for r in recipes]
-        show_progress(recipes, jobs)
-        results = [job.result() for job in jobs]
+        results = show_progress(recipes, jobs)
+    except BrokenExecutor as e:
+        raise BeitError("a process that fine-tunes was killed; the same command continues") from e
+    finally:
+        for child in active_children():
+            child.kill()  # after an error: its run goes on from its last checkpoint
+        pool.shutdown(cancel_futures=True)
     for r, result in zip(recipes, results):
         say(f"{Path(r.out).name}: validation accuracy {result['accuracy']:.3f}")
     return results

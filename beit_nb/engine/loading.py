@@ -139,13 +139,10 @@ def load_batch(samples: TransformedDataset, keys: list[int]) -> tuple[Any, Tenso
     return collate([samples[key] for key in keys])
 
 
-def load_batches(
-    samples: TransformedDataset, keys: Iterable[list[int]], workers: int
-) -> Iterator[tuple[Any, Tensor]]:
-    "The batches of these keys, loaded ahead by `workers` processes; for a GPU in pinned memory."
-    pin = torch.cuda.is_available()
+def load_batches(samples: TransformedDataset, keys: Iterable, workers: int) -> Iterator[tuple]:
+    "The batches of lists of keys, which `workers` load ahead; for a GPU in pinned memory."
     for batch, replaced in load_ahead(partial(load_batch, samples), keys, workers):
-        yield map_batch(Tensor.pin_memory, batch) if pin else batch, replaced
+        yield map_batch(Tensor.pin_memory, batch) if torch.cuda.is_available() else batch, replaced
 
 
 class Walked(NamedTuple):
@@ -171,14 +168,12 @@ def once(
     part = range(len(dataset)) if part is None else part
     n = len(part)
     turns = range(rank, n + -n % world, world)
-    numbers = [part[turn % n] for turn in turns]
-    batches = [slice(i, i + batch_size) for i in range(0, len(turns), batch_size)]
-    loader = load_batches(dataset, [numbers[batch] for batch in batches], workers)
-    for rows, (batch, replaced) in zip(batches, loader):
-        mine = torch.tensor(turns[rows])
+    batches = [turns[i : i + batch_size] for i in range(0, len(turns), batch_size)]
+    keys = [[part[turn % n] for turn in batch] for batch in batches]
+    for mine, (batch, replaced) in zip(batches, load_batches(dataset, keys, workers)):
         unreadable = replaced[replaced >= 0].tolist()
         report_unreadable(dataset.pictures, unreadable)
-        yield Walked(batch, (mine < n) & (replaced < 0), unreadable)
+        yield Walked(batch, (torch.tensor(mine) < n) & (replaced < 0), unreadable)
 
 # %% ../../nbs/33_engine_loading.ipynb #ledger
 def check_damage(pictures: ImageDataset, damaged: list[int], total: int, share: float) -> None:
