@@ -67,6 +67,16 @@ def warn(*lines: object) -> None:
     write_lines(sys.stderr, tuple(f"beit: {line}" for line in lines))
 
 
+SAID: set[str] = set()  # what this command has warned of
+
+
+def warn_once(line: str) -> None:
+    "The same, unless this command has said it already."
+    if line not in SAID:
+        SAID.add(line)
+        warn(line)
+
+
 HOMES = {
     "patches": "patchify unpatchify PatchEmbed",
     "elbo": "log_evidence posterior kl_categorical kl_uniform",

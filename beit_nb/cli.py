@@ -21,9 +21,9 @@ from typing import Any
 
 import tyro
 
-from . import BeitError, __version__, exit_status, say, warn, write_lines
+from . import SAID, BeitError, __version__, exit_status, say, warn, write_lines
 from .configs import Recipe, expand_paths, wrong_fields
-from .recipes import COMMANDS, command_named
+from .recipes import COMMANDS, command_named, data_source
 from .tools import TOOLS, Plan
 
 # %% ../nbs/79_cli.ipynb #usage
@@ -107,8 +107,10 @@ def write_report(out: str) -> None:
 def train(command: str, recipe: Recipe) -> None:
     """Run a training and write its page, also when it was stopped or its numbers broke.
 
-    One that is refused leaves no page.
+    One that is refused leaves no page. First of all it says what its pictures are.
     """
+    if os.environ.get("RANK", "0") == "0":
+        say(f"data: {data_source(recipe.data)}")
     try:
         resolve_name(COMMANDS[command].run)(recipe)
     except (KeyboardInterrupt, FloatingPointError):
@@ -212,6 +214,7 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     keep_streams()
+    SAID.clear()  # a process may run several commands
     try:
         return run_command([word for word in words if word != "--debug"])
     except KeyboardInterrupt as e:

@@ -29,6 +29,7 @@ from beit_nb.configs import (
     Size,
     Workers,
 )
+from .recipes import data_source
 from .scale.hours import HARDWARE
 
 # %% ../nbs/78_tools.ipynb #demo
@@ -196,11 +197,13 @@ class Tokenize:
 
     def run(self) -> None:
         from beit_nb.data import open_data
-        from beit_nb.engine.processes import join_processes
+        from beit_nb.engine.processes import join_processes, rank
         from beit_nb.engine.token_files import tokenize_files
         from beit_nb.tokenizer import load_tokenizer
 
         with join_processes():  # of a data set that must be downloaded, one process does it
+            if rank() == 0:
+                say(f"data: {data_source(self.data)}")
             written = tokenize_files(
                 open_data(self.data),
                 load_tokenizer(self.tokenizer),

@@ -254,3 +254,12 @@ def test_who_may_go_on():
 
 def test_free_fields_exist():
     assert FREE < {field.name for field in fields(Run)}
+
+
+def test_two_spellings_of_a_known_set_are_one_run():
+    old = as_config("tokenizer", TokenizerRecipe(data="digits"))
+
+    check_same_run(old, as_config("tokenizer", TokenizerRecipe(data="embedded:digits")), "runs/x")
+    for other in ("photos", "embedded:photos", "./digits"):
+        with pytest.raises(BeitError, match="holds another run .data 'digits' there"):
+            check_same_run(old, old | {"data": other}, "runs/x")

@@ -1,13 +1,17 @@
 """beit_nb.engine.files away from its lesson: full disks, long lists, odd names, open files."""
 
+import errno
 import json
 import multiprocessing
 import os
 import pickle
+import signal
+import socket
 import subprocess
 import sys
 import time
 import tracemalloc
+from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +24,14 @@ from beit_nb import BeitError
 from beit_nb.engine.files import (
     EXTENSIONS,
     FileList,
+    LeftOut,
     atomic_write,
     class_folders,
     explain_write_errors,
     fingerprint,
     image_names,
     is_running,
+    read_file,
     read_json,
     remove_leftovers,
     walk_files,
@@ -279,3 +285,172 @@ def test_fingerprints_of_everything():
     assert fingerprint(x.requires_grad_()) == fingerprint(x.detach().numpy())
     assert fingerprint("ab", "c") != fingerprint("a", "bc")
     assert all(len(p) == 16 for p in prints)
+
+
+def left_out_of(folder, pictures: list[str]) -> dict[str, list]:
+    "What a walk leaves out of a folder in which it must find just these pictures."
+    left_out = LeftOut()
+    assert list(image_names(folder, left_out)) == pictures
+    return dict(left_out)
+
+
+@pytest.fixture
+def deadline():
+    "Whoever waits for a pipe is woken after some seconds."
+
+    def late(*_):
+        raise TimeoutError("it waits")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("long", ["d", "d" * 200])
+def test_twelve_hundred_nested_folders(tmp_path, long):
+    "Some are too deep for a path that the system takes; these are counted."
+    save_gray(tmp_path / "1.png", 1)
+    here = os.open(tmp_path, os.O_RDONLY)
+    chain = [here]
+    for _ in range(1200):
+        os.mkdir(long, dir_fd=here)
+        here = os.open(long, os.O_RDONLY, dir_fd=here)
+        chain.append(here)
+    os.close(os.open("z.png", os.O_CREAT, dir_fd=here))
+    try:
+        left_out = LeftOut()
+        found = list(image_names(tmp_path, left_out))
+        if long == "d":
+            assert [name.count("/") for name in found] == [0, 1200] and not left_out
+        else:
+            assert found == ["1.png"]
+            assert left_out["folders that cannot be opened"][0] == 1
+    finally:  # rmtree gives up at such depths
+        os.unlink("z.png", dir_fd=here)
+        for above in reversed(chain[:-1]):
+            os.close(chain.pop())
+            os.rmdir(long, dir_fd=above)
+        os.close(chain.pop())
+
+
+@pytest.mark.parametrize("target", ["/", "..", ".", "me", "../..", "/proc/self/root"])
+def test_endless_links_are_counted(tmp_path, target):
+    save_gray(tmp_path / "set" / "a" / "1.png", 1)
+    (tmp_path / "set" / "a" / "me").symlink_to(target)
+
+    left_out = left_out_of(tmp_path / "set", ["a/1.png"])
+
+    assert left_out == {"links that are not followed": [1, "a/me"]}
+
+
+def test_a_linked_folder_is_followed_and_no_further(tmp_path):
+    "Links to links: each pair doubles the ways, so that thirty of them would take a lifetime."
+    for k in range(40):
+        (tmp_path / "store" / str(k)).mkdir(parents=True)
+        for way in "xy":
+            (tmp_path / "store" / str(k) / way).symlink_to(tmp_path / "store" / str(k + 1))
+    save_gray(tmp_path / "store" / "0" / "1.png", 1)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "a").symlink_to(tmp_path / "store" / "0")
+
+    assert left_out_of(tmp_path / "set", ["a/1.png"]) == {"links that are not followed": [2, "a/x"]}
+    assert len(list(walk_files(tmp_path / "store"))) == 1
+
+
+def test_two_folders_that_link_to_each_other(tmp_path):
+    for here, there in ("ab", "ba"):
+        save_gray(tmp_path / here / "1.png", 1)
+        (tmp_path / here / "other").symlink_to(tmp_path / there)
+
+    left_out = left_out_of(tmp_path, ["a/1.png", "a/other/1.png", "b/1.png", "b/other/1.png"])
+
+    assert left_out == {"links that are not followed": [2, "a/other/other"]}
+
+
+def test_special_files_with_the_names_of_pictures(tmp_path, deadline):
+    save_gray(tmp_path / "1.png", 1)
+    os.link(tmp_path / "1.png", tmp_path / "2.png")  # a second name is a picture like any other
+    os.mkfifo(tmp_path / "pipe.jpg")
+    with socket.socket(socket.AF_UNIX) as s, chdir(tmp_path):
+        s.bind("socket.png")
+    (tmp_path / "zeros.jpg").symlink_to("/dev/zero")
+    (tmp_path / "dead.jpg").symlink_to("/nowhere")
+    (tmp_path / "folder.jpg").mkdir()
+
+    left_out = left_out_of(tmp_path, ["1.png", "2.png"])
+
+    assert left_out == {
+        "links that are not followed": [2, "dead.jpg"],
+        "pipes, sockets and devices": [2, "pipe.jpg"],
+    }
+
+
+@pytest.mark.parametrize("why", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_a_folder_that_cannot_be_opened_is_counted(tmp_path, monkeypatch, why):
+    for name in "abc":
+        save_gray(tmp_path / name / "1.png", 1)
+    real = os.scandir
+
+    def scandir(path):
+        if path.rstrip("/").endswith(("/b", "nothing")):
+            raise OSError(why, os.strerror(why), path)
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+
+    left_out = left_out_of(tmp_path, ["a/1.png", "c/1.png"])
+
+    assert left_out == {"folders that cannot be opened": [1, "b/"]}
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(BeitError, match="no pictures in .*left out: folders that cannot be opened"):
+        list(image_names(tmp_path / "nothing"))
+
+
+def test_other_endings_are_counted(tmp_path):
+    names = ["a.heic", "b.HEIC", "c/d.txt", "e.jpg.part", "f"]
+    for name in ["1.png", *names]:
+        save_gray(tmp_path / f"{name}.png", 1).rename(tmp_path / name)
+
+    left_out = left_out_of(tmp_path, ["1.png"])
+
+    assert left_out == {"files with other endings": [5, "a.heic"]}
+    assert str(LeftOut(left_out)) == "files with other endings: 5 (first: a.heic)"
+
+
+def test_runs_and_environments_are_no_data(tmp_path):
+    save_gray(tmp_path / "a" / "1.png", 1)
+    for name in (".lock", "config.json", "watch/step-1.png"):
+        save_gray(tmp_path / "a" / "run" / f"{name}.png", 1).rename(tmp_path / "a" / "run" / name)
+    for folder in ("venv", ".venv"):
+        save_gray(tmp_path / folder / "lib" / "icon.png", 1)
+        (tmp_path / folder / "pyvenv.cfg").touch()
+
+    left_out = left_out_of(tmp_path, ["a/1.png"])
+
+    assert left_out == {"folders of runs and of Python": [2, "a/run/"], "hidden": [1, ".venv"]}
+    assert class_folders(tmp_path) == ["a"]
+    assert class_folders(tmp_path / "a") == []
+    with pytest.raises(BeitError, match="a/run is the folder of a run"):
+        list(image_names(tmp_path / "a" / "run"))
+
+
+def test_a_set_with_a_config_json_is_no_run(tmp_path):
+    save_gray(tmp_path / "set" / "1.png", 1)
+    (tmp_path / "set" / "config.json").write_text("{}")
+
+    assert list(image_names(tmp_path)) == ["set/1.png"]
+    assert list(image_names(tmp_path / "set")) == ["1.png"]
+
+
+def test_what_is_no_regular_file_is_not_read(tmp_path, deadline):
+    os.mkfifo(tmp_path / "pipe")
+    for place in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        with pytest.raises(OSError):
+            read_file(place)
+    with pytest.raises(OSError):
+        read_json(tmp_path / "pipe")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(BeitError, match="deep.json is damaged"):
+        read_json(tmp_path / "deep.json")

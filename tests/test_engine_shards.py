@@ -1,5 +1,6 @@
 """beit_nb.engine.shards away from its lesson: any tar, both ways, stopped, damaged, read-only."""
 
+import io
 import json
 import os
 import pickle
@@ -341,3 +342,187 @@ def test_the_folder_and_its_shards_give_the_same_pixels(tree, packed):
         assert torch.equal(shards.pixels(k), folder.pixels(i))
         assert shards.labels[k] == folder.labels[i]
         assert shards.path(k).endswith(folder.path(i)[-4:].lower())
+
+
+def a_tar(file, members: dict[str, bytes], **more):
+    "A tar with these members, in this order."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w", **more) as t:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            t.addfile(info, io.BytesIO(content))
+    return file
+
+
+@pytest.fixture
+def png(tmp_path):
+    return save_gray(tmp_path / "one.png", 50).read_bytes()
+
+
+def test_members_that_no_sample_has_are_counted(tmp_path, png):
+    "Four of six pictures used to be found, without a word."
+    members = {f"{k}.png": png for k in range(4)} | {"a.b.png": png, "x/a.c.JPG": png}
+    members |= {"._0.png": b"mac", "0.json": b"{}", "0.jpg": png, "e.png": b"", "0.cls": b"7"}
+    tar = a_tar(tmp_path / "s" / "0.tar", members)
+    with tarfile.open(tar, "a") as t:
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.FIFOTYPE):
+            info = tarfile.TarInfo(f"special-{kind.decode()}.png")
+            info.type, info.linkname = kind, "0.png"
+            t.addfile(info)
+
+    for _ in range(2):  # found by walking, and then in the index
+        pictures = ImageShards(tmp_path / "s")
+        assert len(pictures) == 4
+        assert pictures.left_out == {
+            "pictures with a dot before their ending": [2, "0.tar/a.b.png"],
+            "hidden members": [1, "0.tar/._0.png"],
+            "members with other endings": [1, "0.tar/0.json"],
+            "samples with two pictures, of which one is taken": [1, "0.tar/0.jpg"],
+            "pictures that are empty, or of 2 GB or more": [1, "0.tar/e.png"],
+            "links, devices and sparse files": [3, "0.tar/special-1.png"],
+        }
+
+
+@pytest.mark.parametrize("ending", ["cls", "CLS", "Cls"])
+def test_classes_in_any_case(tmp_path, png, ending):
+    a_tar(tmp_path / "0.tar", {"a.PNG": png, f"a.{ending}": b" 3\n", "b.Jpg": png, "b.cls": b"0"})
+
+    assert ImageShards(tmp_path, labels=True).labels.tolist() == [3, 0]
+
+
+@pytest.mark.parametrize("digits", [7, 9, 10, 18, 19, 20, 31, 5000])
+@pytest.mark.parametrize("sign", ["", "-"])
+def test_class_numbers_beyond_all_classes(tmp_path, png, digits, sign):
+    a_tar(tmp_path / "0.tar", {"a.png": png, "a.cls": (sign + "9" * digits).encode()})
+
+    assert len(ImageShards(tmp_path)) == 1
+    with pytest.raises(BeitError, match="class -1 .-1: no number given"):
+        ImageShards(tmp_path, labels=True)
+    with pytest.raises(BeitError, match="class -1 .-1: no number given"):
+        ImageShards(tmp_path, labels=True, classes=["a"])
+
+
+@pytest.mark.parametrize("names", ['["a", "a"]', "[1, 2]", '[["a"], "b"]', "[null]", '{"a": 0}'])
+def test_names_that_cannot_be_names(tmp_path, png, names):
+    a_tar(tmp_path / "0.tar", {"a.png": png, "a.cls": b"0"})
+    (tmp_path / "classes.json").write_text(names)
+
+    assert len(ImageShards(tmp_path)) == 1
+    with pytest.raises(BeitError, match=f"^{tmp_path}/classes.json is damaged"):
+        ImageShards(tmp_path, labels=True)
+
+
+@pytest.mark.parametrize("plan", ['{"shards": "x"}', '{"shards": null}', '{"shards": 1e12}'])
+def test_a_plan_that_claims_nonsense(tmp_path, png, plan):
+    a_tar(tmp_path / "0.tar", {"a.png": png})
+    (tmp_path / "shards.json").write_text(plan)
+
+    with pytest.raises(BeitError, match="holds 1 of .* shards; let `beit shard` finish"):
+        ImageShards(tmp_path)
+
+
+def nonsense(table: np.ndarray, size: int):
+    "Rows as nobody would write them: (row, column, value) in a list with one row of left out."
+    yield from ((0, 3, k) for k in (-1, len(table), 10**12))
+    yield from ((1, 0, k) for k in (-1, 99))
+    yield from ((1, 1, k) for k in (0, -5, 10**15))
+    yield from ((1, 2, k) for k in (0, size, 2**62))
+    yield from ((2, 0, k) for k in (-512, 0, 513, size, 2**62, table[3, 0]))
+    yield from ((2, 1, k) for k in (-1, 0, size, 2**62))
+    yield from ((2, 2, k) for k in (-2, 10**6, 2**62))
+    yield from ((2, 3, k) for k in (-1, 2**32))
+
+
+def test_an_index_that_claims_nonsense_is_made_again(tmp_path, png):
+    tar = a_tar(tmp_path / "0.tar", {"a.png": png, "b.png": png, "b.txt": b""})
+    want = ImageShards(tmp_path).fingerprint()
+    index = tmp_path / "0.tar.index.npy"
+    good = np.load(index)
+    cases = list(nonsense(good, tar.stat().st_size))
+    assert len(cases) > 20
+
+    for row, column, value in cases:
+        table = good.copy()
+        table[row, column] = value
+        np.save(index, table)
+
+        assert ImageShards(tmp_path).fingerprint() == want, (row, column, value)
+        assert np.array_equal(np.load(index), good), (row, column, value)
+
+
+@pytest.mark.parametrize("shape", ["(1000000000000, 4)", "(4, 1000000000000)", "(-1, 4)", "(((("])
+@pytest.mark.parametrize("kind", ["<i8", "|O"])
+def test_an_index_whose_header_lies(tmp_path, png, shape, kind):
+    "Neither 32 terabytes nor an object are made of it."
+    a_tar(tmp_path / "0.tar", {"a.png": png})
+    want = ImageShards(tmp_path).fingerprint()
+    index = tmp_path / "0.tar.index.npy"
+    data = index.read_bytes()
+    text = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}"
+    index.write_bytes(data[:10] + text.ljust(117).encode() + b"\n" + data[128:])
+
+    assert ImageShards(tmp_path).fingerprint() == want
+    assert index.read_bytes() == data
+
+
+def test_an_index_that_is_huge_or_no_file(tmp_path, png):
+    a_tar(tmp_path / "0.tar", {"a.png": png})
+    want = ImageShards(tmp_path).fingerprint()
+    index = tmp_path / "0.tar.index.npy"
+    with open(index, "ab") as f:
+        f.truncate(2**40)  # holes: a terabyte that takes no room
+    assert ImageShards(tmp_path).fingerprint() == want
+
+    index.unlink()
+    os.mkfifo(index)
+    assert ImageShards(tmp_path).fingerprint() == want
+    index.unlink()
+    index.mkdir()
+    assert ImageShards(tmp_path).fingerprint() == want
+
+
+def test_names_of_tars_that_are_none(tmp_path, png):
+    "A folder, a pipe, and what macOS puts beside files."
+    a_tar(tmp_path / "0.tar", {"a.png": png})
+    (tmp_path / "1.tar").mkdir()
+    os.mkfifo(tmp_path / "2.tar")
+    (tmp_path / "._0.tar").write_bytes(b"mac")
+
+    assert len(ImageShards(tmp_path)) == 1
+
+
+def header(name: str, kind: bytes, size: bytes, name_of_size=None) -> bytes:
+    "A header of a tar, with a size as it stands in the twelve bytes of the field."
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    data = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    data[124:136] = size
+    data[148:156] = b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    return bytes(data)
+
+
+NEGATIVE = b"\xff" * 10 + b"\xfc\x00"  # -1024, in GNU's way of writing
+
+
+@pytest.mark.parametrize("kind", [b"0", b"L", b"x", b"g", b"S"])
+@pytest.mark.parametrize("size", [NEGATIVE, b"\x80" + (2**62).to_bytes(11), b"77777777777\0"])
+def test_sizes_that_no_member_has(tmp_path, png, kind, size):
+    "A negative one has sent tarfile round and round (CVE-2025-8194), a huge one asked for memory."
+    tar = a_tar(tmp_path / "0.tar", {"a.png": png})
+    tar.write_bytes(header("b.png", kind, size) + tar.read_bytes())
+
+    with pytest.raises(BeitError, match=f"^cannot read the shard {tar}: ") as e:
+        shard_index(tar)
+    assert "\n" not in str(e.value)
+
+
+def test_headers_inside_of_headers(tmp_path):
+    "tarfile calls itself for each long name: three thousand of them are too many for it."
+    long = header("././@LongLink", b"L", b"00000000002\0") + b"x\0".ljust(512, b"\0")
+    tar = tmp_path / "0.tar"
+    tar.write_bytes(long * 3000 + bytes(1024))
+
+    with pytest.raises(BeitError, match=f"^cannot read the shard {tar}: "):
+        shard_index(tar)
