@@ -14,7 +14,6 @@ import io
 import os
 import re
 import stat
-import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
@@ -33,7 +32,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from . import UnreadableImage
+from . import UnreadableImage, warn
 
 # %% ../nbs/00_images.ipynb #show
 def show_image(x, title: str | None = None, ax=None, **imshow_options: Any):
@@ -255,13 +254,18 @@ def read_bytes(file: str | Path | BinaryIO) -> bytes:
 
 # %% ../nbs/00_images.ipynb #open-picture
 def open_picture(file: bytes) -> ImageFile:
-    "The picture in a file without notes, not decoded yet. Raises ValueError if it is too large."
+    """The picture in a file without notes, not decoded yet.
+
+    Raises Image.DecompressionBombError if it is too large, and all that Pillow may raise.
+    """
     image = Image.open(io.BytesIO(file), formats=FORMATS)
     pixels = image.width * image.height
     if isinstance(image, TiffImageFile):  # a tile may be larger than the picture
         pixels = max(pixels, int(image.tag_v2.get(322, 0)) * int(image.tag_v2.get(323, 0)))
     if pixels > max_pixels():
-        raise ValueError(f"{pixels:,} pixels, more than {max_pixels():,}: a decompression bomb?")
+        raise Image.DecompressionBombError(
+            f"{pixels:,} pixels, more than {max_pixels():,}: a decompression bomb?"
+        )
     return image
 
 # %% ../nbs/00_images.ipynb #load-image
@@ -332,7 +336,7 @@ def load_image(path: str | Path | BinaryIO, said: set[str] | None = None) -> Ima
     said = set() if said is None else said
     for remark in remarks:
         if remark not in said:
-            print(f"beit: the picture {path} {remark}", file=sys.stderr)
+            warn(f"the picture {path} {remark}")
     said.update(remarks)
     return image
 

@@ -3,9 +3,11 @@
 import io
 import os
 import pickle
+import struct
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from beit_nb.engine.sources import (
     folder_labels,
     jpeg_pixels,
     read_digits,
+    turned,
 )
 from beit_nb.images import load_image, photos
 
@@ -330,3 +333,110 @@ def test_a_piece_is_read_ahead_once(tmp_path, monkeypatch):
 
     assert asked == [0, 1, *range(2, 1001), 0]
     assert len(reader.requested) == 1000
+
+
+def with_segments(data: bytes, *segments: tuple[int, bytes], junk: bytes = b"") -> bytes:
+    "A JPEG with segments (kind, content) in front of all others, and `junk` after each."
+    made = b"".join(
+        bytes([0xFF, kind]) + (len(inside) + 2).to_bytes(2) + inside + junk
+        for kind, inside in segments
+    )
+    return data[:2] + made + data[2:]
+
+
+def exif(value: bytes, kind: int = 3, count: int = 1, order: str = "<") -> bytes:
+    "EXIF of one field, the orientation."
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    field = struct.pack(order + "HHI", 0x0112, kind, count) + value.ljust(4, b"\0")
+    return b"Exif\0\0" + head + struct.pack(order + "IH", 8, 1) + field + b"\0" * 4
+
+
+XMP = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="8"/>'
+ODD_NOTES = {  # segments, and how the picture then stands
+    "upright": ([], 1),
+    "as usual": ([(0xE1, exif(b"\6\0"))], 6),
+    "big-endian": ([(0xE1, exif(b"\0\6", order=">"))], 6),
+    "32 bits": ([(0xE1, exif(b"\6\0\0\0", 4))], 6),
+    "8 bits": ([(0xE1, exif(b"\6", 1))], 6),
+    "zero": ([(0xE1, exif(b"\0\0"))], 1),
+    "nine": ([(0xE1, exif(b"\x09\0"))], 1),
+    "many": ([(0xE1, exif(b"\6\0\6\0", count=2))], 1),
+    "text": ([(0xE1, exif(b"6\0", 2))], 1),
+    "cut": ([(0xE1, exif(b"\6\0")[:-9])], 1),
+    "empty": ([(0xE1, b"Exif\0\0")], 1),
+    "offset into nowhere": ([(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff")], 1),
+    "another order": ([(0xE1, b"Exif\0\0IIU\0" + exif(b"\6\0")[10:])], 1),
+    "XMP alone": ([(0xE1, XMP)], 8),
+    "XMP against EXIF": ([(0xE1, XMP), (0xE1, exif(b"\6\0"))], 6),
+    "twice": ([(0xE1, exif(b"\6\0")), (0xE1, exif(b"\3\0"))], 6),
+    "broken, then sound": ([(0xE1, b"Exif\0\0MM"), (0xE1, exif(b"\6\0"))], 6),
+    "pages that are none": ([(0xE2, b"MPF\0II*\0\x08\0\0\0\xff\xff" + b"\1" * 40)], 1),
+    "EXIF in a comment": ([(0xFE, exif(b"\6\0"))], 1),
+    "a frame in a comment": ([(0xFE, b"\xff\xc0\0\x11\x08\0\x10\0\x10")], 1),
+}
+
+
+@pytest.mark.parametrize("junk", [b"", b"\xff\xff", b"\0rubbish"], ids=("", "filled", "rubbish"))
+@pytest.mark.parametrize("what", ODD_NOTES)
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_both_roads_turn_a_jpeg_alike(what, mode, junk):
+    segments, turn = ODD_NOTES[what]
+    plain = jpeg(cat().resize((48, 32)).convert(mode))
+    data = with_segments(plain, *segments, (0xFE, b"end"), junk=junk)
+
+    x = decode_image(data, name)
+
+    assert torch.equal(x, by_pil(data))
+    assert torch.equal(x, turned(by_pil(plain), turn))
+
+
+@pytest.mark.parametrize("junk", [b"", b"\xff", b"\0", b"\xff\xd0"], ids=repr)
+def test_nothing_in_front_of_the_frame_hides_its_size(junk):
+    "A comment with a small frame in it, filling, rubbish: 256 million pixels stay that many."
+    bomb = bytearray(jpeg(cat().resize((16, 16))))
+    at = bomb.index(b"\xff\xc0") + 5
+    bomb[at : at + 4] = (16_000).to_bytes(2) * 2
+    small = b"\xff\xc0\0\x11\x08\0\x10\0\x10\3" + b"\1" * 9
+    data = with_segments(bytes(bomb), (0xFE, small), (0xE5, small), (0xFE, b""), junk=junk)
+
+    assert jpeg_pixels(data) == 256_000_000
+    with pytest.raises(UnreadableImage, match="decompression bomb"):
+        decode_image(data, name)
+
+
+def test_between_the_limits_of_pillow_nothing_is_read(monkeypatch):
+    "Pillow itself warns at its limit, and refuses at twice as much."
+    data = jpeg(cat())  # 135,300 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    monkeypatch.setattr(torch.ops.image, "decode_jpeg", None)  # it would not be asked
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for read in (lambda: decode_image(data, name), lambda: load_image(io.BytesIO(data))):
+            with pytest.raises(UnreadableImage, match="135,300 pixels, more than 100,000"):
+                read()
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), MemoryError(), ValueError(), OverflowError()])
+def test_what_the_fast_decoder_raises_is_left_to_the_other(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    data = jpeg(cat())
+    monkeypatch.setattr(torch.ops, "image", SimpleNamespace(decode_jpeg=fail))
+
+    assert torch.equal(decode_image(data, name), by_pil(data))
+
+
+def test_a_data_set_tells_each_oddity_once(tmp_path, capsys):
+    for i in range(3):
+        pages = [Image.new("RGB", (4, 4), (i, j, 0)) for j in range(2)]
+        pages[0].save(tmp_path / f"{i}.tif", save_all=True, append_images=pages[1:])
+    pictures = ImageFolder(tmp_path)
+
+    for read in (pictures.pixels, pictures.__getitem__):
+        for i in range(3):
+            read(i)
+
+    [line] = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "0.tif") in line and "the first is taken" in line

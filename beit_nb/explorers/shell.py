@@ -18,7 +18,13 @@ import traitlets as T
 from PIL import Image
 
 from .figures import on_white, words_html
-from .pad import EXPLORER_STYLE, add_static_picture, embedded_photos, png_bytes
+from beit_nb.explorers.pad import (
+    EXPLORER_STYLE,
+    add_static_picture,
+    embedded_photos,
+    png_bytes,
+    small_copy,
+)
 
 # %% ../../nbs/62_explorers_shell.ipynb #one-line
 def one_line(error: Exception) -> str:
@@ -177,7 +183,8 @@ class PictureMenu(W.HBox):
 
     def _take_files(self, change) -> None:
         for file in self.upload.value:
-            self.add(file["name"], bytes(file["content"]))
+            self.add(file["name"], small_copy(bytes(file["content"])))
+        self.upload.value = ()  # the widget would keep every byte
 
     def add(self, name: str, source) -> None:
         "A picture more, and chosen."
