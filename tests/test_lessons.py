@@ -157,8 +157,8 @@ def test_every_module_has_its_notebook(module):
 
 
 OF_MANY = set(
-    "browser_explorers browser_map browser_masks explorers faults lessons tokenizer_dalle "
-    "whose_figures".split()
+    "browser_explorers browser_map browser_masks explorers faults faults_continued lessons "
+    "strangers tokenizer_dalle whose_figures".split()
 )
 
 
