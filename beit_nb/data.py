@@ -4,34 +4,31 @@
 
 # %% auto #0
 __all__ = ['TORCHVISION_SETS', 'download_set', 'labels_of', 'read_from', 'torchvision_set', 'loose_files', 'folder_or_shards',
-           'class_names', 'labelled_folder', 'tell_once', 'remarks', 'open_known', 'open_folder', 'open_data',
-           'labels_in', 'sample_labels', 'picture_records']
+           'class_names', 'labelled_folder', 'remarks', 'open_known', 'open_folder', 'open_data', 'labels_in',
+           'sample_labels']
 
 # %% ../nbs/36_data.ipynb #imports
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torchvision import datasets as tv
 
-from . import BeitError, warn
+from . import BeitError, warn_once
 from beit_nb.engine.files import (
     OTHER,
     LeftOut,
     class_folders,
-    fingerprint,
     is_picture,
     refuse_runs,
     walk_files,
 )
-from .engine.loading import why_unreadable
 from .engine.processes import rank, rank_0_first
 from .engine.shards import ImageShards, read_names, shard_index, tar_files
 from beit_nb.engine.sources import (
     SPLITS,
     Digits,
-    EncodedImages,
     ImageDataset,
     ImageFolder,
     Photos,
@@ -154,13 +151,6 @@ def labelled_folder(root: Path, split: str) -> ImageDataset:
     return folder_or_shards(part, labels=True, classes=classes)
 
 # %% ../nbs/36_data.ipynb #remarks
-@cache
-def tell_once(line: str) -> None:
-    "A line on the error stream, from one process, and not again."
-    if rank() == 0:
-        warn(line)
-
-
 def remarks(pictures: ImageDataset, training: bool) -> list[str]:
     "What a person should know of a data set before anything is trained, or scored, on it."
     lines = []
@@ -234,8 +224,8 @@ def open_data(
         pictures = open_folder(Path(data), split, labels)
     else:
         pictures = open_known(name, split, labels)
-    for line in remarks(pictures, split.startswith("train")):
-        tell_once(line)
+    for line in remarks(pictures, split.startswith("train")) if rank() == 0 else ():
+        warn_once(line)
     return pictures
 
 # %% ../nbs/36_data.ipynb #few-labels
@@ -266,17 +256,3 @@ def sample_labels(
             "smallest class; lower it"
         )
     return np.concatenate([rng.choice(g, per_class, replace=False) for g in groups])
-
-# %% ../nbs/36_data.ipynb #picture-records
-def picture_records(pictures: ImageDataset, n: int = 32) -> list[str | None]:
-    """What a run records of its pictures: fingerprints of their names and order, of labels and
-    classes, and of the files of `n` of them. None: a file that cannot be read now.
-    """
-    labels = () if pictures.labels is None else (pictures.labels, *pictures.classes)
-    records: list[str | None] = [pictures.fingerprint(), fingerprint(*labels)]
-    if not isinstance(pictures, EncodedImages):
-        return records
-    for i in np.unique(np.linspace(0, len(pictures) - 1, n).astype(int)).tolist():
-        readable = why_unreadable(pictures, i) is None
-        records.append(fingerprint(pictures.bytes(i)) if readable else None)
-    return records

@@ -1,19 +1,23 @@
 """beit_nb.data away from its lesson: known sets without a network, layouts, one door."""
 
+import io
+import json
 import pickle
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torchvision
-from helpers import save_gray
+from helpers import beit, refused, save_gray
 
 import beit_nb.data as data
-from beit_nb import BeitError
+from beit_nb import SAID, BeitError
 from beit_nb.data import open_data, sample_labels, torchvision_set
 from beit_nb.engine.packing import shard_folder
-from beit_nb.recipes import DATASETS
+from beit_nb.recipes import DATASETS, known_set, recipe_named
+from beit_nb.scale.hours import dataset_size
 
 TORCHVISION_SETS = ("cifar10", "cifar100", "imagenette", "oxford-pets")
 
@@ -276,3 +280,213 @@ def test_a_split_that_is_none_is_refused(name):
     line = "^unknown split 'valid'; there are: train, val, test, train.val$"
     with pytest.raises(BeitError, match=line):
         open_data(name, "valid", labels=True)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_known_name_and_a_folder_of_that_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    save_gray(tmp_path / name / "1.png", 7)
+
+    def recipe(word):
+        return recipe_named("pretrain", "nano", data=word)
+
+    words = f"could be the known set or your folder .*: say embedded:{name} or ./{name}"
+
+    for ask in (open_data, known_set, lambda word: dataset_size(recipe(word))):
+        with pytest.raises(BeitError, match=words):
+            ask(name)
+
+    for mine in (f"./{name}", f"{name}/", str(tmp_path / name)):
+        assert len(open_data(mine)) == 1
+        assert known_set(mine) is None
+    assert known_set(f"embedded:{name}") == name
+    (tmp_path / name).rename(tmp_path / "elsewhere")
+    (tmp_path / name).touch()  # a file is no data set
+    assert known_set(name) == name
+
+
+def test_the_set_that_was_meant_is_opened(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_gray(tmp_path / "photos" / "1.png", 7)
+    save_gray(tmp_path / "imagenet" / "train" / "a" / "1.png", 7)
+    for i in range(2):
+        save_gray(tmp_path / "data" / "imagenet" / "train" / "a" / f"{i}.png", 7)
+
+    assert len(open_data("embedded:photos")) == 11 * 512
+    assert len(open_data("embedded:imagenet")) == 2
+    assert len(open_data("./imagenet")) == 1
+    with pytest.raises(BeitError, match="no known set 'zoo'; there are: digits"):
+        open_data("embedded:zoo")
+
+
+def test_commands_say_what_they_took(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        save_gray(tmp_path / "photos" / f"{i}.png", 7)
+    words = ["tokenizer", "nano", "--max-steps", 1, "--batch-size", 2, "--precision", "fp32"]
+
+    said = refused(
+        *words, "--data", "photos", "--out", "t0", says="say embedded:photos or ./photos"
+    )
+    assert "photos" in said and not (tmp_path / "t0").exists()
+    assert "data: the folder ./photos" in beit(*words, "--data", "./photos", "--out", "t1").stdout
+    theirs = beit(*words, "--data", "embedded:photos", "--out", "t2").stdout
+    assert "data: the known set photos: photographs of scikit-image, embedded" in theirs
+    tokens = ["tokenize", "--tokenizer", "t1", "--out", "tokens"]
+    refused(*tokens, "photos", says="say embedded:photos or ./")
+    assert "data: the folder ./photos" in beit(*tokens, "./photos").stdout
+
+
+def said_of(capfd, *args, **kwargs) -> list[str]:
+    SAID.clear()
+    capfd.readouterr()
+    open_data(*args, **kwargs)
+    return capfd.readouterr().err.splitlines()
+
+
+def test_what_is_left_out_is_said_once(tmp_path, capfd):
+    root = tmp_path / "set"
+    for split in ("train", "val", "valid"):
+        for c in "ab":
+            save_gray(root / split / c / "1.png", 7)
+    (root / "train" / "a" / "2.heic").touch()
+
+    lines = said_of(capfd, str(root))
+
+    assert lines == [
+        f"beit: left out of {root}/train: files with other endings: 1 (first: a/2.heic); "
+        "beside train/, val/ and test/: 1 (first: valid)"
+    ]
+    open_data(str(root))
+    open_data(str(root), labels=True)
+    assert capfd.readouterr().err == ""
+
+
+def test_what_shards_leave_out_is_said(tmp_path, capfd):
+    save_gray(tmp_path / "1.png", 7)
+    (tmp_path / "set").mkdir()
+    with tarfile.open(tmp_path / "set" / "0.tar", "w") as t:
+        for name in ("a.png", "b.c.png", "b.d.png"):
+            t.add(tmp_path / "1.png", name)
+    for name in ("1.tar.gz", "2.TGZ", "deep/3.tar"):
+        save_gray(tmp_path / "set" / f"{name}.png", 7).rename(tmp_path / "set" / name)
+
+    [line] = said_of(capfd, str(tmp_path / "set"))
+
+    assert "pictures with a dot before their ending: 2 (first: 0.tar/b.c.png)" in line
+    assert "files with other endings: 3 (first: 1.tar.gz)" in line
+
+
+def test_classes_without_pictures_are_said(tmp_path, capfd):
+    for c in ("cat", "dog"):
+        for split in ("train", "val"):
+            save_gray(tmp_path / split / c / "1.png", 7)
+    for i in range(3000):
+        (tmp_path / "train" / f"empty{i:04}").mkdir()
+
+    [line] = said_of(capfd, str(tmp_path), labels=True)
+
+    assert line.endswith("have no picture (empty0000, empty0001, empty0002, ...)")
+    assert "3,000 of 3,002 classes" in line
+    assert said_of(capfd, str(tmp_path), "val", labels=True) == []  # val may lack some
+
+
+def test_one_class_is_said(tmp_path, capfd):
+    for split in ("train", "val"):
+        save_gray(tmp_path / split / "images" / "1.png", 7)
+
+    [line] = said_of(capfd, str(tmp_path), labels=True)
+
+    assert "are of one class (images), and every answer is right" in line
+
+
+@pytest.mark.parametrize("name", ["valid", "validation", "Val", "dev"])
+def test_a_val_of_another_name_is_named(tmp_path, name):
+    for split in ("train", name):
+        save_gray(tmp_path / split / "a" / "1.png", 7)
+
+    with pytest.raises(BeitError, match=f"has no folder val/.*; there are: .*{name}/"):
+        open_data(str(tmp_path), "val", labels=True)
+
+
+def their_shards(root: Path, labels: list[int], names: list[str] | None) -> None:
+    "Shards as other people make them: numbers, and perhaps names beside them."
+    root.mkdir(parents=True)
+    picture = save_gray(root.parent / "1.png", 7)
+    with tarfile.open(root / "0.tar", "w") as t:
+        for i, label in enumerate(labels):
+            t.add(picture, f"{i}.png")
+            info = tarfile.TarInfo(f"{i}.cls")
+            info.size = len(str(label))
+            t.addfile(info, io.BytesIO(str(label).encode()))
+    picture.unlink()
+    if names is not None:
+        (root / "classes.json").write_text(json.dumps(names))
+
+
+@pytest.mark.parametrize(
+    "train, val, says",
+    [
+        (None, ["0", "1", "2"], None),
+        (["a", "b", "c"], None, None),
+        (["a", "b", "c"], ["c", "b", "a"], None),
+        (None, ["a", "b", "c"], "class 'a' that the training pictures lack; there are: 0, 1, 2"),
+        (["a", "b", "c"], ["a", "b", "d"], "class 'd' that the training pictures lack"),
+        (["a", "b"], None, "picture of class 2 .*of 2 classes"),
+        (["a", "b", "b"], None, "train/classes.json is damaged"),
+        (["a", "b", "c"], ["a", "b"], "picture of class 2 .*of 2 classes"),
+    ],
+)
+def test_names_of_train_and_val_that_contradict_each_other(tmp_path, train, val, says):
+    their_shards(tmp_path / "train", [0, 1, 2], train)
+    their_shards(tmp_path / "val", [2, 0], val)
+
+    def both():
+        first = open_data(str(tmp_path), "train", labels=True)
+        return first, open_data(str(tmp_path), "val", labels=True)
+
+    if says:
+        with pytest.raises(BeitError, match=says):
+            both()
+    else:
+        first, second = both()
+        assert first.classes == second.classes == (train or ["0", "1", "2"])
+        named = val or first.classes
+        assert [second.classes[c] for c in second.labels] == [named[2], named[0]]
+    assert len(open_data(str(tmp_path))) == 3  # names do not matter without labels
+
+
+def test_numbers_of_val_that_train_lacks(tmp_path):
+    their_shards(tmp_path / "train", [0, 1, 1], None)
+    their_shards(tmp_path / "val", [1, 2], None)
+
+    with pytest.raises(BeitError, match="picture of class 2 .*of 2 classes"):
+        open_data(str(tmp_path), "val", labels=True)
+
+
+def test_a_strange_classes_json_in_a_folder_of_pictures_changes_nothing(tmp_path):
+    for c in "ab":
+        save_gray(tmp_path / "train" / c / "1.png", 7)
+    (tmp_path / "train" / "classes.json").write_text('{"b": 0}')
+
+    assert open_data(str(tmp_path), labels=True).classes == ["a", "b"]
+
+
+@pytest.mark.parametrize("place", [".", "run", "deep/run"])
+def test_a_run_inside_its_data(tmp_path, place):
+    "Its own pictures must not become data: refused, or left out, so that it can go on."
+    root = tmp_path / "pics"
+    for i in range(4):
+        save_gray(root / f"{i}.png", 40 * i)
+    words = ["tokenizer", "nano", "--data", root, "--out", root / place, "--batch-size", 2]
+    words += ["--steps", 4, "--precision", "fp32", "--checkpoint-every", 2]
+
+    if place == ".":
+        refused(*words, says="is the folder of a run")
+        return
+    beit(*words, "--max-steps", 2)
+    save_gray(root / place / "watch" / "step-2.png", 7)
+    said = beit(*words)
+    assert "left out of" in said.stderr and "folders of runs and of Python: 1" in said.stderr
+    assert len(open_data(str(root))) == 4
+    assert (root / place / "metrics.json").exists()
