@@ -3,6 +3,8 @@
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 PATIENCE = 300  # seconds: what takes longer hangs, on the slowest machine too
 
@@ -31,3 +33,15 @@ def wait_until(holds, what, alive=lambda: True, seconds=PATIENCE, pause=0.002):
         assert alive(), f"the process ended, but not yet: {what}"
         assert time.monotonic() < deadline, f"after {seconds} s not yet: {what}"
         time.sleep(pause)
+
+
+def session_of(pid):
+    "The processes of a session that are still there: its leader `pid` and all that it started."
+    stats = [p / "stat" for p in Path("/proc").iterdir() if p.name.isdigit()]
+    found = []
+    for stat in stats:
+        with suppress(OSError):
+            fields = stat.read_text().rpartition(") ")[2].split()
+            if int(fields[3]) == pid and fields[0] != "Z":
+                found.append(int(stat.parent.name))
+    return found

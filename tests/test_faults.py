@@ -3,7 +3,6 @@
 BEIT_KILLS=100 pytest tests/test_faults.py -k survives -s     # the long harness; prints what it did
 """
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -22,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_processes import PATIENCE, wait_until
+from helpers_processes import PATIENCE, session_of, wait_until
 from helpers_runs import slowed_after, step_of
 
 from beit_nb import pretraining, targets
@@ -477,18 +476,6 @@ def test_a_damaged_newest_checkpoint(tmp_path, whole):
     for file in run_checkpoints(out):
         file.write_bytes(b"ashes")
     assert ends(born(out, steps=24)) == [2] and "is damaged" in said(out)[-1]
-
-
-def session_of(pid):
-    "The processes of a life that are still there, itself and its loaders."
-    stats = [p / "stat" for p in Path("/proc").iterdir() if p.name.isdigit()]
-    found = []
-    for stat in stats:
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(") ")[2].split()
-            if int(fields[3]) == pid and fields[0] != "Z":
-                found.append(int(stat.parent.name))
-    return found
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGUSR2])

@@ -1,0 +1,161 @@
+"""Every command, killed at random moments and called again, ends as if nobody had killed it.
+
+The same files, the same weights, the same figures; nothing half-written, and no process left.
+
+BEIT_KILLS=50 pytest tests/test_faults_continued.py -s     # the long harness; prints what it did
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import beit, save_gray
+from helpers_processes import PATIENCE, session_of, wait_until
+
+from beit_nb.cli import main
+
+torch.set_num_threads(1)
+FORK = multiprocessing.get_context("fork")  # a process of its own, without importing torch again
+FEW = "--precision fp32 --log-every 1 --checkpoint-every 3 --workers 1".split()
+SMALL = "--embed-dim 32 --depth 2 --num-heads 2 --batch-size 16".split()
+LINES = {
+    "tokenizer": ["tokenizer", "nano", *FEW, *"--steps 12 --width 16 --batch-size 16".split()],
+    "finetune": [
+        *["finetune", "nano", *FEW, *SMALL],
+        *"--steps 12 --mixup 0.8 --cutmix 1.0 --labels-per-class 4 --eval-every 4".split(),
+    ],
+    "tokenize": ["tokenize", "{pictures}", "--tokenizer", "{tokenizer}", *"--per-part 8".split()],
+    "shard": ["shard", "{pictures}", "--per-shard", "5"],
+    "probe": ["probe", "nano", "--init", "{body}", *"--labels-per-class 4 --draws 2".split()],
+    "report": ["report"],
+}
+KILLS = int(os.environ.get("BEIT_KILLS", len(LINES)))  # one each
+# what two runs of one command may differ in
+CLOCKS = {"images_per_s", "seconds_left", "data_share", "memory_mb", "seconds", "peak_rss_mb"}
+
+
+@pytest.fixture(scope="module")
+def ground(tmp_path_factory):
+    "What the commands work on: pictures, a tokenizer and a pre-trained body."
+    top = tmp_path_factory.mktemp("ground")
+    for i in range(60):
+        save_gray(top / "pictures" / f"{i % 3}" / f"{i}.png", 4 * i, (32, 32))
+    few = [*FEW, "--steps", "3"]
+    beit("tokenizer", "nano", *few, "--width", 16, "--out", top / "tokenizer")
+    from_tokens = ["--tokenizer", top / "tokenizer"]
+    beit("pretrain", "nano", *few, *SMALL, *from_tokens, "--out", top / "body")
+    return top
+
+
+def words(name, ground, out):
+    "The command of that name that writes into `out`."
+    line = [word.format(**{p.name: p for p in ground.iterdir()}) for word in LINES[name]]
+    return [*line, str(out)] if name == "report" else [*line, "--out", str(out)]
+
+
+def life(line, said):
+    "The body of a child: `beit LINE` in a session of its own; what it says goes to a file."
+    os.setsid()
+    told = os.open(said, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    for fd in (1, 2):
+        os.dup2(told, fd)
+    sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+    sys.exit(main(line))
+
+
+def begin(line, said):
+    process = FORK.Process(target=life, args=(line, said))
+    process.start()
+    return process
+
+
+def end(process, said):
+    "Wait until it has ended well; how many seconds that took."
+    began = time.monotonic()
+    process.join(PATIENCE)
+    assert process.exitcode == 0, said.read_text()
+    return time.monotonic() - began
+
+
+def without_clocks(x):
+    "Plain data without what depends on the machine's haste."
+    if isinstance(x, dict):
+        return {k: without_clocks(v) for k, v in x.items() if k not in CLOCKS}
+    return [without_clocks(v) for v in x] if isinstance(x, list) else x
+
+
+def without_tensors(x):
+    "Plain data with every tensor as a list of numbers."
+    if isinstance(x, torch.Tensor):
+        return x.tolist()
+    if isinstance(x, dict):
+        return {k: without_tensors(v) for k, v in x.items()}
+    return [without_tensors(v) for v in x] if isinstance(x, list | tuple) else x
+
+
+def content(file: Path, out: Path):
+    "What a file says, in a form in which two runs can be compared."
+    text = file.read_bytes().replace(str(out).encode(), b"OUT").replace(b"/killed/", b"/straight/")
+    if file.suffix == ".pt":
+        state = torch.load(file, weights_only=True)
+        kept = ("model", "ema", "optimizer", "scaler", "step", "data")
+        return {k: without_tensors(state[k]) for k in kept if k in state}
+    if file.suffix == ".jsonl":
+        return [without_clocks(json.loads(line)) for line in text.splitlines()]
+    return without_clocks(json.loads(text)) if file.suffix == ".json" else text
+
+
+def assert_same_folder(out, straight, but=()):
+    "Two folders hold the same files with the same content, but for what tells of the clock."
+    names = [
+        sorted(str(f.relative_to(top)) for f in top.rglob("*") if f.is_file() and f.name != ".lock")
+        for top in (out, straight)
+    ]
+    assert names[0] == names[1]
+    for name in names[0]:
+        same = content(out / name, out) == content(straight / name, straight)
+        assert same or name.endswith(but), name
+
+
+def kill(process, seconds):
+    "SIGKILL to the command alone after so long; False if it was quicker. Nobody may be left."
+    process.join(seconds)
+    if process.exitcode is not None:
+        return False
+    process.kill()
+    process.join(PATIENCE)
+    wait_until(lambda: session_of(process.pid) == [], "its processes end", seconds=20)
+    return process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_killed_and_continued_is_never_killed(tmp_path, ground, name):
+    straight = tmp_path / "straight" / "run"
+    out = tmp_path / "killed" / "run"
+    said = tmp_path / "said.txt"
+    if name == "report":
+        for copy in (straight, out):
+            shutil.copytree(ground / "body", copy)
+    seconds = end(begin(words(name, ground, straight), said), said)
+
+    moments = []
+    while len(moments) < max(1, KILLS // len(LINES)):
+        moment = random.uniform(0, seconds)
+        if kill(begin(words(name, ground, out), said), moment):
+            moments.append(moment)
+        elif name != "report":  # it was done: once more from the beginning
+            shutil.rmtree(out)
+    end(begin(words(name, ground, out), said), said)
+
+    # the page of a training draws its speed, an index knows when its tar was written
+    assert_same_folder(out, straight, (".index.npy", *([] if name == "report" else [".html"])))
+    told = ", ".join(f"{moment:.2f}" for moment in moments)
+    print(f"\n{name}: {len(moments)} kills after {told} of {seconds:.2f} s; the same")
