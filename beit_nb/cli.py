@@ -22,7 +22,7 @@ from typing import Any
 import tyro
 
 from . import SAID, BeitError, __version__, exit_status, say, warn, write_lines
-from .configs import Recipe, expand_paths, wrong_fields
+from .configs import Recipe, Run, check_recipe, expand_paths, wrong_fields
 from .recipes import COMMANDS, command_named, data_source
 from .tools import TOOLS, Plan
 
@@ -107,8 +107,14 @@ def write_report(out: str) -> None:
 def train(command: str, recipe: Recipe) -> None:
     """Run a training and write its page, also when it was stopped or its numbers broke.
 
-    One that is refused leaves no page. First of all it says what its pictures are.
+    One that is refused leaves no page. Raises BeitError, before anything is built, for a recipe
+    that the memory of this machine cannot hold. First of all it says what its pictures are.
     """
+    if isinstance(recipe, Run):
+        from beit_nb.scale.memory import check_memory
+
+        check_recipe(recipe)
+        check_memory(recipe)
     if os.environ.get("RANK", "0") == "0":
         say(f"data: {data_source(recipe.data)}")
     try:

@@ -52,7 +52,7 @@ Places = Annotated[tuple[str, ...], PATH]
 # DALL-E took 3,000,000 steps, ViT-22B is 6,144 wide
 Count = Annotated[int, Limit(lambda x: 1 <= x < inf, "at least 1", 10**9)]
 Size = Annotated[int, Limit(lambda x: 1 <= x < inf, "at least 1", 2**16)]
-Vocabulary = Annotated[int, Limit(lambda x: 1 <= x < inf, "at least 1", 2**24)]
+Vocabulary = Annotated[int, Limit(lambda x: 2 <= x < inf, "at least 2", 2**24)]
 Natural = Annotated[int, Limit(lambda x: 0 <= x < inf, "a finite number, 0 or more", 10**9)]
 Workers = Annotated[int, Limit(lambda x: 0 <= x < inf, "a finite number, 0 or more", 1024)]
 Seed = Annotated[int, Limit(lambda x: 0 <= x < 2**32, "from 0 to 4294967295")]

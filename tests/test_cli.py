@@ -223,6 +223,21 @@ def test_damaged_pictures_are_counted(photos, tmp_path):
     assert last.startswith("beit: error: more than max_damaged=0")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "pretrain nano --depth 60000 --embed-dim 8192 --num-heads 8",
+        "tokenizer nano --width 60000",
+        "finetune nano --img-size 60000",
+        "pretrain nano --device-batch-size 100000000 --batch-size 100000000",
+    ],
+)
+def test_what_the_machine_cannot_hold_is_said_before(words, tmp_path):
+    line = refused(*words.split(), "--out", tmp_path / "run", says=[" GB of memory", "beit plan"])
+
+    assert "needs at least" in line and not (tmp_path / "run").exists()
+
+
 def fail_with(error):
     def training(recipe):
         raise error

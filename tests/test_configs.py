@@ -6,7 +6,9 @@ import json
 import math
 import re
 from dataclasses import asdict, dataclass, fields, replace
+from typing import get_type_hints
 
+import numpy as np
 import pytest
 
 from beit_nb import BeitError
@@ -26,6 +28,7 @@ from beit_nb.configs import (
     wrong_fields,
 )
 from beit_nb.recipes import COMMANDS, from_config
+from beit_nb.tools import TOOLS
 
 CLASSES = (TokenizerRecipe, PretrainRecipe, FinetuneRecipe, ProbeRecipe)
 NANOS = {name: command.presets["nano"][1] for name, command in COMMANDS.items()}
@@ -104,6 +107,75 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_it(command):
         for value in values if field in asdict(nano) else ():
             line = refusal(replace(nano, **{field: value}))
             assert re.search(rf"{field} {re.escape(str(value))}\W", line), line
+
+
+TOO_MUCH = dict(
+    steps=(10**12, 2**63, 10**30),
+    epochs=(10**12,),
+    max_steps=(10**12,),
+    warmup_steps=(10**12,),
+    kl_steps=(10**12,),
+    tau_steps=(10**12,),
+    lr_steps=(10**12,),
+    checkpoint_every=(10**12,),
+    batch_size=(10**12,),
+    labels_per_class=(10**12,),
+    draws=(10**12,),
+    workers=(10**4,),
+    img_size=(10**6,),
+    patch_size=(10**6,),
+    token_size=(10**6,),
+    embed_dim=(10**6,),
+    depth=(10**6,),
+    num_heads=(10**6,),
+    width=(10**6,),
+    code_dim=(10**6,),
+    vocab_size=(10**9, 1),
+)
+
+
+@pytest.mark.parametrize("command", NANOS)
+def test_slips_of_a_finger_are_refused(command):
+    nano = NANOS[command]
+    for field, values in TOO_MUCH.items():
+        for value in values if field in asdict(nano) else ():
+            line = refusal(replace(nano, **{field: value}))
+            assert re.fullmatch(rf"{field} {value} must be at (most|least) [\d,]+", line), line
+
+
+TYPES = dict(
+    steps=("4", 4.0, [4], True, {}),
+    lr=("fast", None, [1e-3], True),
+    resume=("yes", 1, None),
+    data=(None, 3, b"digits", ["digits"]),
+    out=(None, 3),
+    seed=(None, 1.5, "1"),
+    precision=(32, None, ["fp32"]),
+    crop_scale=(0.5, (0.5,), (0.1, 0.5, 1.0), ("a", "b"), [0.1, 1.0]),
+)
+
+
+@pytest.mark.parametrize("command", NANOS)
+def test_a_value_of_another_type_is_one_line(command):
+    "A config.json or a checkpoint may say anything."
+    nano = NANOS[command]
+    for field, values in TYPES.items():
+        for value in values if field in asdict(nano) else ():
+            line = refusal(replace(nano, **{field: value}))
+            assert line.startswith(f"{field} {value!r} must be "), line
+
+
+def test_numbers_of_numpy_are_numbers():
+    check_recipe(replace(NANOS["pretrain"], seed=np.int64(3), lr=np.float32(1e-3)))
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_every_number_of_every_tool_has_its_limits(tool):
+    hints = get_type_hints(TOOLS[tool], include_extras=True)
+    free = {"block", "query"}  # of the network, which is not known yet
+    for field in fields(TOOLS[tool]):
+        if field.name not in free and field.type not in (str, bool) and field.name != "names":
+            assert limit_of(hints[field.name]) or field.name in ("recipe", "command", "hardware")
 
 
 CONFLICTS = [  # a preset, changes of it, what the refusal says

@@ -19,6 +19,7 @@ from beit_nb.engine.optim import (
     micro_batch_size,
     param_groups,
     recipe_schedule,
+    step_schedule,
 )
 
 
@@ -196,3 +197,18 @@ def test_an_average_survives_a_stop():
 
     assert torch.equal(ema.module.weight, again.module.weight)
     assert again.n_averaged == 2
+
+
+def test_a_schedule_has_no_table():
+    "A thousand million steps: what is asked is computed, and is what a table would say."
+    r = Run(lr=2e-3, min_lr=1e-5, warmup_steps=20)
+    short = step_schedule(r, 100, 10)
+    table = cosine_schedule(2e-3, 1e-5, 10, 10, warmup_steps=20)
+    long = step_schedule(r, 10**9, 10)
+
+    assert [short[i] for i in range(100)] == table.tolist() == list(short)
+    assert (np.asarray(short) == table).all() and (short[7:90:3] == table[7:90:3]).all()
+    assert (short[np.array([3, 99])] == table[[3, 99]]).all() and short[-1] == table[-1]
+    assert len(long) == 10**9 and long[19] == long[20] == 2e-3 and long[-1] == pytest.approx(1e-5)
+    with pytest.raises(IndexError):
+        short[100]

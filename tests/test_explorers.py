@@ -63,6 +63,13 @@ def test_library_needs_no_widgets_and_explorers_say_what_they_need():
     assert run.stdout.strip() == "(14, 14)" and run.returncode == 1
     last = run.stderr.splitlines()[-1]
     assert "MaskExplorer needs" in last and "pip install ipywidgets anywidget" in last
+    assert 'pip install -e ".[dev]"' in last
+
+
+def test_readme_installs_what_jupyterlab_needs():
+    [line] = [x for x in (ROOT / "README.md").read_text().splitlines() if "jupyter lab" in x]
+
+    assert line.startswith('.venv/bin/pip install -e ".[dev]" && ')
 
 
 def test_browser_files_are_beside_the_modules():

@@ -13,7 +13,7 @@ from PIL import Image
 from beit_nb.engine.log import read_log
 from beit_nb.scale.bench import BENCHES
 from beit_nb.scale.hours import HARDWARE
-from beit_nb.tools import TOOLS, Bench
+from beit_nb.tools import TOOLS, Bench, picture_names
 
 
 @pytest.fixture
@@ -43,6 +43,99 @@ def test_predict(runs, white):
     refused("predict", "--init", runs / "fine", "--images", "none.png", says="none.png")
     refused("predict", "--init", runs / "fine", "--images", white, "--top", 0, says="top 0 must be")
     refused("predict", "--init", runs / "pre", "--images", white, says="beit pretrain")
+
+
+@pytest.fixture
+def six(tmp_path):
+    "Six pictures, of which the second and the fifth are broken."
+    files = [tmp_path / f"{i}.png" for i in range(6)]
+    for i, file in enumerate(files):
+        Image.fromarray(np.full((32, 32), 40 * i, np.uint8)).save(file)
+    files[1].write_bytes(files[1].read_bytes()[:60])
+    files[4].write_text("no picture")
+    return files
+
+
+def test_predict_answers_all_that_it_can(runs, six):
+    said = beit("predict", "--init", runs / "fine", "--images", *six, ok=1)
+
+    answered = [line.split(": ")[0] for line in said.stdout.splitlines()]
+    assert answered == [str(six[i]) for i in (0, 2, 3, 5)]
+    assert [str(six[i]) in said.stderr for i in range(6)] == [False, True, False] * 2
+    assert "Traceback" not in said.stderr
+
+
+def test_attention_draws_all_that_it_can(runs, six, tmp_path):
+    out = tmp_path / "maps"
+
+    said = beit("attention", "--init", runs / "pre", "--images", *six, "--out", out, ok=1)
+
+    drawn = [str(out / f"{i}.png") for i in (0, 2, 3, 5)]
+    assert said.stdout.splitlines() == drawn == sorted(map(str, out.iterdir()))
+
+
+def test_none_of_the_pictures_can_be_read(runs, six, tmp_path):
+    for tool, run in (("predict", "fine"), ("attention", "pre")):
+        words = [tool, "--init", runs / run, "--images", six[1], six[4]]
+        said = beit(*words, ok=2).stderr.splitlines()
+
+        assert len(said) == 2 and str(six[1]) in said[0]
+        assert said[1].startswith("beit: error: ") and str(six[4]) in said[1]
+
+
+def test_no_drawing_takes_the_place_of_another_or_of_a_picture(tmp_path):
+    "Names are kept where they are free; upper and lower case are one, as on some disks."
+    paths = tuple(
+        f"{tmp_path}/{name}"
+        for name in ("a/x.png", "b/x.png", "b/X.jpg", "x-2.gif", "y.png", "a/x.png")
+    )
+
+    targets = picture_names(paths, tmp_path)
+
+    names = [targets[path].name for path in paths]
+    assert names == ["x.png", "x-2.png", "X-3.png", "x-2-2.png", "y-2.png", "x.png"]
+    assert not {str(path) for path in targets.values()} & set(paths)
+
+
+def test_pictures_of_one_name_are_all_drawn(runs, white, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        shutil.copy(white, tmp_path / name / "white.png")
+    before = white.read_bytes()
+    files = [white, tmp_path / "a" / "white.png", tmp_path / "b" / "white.png"]
+
+    beit("attention", "--init", runs / "pre", "--images", *files, "--out", tmp_path)
+
+    assert white.read_bytes() == before  # drawn beside it, not over it
+    assert {f"white-{i}.png" for i in (2, 3, 4)} <= {file.name for file in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "words, field",
+    [
+        ("predict --init x --images y --top -1", "top -1"),
+        ("predict --init x --images y --top 0", "top 0"),
+        ("tokenize digits --tokenizer x --token-size -32", "token_size -32"),
+        ("tokenize digits --tokenizer x --img-size 0", "img_size 0"),
+        ("tokenize digits --tokenizer x --per-part -1", "per_part -1"),
+        ("tokenize digits --tokenizer x --per-part 0", "per_part 0"),
+        ("tokenize digits --tokenizer x --batch-size 0", "batch_size 0"),
+        ("tokenize digits --tokenizer x --workers -1", "workers -1"),
+        ("tokenize digits --tokenizer x --workers 100000", "workers 100000"),
+        ("tokenize digits --tokenizer x --max-damaged 2", "max_damaged 2.0"),
+        ("shard x --out y --per-shard -4", "per_shard -4"),
+        ("demo --seed -1", "seed -1"),
+        ("bench masks --threads 0", "threads 0"),
+        ("plan nano --gpus 0", "gpus 0"),
+        ("plan nano --gpus 10000000000", "gpus 10000000000"),
+        ("plan nano --mfu 0", "mfu 0.0"),
+        ("plan nano --mfu nan", "mfu nan"),
+        ("plan nano --cores -1", "cores -1"),
+        ("plan nano --pictures -5", "pictures -5"),
+    ],
+)
+def test_every_number_of_a_tool_is_checked_before_anything_is_read(words, field):
+    refused(*words.split(), says=f"beit: error: {field} must be ")
 
 
 def test_attention(runs, white, tmp_path):

@@ -31,7 +31,10 @@ def __getattr__(name: str):
     except ModuleNotFoundError as e:
         if e.name not in _WIDGETS:
             raise
-        raise ImportError(f"{name} needs {e.name}: pip install {' '.join(_WIDGETS)}") from e
+        raise ImportError(
+            f'{name} needs {e.name}: pip install -e ".[dev]" in the folder of the repository '
+            f"(or: pip install {' '.join(_WIDGETS)})"
+        ) from e
     return getattr(home, name)
 
 

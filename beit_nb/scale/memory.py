@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['block_bytes', 'activation_bytes', 'model_memory', 'borrowed_bytes', 'dvae_bytes', 'in_half_precision',
-           'training_memory', 'Layout', 'layouts', 'batch_per_gpu']
+           'training_memory', 'Layout', 'layouts', 'batch_per_gpu', 'least_memory', 'machine_memory', 'check_memory']
 
 # %% ../../nbs/51_scale_memory.ipynb #imports
+import os
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 from .. import BeitError
-from ..configs import Backbone, Run, TokenizerRecipe
+from ..configs import Backbone, PretrainRecipe, Run, TokenizerRecipe
 from beit_nb.scale.flops import (
     MatMul,
     encoder_products,
@@ -147,3 +150,49 @@ def batch_per_gpu(r: Run, gpus: int) -> tuple[int, int]:
             f"choose a divisor of {per_gpu}"
         )
     return per_gpu, micro_batch
+
+# %% ../../nbs/51_scale_memory.ipynb #least-memory
+def least_memory(r: Run, processes: int = 1) -> float:
+    """Bytes that a process holds at least, whatever else it does: the model, some of a micro-batch.
+
+    Of the pictures levels and floats, of the tokens' scores one tensor. 0 for an unknown network.
+    """
+    products = model_products(r, 1)
+    shards = processes if r.parallel == "fsdp" else 1
+    model = sum(model_memory(total_parameters(products), shards, half=False).values())
+    share = r.batch_size // processes
+    at_once = min(share, r.device_batch_size or share)
+    scores = 0
+    if isinstance(r, TokenizerRecipe):
+        scores = r.vocab_size * (r.img_size // r.downsample) ** 2
+    elif isinstance(r, PretrainRecipe):
+        scores = r.vocab_size * r.num_mask_patches
+    side = r.img_size if isinstance(r, (TokenizerRecipe, Backbone)) else 0
+    return model + at_once * (5 * 3 * side**2 + 4 * scores)
+
+
+def machine_memory() -> float:
+    "Bytes that a training can have here: the GPU's, or what this machine or its container allows."
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups, version 2 and 1
+        with suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
+    return min(limits)
+
+
+def check_memory(r: Run) -> None:
+    "Raise BeitError for a recipe that no setting of the machine can hold: what it needs, and has."
+    need = least_memory(r, int(os.environ.get("WORLD_SIZE", 1)))
+    have = machine_memory()
+    if need > have:
+        parameters = total_parameters(model_products(r, 1))
+        raise BeitError(
+            f"this training needs at least {need / 1e9:,.0f} GB of memory ({parameters:,} "
+            f"parameters with gradients and moments, and {r.batch_size:,} pictures a step), but "
+            f"there are {have / 1e9:,.0f} GB; make the network, the pictures or "
+            "--device-batch-size smaller (`beit plan` counts it in detail)"
+        )
