@@ -17,6 +17,7 @@ from beit_nb.engine.augment import (
     jitter_batch,
     jitter_coefficients,
     jitter_crop,
+    middle_box,
     resize,
     resized_crop_box,
     sample_jitter,
@@ -323,3 +324,17 @@ def test_faster_than_the_official_pipeline(tmp_path):
             spent["official"].append(between - began)
             spent["ours"].append(time.thread_time() - between)
     assert np.median(spent["official"]) > 1.4 * np.median(spent["ours"])
+
+
+@pytest.mark.parametrize(
+    "height, width, box",
+    [
+        (300, 451, (0, 0, 300, 451)),
+        (10, 200, (0, 0, 10, 200)),
+        (10, 201, (0, 0, 10, 200)),
+        (1, 65_000, (0, 32_490, 1, 20)),
+        (65_000, 3, (32_470, 0, 60, 3)),
+    ],
+)
+def test_only_endless_pictures_are_shortened(height, width, box):
+    assert middle_box(height, width) == box

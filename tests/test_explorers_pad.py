@@ -19,6 +19,7 @@ from beit_nb.explorers.pad import (
     draw_boxes,
     png_bytes,
     read_picture,
+    small_copy,
 )
 from beit_nb.images import PALETTE, to_tensor
 
@@ -146,3 +147,30 @@ def test_browser_half_asks_only_for_traits_of_the_pad():
 
     assert asked and asked <= set(PatchPad().traits(sync=True))
     assert HIDDEN in asset("explorers.css")
+
+
+def png_of_one_bit(width, height):
+    "A PNG of a few hundred bytes, all black."
+    with io.BytesIO() as f:
+        Image.new("1", (width, height)).save(f, "PNG")
+        return f.getvalue()
+
+
+def test_an_upload_of_too_many_pixels_is_refused_like_any_file(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1_000_000)
+
+    for side in (1001, 1500):  # beyond twice the limit Pillow itself refuses
+        refusal = small_copy(png_of_one_bit(side, side))
+        assert isinstance(refusal, UnreadableImage) and "million pixels or more" in str(refusal)
+        with pytest.raises(UnreadableImage, match="million pixels or more"):
+            read_picture(refusal)
+
+
+def test_of_an_upload_one_square_stays(cat):
+    kept = small_copy(png_bytes(cat))
+    large = small_copy(png_of_one_bit(3000, 2000))
+    tiny = small_copy(png_of_one_bit(5, 7))
+
+    assert kept.size == cat.size and (pixels(kept) == pixels(cat)).all()
+    assert (large.size, tiny.size) == ((896, 896), (5, 5))
+    assert (pixels(read_picture(kept)) == pixels(cat)).all()

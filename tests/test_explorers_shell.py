@@ -2,13 +2,15 @@
 
 import asyncio
 import threading
+from datetime import UTC, datetime
 
 import ipywidgets as W
 import numpy as np
 import pytest
 from PIL import Image
 
-from beit_nb.explorers.pad import PatchPad
+from beit_nb import UnreadableImage
+from beit_nb.explorers.pad import PatchPad, png_bytes
 from beit_nb.explorers.shell import (
     DebouncedCallback,
     Explorer,
@@ -162,3 +164,22 @@ def test_an_added_picture_is_chosen():
     assert menu.value == b"Dear reader" and menu.menu.value == "letter.txt"
     menu.menu.value = "rocket"
     assert menu.value == "rocket"
+
+
+def upload(menu, name, data):
+    "What the browser sends."
+    file = dict(name=name, type="image/png", size=len(data), content=memoryview(data))
+    menu.upload.value = [file | {"last_modified": datetime.now(UTC)}]
+
+
+def test_no_upload_stays_in_memory():
+    menu = PictureMenu()
+    picture = png_bytes(Image.new("RGB", (1000, 2000), "red"))
+
+    upload(menu, "red.png", picture)
+    assert menu.upload.value == () and menu.menu.value == "red.png"
+    assert menu.value.size == (896, 896)
+
+    upload(menu, "letter.txt", b"Dear reader" * 1000)
+    assert menu.upload.value == () and isinstance(menu.value, UnreadableImage)
+    assert not any(isinstance(source, bytes) for source in menu.sources.values())
