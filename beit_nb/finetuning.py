@@ -9,6 +9,7 @@ __all__ = ['SHAPE', 'BeitForImageClassification', 'build_classifier', 'load_init
 
 # %% ../nbs/45_finetuning.ipynb #imports
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from torchvision.transforms.v2 import functional as TF
 from . import BeitError
 from .checkpoints import load_backbone
 from .configs import FinetuneRecipe
-from .data import labels_in, open_data, picture_records, sample_labels
+from .data import labels_in, open_data, sample_labels
 from .device import default_device, pick_precision, set_matmul_precision
 from .engine.augment import TwoViews, middle_box
 from .engine.loading import LabelledBatch, TrainLoader, TransformedDataset, once
@@ -41,6 +42,8 @@ from beit_nb.engine.runs import (
     write_metrics,
 )
 from .engine.sources import ImageDataset
+from .engine.token_files import picture_records
+from .engine.trainer import build_model
 from .engine.training import Trainer, fit, training_length
 from .images import MEAN_STD, denormalize, preprocess
 from .recipes import from_config
@@ -123,7 +126,7 @@ def build_from_checkpoint(
                 f"--{field.replace('_', '-')}"
             )
     side = source.img_size // source.patch_size
-    load_backbone(model, state["model"], (side, side))
+    load_backbone(model, state.get("model", {}), (side, side))
     return model
 
 
@@ -134,12 +137,14 @@ def load_classifier(
 
     From `beit finetune`'s --out folder or a checkpoint. Raises BeitError where there is none.
     """
+    warn_unfinished(path)
     state = load_checkpoint(path, "finetune")
     r = from_config(state["config"])
+    if "classes" not in state:
+        raise BeitError(f"{path} does not name its classes; give another checkpoint")
     classes = state["classes"]
-    model = build_classifier(r, len(classes))
-    model.load_state_dict(state["model"])
-    return model.eval(), r, classes
+    build = partial(build_classifier, r, len(classes))
+    return build_model(build, state.get("model", {}), path, r.depth).eval(), r, classes
 
 # %% ../nbs/45_finetuning.ipynb #transforms
 def timm_transform(r: FinetuneRecipe, training: bool) -> Callable[[Image.Image], Tensor]:
@@ -199,7 +204,7 @@ class FinetuneTransform:
 
     def by_timm(self, picture) -> Tensor:
         "timm's pipeline, its normalisation undone: in [0, 1] but for the noise of erasing."
-        image = TF.to_pil_image(picture) if isinstance(picture, Tensor) else picture
+        image: Any = TF.to_pil_image(picture) if isinstance(picture, Tensor) else picture
         if not self.training:  # timm resizes, then crops
             top, left, height, width = middle_box(image.height, image.width)
             image = TF.crop(image, top, left, height, width)
@@ -330,14 +335,15 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
             inputs=inputs,
             quiet=quiet,
         )
-        metrics = read_metrics(out)
-        if trainer.finished and metrics and scored_the_same(metrics, scored_on):
+        metrics = read_metrics(out) if trainer.finished else None
+        if metrics and scored_the_same(metrics, scored_on):
             return metrics  # nothing is left to do
         loader = TrainLoader(samples, r, trainer.micro_batch_size, rank=rank(), world=world_size())
         compute_loss = FinetuneLoss(r, len(classes), trainer.micro_batch_size)
         evaluate = EvaluateCallback(r, held_out, r.eval_every or per_epoch)
         fit(trainer, loader, compute_loss, [evaluate])
         curve = [(row["step"], row["accuracy"]) for row in read_log(out) if "accuracy" in row]
+        curve = curve[-1:] if metrics else curve  # the others are of other pictures
         metrics = {
             "accuracy": dict(curve).get(trainer.step),
             "curve": curve,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .configs import PretrainRecipe
-from .data import open_data, picture_records
+from .data import open_data
 from .device import default_device, set_matmul_precision
 from .engine.augment import TwoViews
 from .engine.loading import PretrainBatch, TrainLoader, TransformedDataset, once
@@ -28,9 +28,12 @@ from beit_nb.engine.runs import (
     open_run,
     read_metrics,
     record_inputs,
+    warn_unfinished,
     write_metrics,
 )
 from .engine.sources import ImageDataset
+from .engine.token_files import picture_records
+from .engine.trainer import build_model
 from .engine.training import Trainer, fit, training_length
 from .images import MEAN_STD, normalize, preprocess, to_float
 from .masking import blockwise_mask, random_mask
@@ -52,10 +55,10 @@ def load_mim(path: str | Path) -> tuple[BeitForMaskedImageModeling, PretrainReci
 
     Raises BeitError where there is none.
     """
+    warn_unfinished(path)
     state = load_checkpoint(path, "pretrain")
     r = from_config(state["config"])
-    model = build_mim(r)
-    model.load_state_dict(state["model"])
+    model = build_model(partial(build_mim, r), state.get("model", {}), path, r.depth)
     return model.eval(), r
 
 # %% ../nbs/43_pretraining.ipynb #mask-of

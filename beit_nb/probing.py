@@ -23,7 +23,7 @@ from torch import Tensor
 from . import BeitError, say
 from .checkpoints import load_backbone
 from .configs import FinetuneRecipe, ProbeRecipe
-from .data import labels_in, open_data, picture_records, sample_labels
+from .data import labels_in, open_data, sample_labels
 from .device import default_device, pick_precision
 from .engine.augment import TwoViews
 from .engine.loading import ImageBatch, TransformedDataset, once
@@ -37,6 +37,7 @@ from beit_nb.engine.runs import (
     write_metrics,
 )
 from .engine.sources import ImageDataset
+from .engine.token_files import picture_records
 from .finetuning import build_classifier
 from .images import preprocess, to_float
 from .recipes import from_config
@@ -119,11 +120,18 @@ def probe_networks(
     source = vars(from_config(state["config"]))
     shape = {f.name: source[f.name] for f in fields(FinetuneRecipe) if f.name in source}
     r = FinetuneRecipe(**shape | {"init": "", "drop_path_rate": 0.0})
+    side = r.img_size // r.patch_size
+    weights = state.get("model", {})
+    if r.depth > len(weights):
+        raise BeitError(
+            f"{len(weights)} tensors are too few for {r.depth} blocks; give another run"
+        )
+    with torch.device("meta"):  # before it takes memory: do they fit?
+        load_backbone(build_classifier(r, 2), weights, (side, side))
     torch.manual_seed(seed)
     untrained = build_classifier(r, 2).eval().to(default_device())
     trained = build_classifier(r, 2).eval().to(default_device())
-    side = r.img_size // r.patch_size
-    load_backbone(trained, state["model"], (side, side))
+    load_backbone(trained, weights, (side, side))
     return trained, untrained, r
 
 # %% ../nbs/46_probing.ipynb #all-features

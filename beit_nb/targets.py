@@ -19,11 +19,12 @@ from .device import default_device, kernels_for
 from .engine.augment import TwoViews, jitter_batch
 from .engine.files import fingerprint
 from .engine.loading import PretrainBatch, exclude, once
-from .engine.runs import warn_unfinished
+from .engine.runs import merge_records, warn_unfinished
 from .engine.sources import ImageDataset
 from beit_nb.engine.token_files import (
     fingerprint_tokenizer,
     load_tokens,
+    picture_records,
     read_description,
     token_views,
 )
@@ -142,6 +143,9 @@ def check_tokens(
     other = [
         f"{k} {described[k]!r} there, {v!r} here" for k, v in wanted.items() if described[k] != v
     ]
+    records = picture_records(pictures)
+    if merge_records(described.get("records", records), records) is None:
+        other.append("other pictures of the same names")
     if other:
         raise BeitError(
             f"the tokens in {r.tokens} are of something else ({'; '.join(other[:3])}); write them "

@@ -10,6 +10,7 @@ __all__ = ['ACCEPTED', 'DALLE_KEY', 'DALLE_HELP', 'build_dvae', 'first_pictures'
 # %% ../nbs/40_tokenizer.ipynb #imports
 import math
 import re
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from . import BeitError
 from .configs import TokenizerRecipe
 from .dalle import DalleDecoder, DalleEncoder, DalleVAE
-from .data import open_data, picture_records
+from .data import open_data
 from .device import default_device
 from .dvae import DiscreteVAE, TokenModel, dvae_loss, init_codes
 from .engine.augment import TwoViews
@@ -31,7 +32,8 @@ from .engine.optim import Ema, Schedule, cosine_values, warmup_of
 from .engine.processes import rank, world_size
 from .engine.runs import load_checkpoint, open_run, record_inputs, write_metrics
 from .engine.safeload import load_tensors
-from .engine.token_files import TokenTransform
+from .engine.token_files import TokenTransform, picture_records
+from .engine.trainer import build_model, misfits
 from .engine.training import Trainer, fit, training_length
 from .engine.winograd import optimize_for_inference
 from .gumbel import temperature
@@ -212,19 +214,16 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer(load_dalle(path))
     state = load_checkpoint(path, "tokenizer")
     r = from_config(state["config"])
-    weights = state.get("ema") or state["model"]
-    dvae = build_dvae(r)
-    dvae.load_state_dict(
-        {k.removeprefix("module."): v for k, v in weights.items() if k != "n_averaged"}
-    )
-    return Tokenizer(dvae, r.img_size)
+    saved = state.get("ema") or state.get("model", {})
+    weights = {k.removeprefix("module."): v for k, v in saved.items() if k != "n_averaged"}
+    return Tokenizer(build_model(partial(build_dvae, r), weights, path), r.img_size)
 
 # %% ../nbs/40_tokenizer.ipynb #network
 def network_from_state(state: dict[str, Tensor]) -> DalleEncoder | DalleDecoder:
     """The network that a state dict with official names belongs to, of any size.
 
-    It holds these very tensors. Raises KeyError where some are missing, IndexError or RuntimeError
-    where one has another shape.
+    It holds these very tensors. Raises KeyError, IndexError, RuntimeError or the like where some
+    are missing or of another shape.
     """
     first = state["blocks.input.w"]  # (n_out, n_in, k, k): k is 7 in an encoder, 1 in a decoder
     last = state["blocks.output.conv.w"]
@@ -249,6 +248,8 @@ def network_from_state(state: dict[str, Tensor]) -> DalleEncoder | DalleDecoder:
                 output_channels=last.shape[0] // 2,
                 vocab_size=first.shape[1],
             )
+    if wrong := misfits(net.state_dict(), state):
+        raise RuntimeError(wrong)
     net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     return net
 
@@ -279,7 +280,7 @@ def networks_in(file: Path) -> list[DalleEncoder | DalleDecoder]:
         )
     try:
         return [network_from_state(state) for state in states.values()]
-    except (IndexError, KeyError, RuntimeError) as e:
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as e:
         what = " ".join(str(e).split())[:150]
         raise BeitError(f"{file} is not a whole DALL-E network: {what}; download it again") from e
 

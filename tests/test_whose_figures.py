@@ -499,3 +499,33 @@ def test_repaired_pictures_are_welcome(top):
     victim.write_bytes(next((top / "pics" / "train" / "blue").glob("*.png")).read_bytes())
     with pytest.raises(BeitError, match="holds another run .data"):
         fine(top)
+
+
+def test_ids_of_other_pictures_of_the_same_names(top):
+    "Neither handed out again by the command that writes them, nor read by a pre-training."
+    train_dvae(top)
+    tokenize = ["tokenize", top / "pics", "--tokenizer", top / "tok", "--out", top / "ids"]
+    beit(*tokenize)
+    beit(*tokenize)
+    red = next((top / "pics" / "train" / "red").glob("*.png"))
+    red.write_bytes(next((top / "pics" / "train" / "blue").glob("*.png")).read_bytes())
+
+    refused(*tokenize, says="holds other tokens")
+    with pytest.raises(BeitError, match="other pictures of the same names"):
+        train_body(top, tokenizer="", tokens=f"{top}/ids")
+
+
+def test_ids_of_an_earlier_version_are_read(top):
+    train_dvae(top)
+    tokenize = ["tokenize", top / "pics", "--tokenizer", top / "tok", "--out", top / "ids"]
+    beit(*tokenize)
+    file = top / "ids" / "tokens.json"
+    described = json.loads(file.read_text())
+    file.write_text(json.dumps({k: described[k] for k in described if k not in NEW_IN_TOKENS}))
+
+    train_body(top, tokens=f"{top}/ids")
+    beit(*tokenize)
+    assert json.loads(file.read_text()) == described
+
+
+NEW_IN_TOKENS = ("records", "encoder")
