@@ -451,6 +451,10 @@ def test_what_is_no_regular_file_is_not_read(tmp_path, deadline):
             read_file(place)
     with pytest.raises(OSError):
         read_json(tmp_path / "pipe")
+    with open(tmp_path / "holes", "wb") as f:
+        f.truncate(2**40)  # a terabyte that takes no room
+    with pytest.raises(OSError, match="no regular file of at most 1 GiB"):
+        read_file(tmp_path / "holes")
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(BeitError, match="deep.json is damaged"):
         read_json(tmp_path / "deep.json")

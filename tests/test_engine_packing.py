@@ -150,3 +150,11 @@ def test_runs_are_not_packed(tree, tmp_path, capfd):
 
     assert made["pictures"] == 9
     assert "folders of runs and of Python: 1 (first: a/run/)" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["digits", "nowhere"])
+def test_only_folders_are_packed(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    refused(
+        "shard", name, "--out", "x", says=f"there is no folder {name}; `beit shard` packs folders"
+    )

@@ -379,7 +379,7 @@ def test_members_that_no_sample_has_are_counted(tmp_path, png):
             "hidden members": [1, "0.tar/._0.png"],
             "members with other endings": [1, "0.tar/0.json"],
             "samples with two pictures, of which one is taken": [1, "0.tar/0.jpg"],
-            "pictures that are empty, or of 2 GB or more": [1, "0.tar/e.png"],
+            "pictures that are empty, or of more than 1 GiB": [1, "0.tar/e.png"],
             "links, devices and sparse files": [3, "0.tar/special-1.png"],
         }
 

@@ -440,3 +440,19 @@ def test_a_data_set_tells_each_oddity_once(tmp_path, capsys):
 
     [line] = capsys.readouterr().err.splitlines()
     assert str(tmp_path / "0.tif") in line and "the first is taken" in line
+
+
+def test_a_file_that_becomes_a_pipe_keeps_nobody_waiting(tmp_path):
+    "It was a picture when the folder was listed. Nor is a terabyte of holes read."
+    for k in range(3):
+        save_gray(tmp_path / f"{k}.png", 7)
+    pictures = ImageFolder(tmp_path)
+    (tmp_path / "0.png").unlink()
+    os.mkfifo(tmp_path / "0.png")
+    with open(tmp_path / "1.png", "r+b") as f:
+        f.truncate(2**40)
+
+    for k in range(2):
+        with pytest.raises(UnreadableImage, match=f"{k}.png: it is no file of at most"):
+            pictures.bytes(k)
+    assert pictures.pixels(2).float().mean() == 7

@@ -109,13 +109,14 @@ def write_json(path: str | Path, data: Any) -> None:
 
 
 def read_file(path: str | Path) -> bytes:
-    """The bytes of a regular file. Raises OSError.
+    """The bytes of a regular file of at most 1 GiB; of anything else OSError.
 
-    Also where a pipe or a device has its name, which might keep us waiting for ever.
+    A pipe or a device of that name might keep us waiting for ever.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as f:
-        if not stat.S_ISREG(os.fstat(f.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "no regular file", str(path))
+        status = os.fstat(f.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_size > 2**30:
+            raise OSError(errno.EINVAL, "no regular file of at most 1 GiB", str(path))
         return f.read()
 
 

@@ -130,6 +130,8 @@ def shard_folder(
     out = Path(out)
     if per_shard < 1:
         raise BeitError(f"per_shard {per_shard} is not a number of pictures; give 1 or more")
+    if not source.is_dir():
+        raise BeitError(f"there is no folder {source}; `beit shard` packs folders of pictures")
     refuse_inside(source, out)
     if not (source / "train").is_dir():
         return pack_part(source, out, per_shard)

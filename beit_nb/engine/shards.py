@@ -31,6 +31,7 @@ from beit_nb.engine.files import (
     read_json,
 )
 from .sources import EncodedImages, FileReader
+from ..images import MAX_FILE_BYTES
 
 # %% ../../nbs/31_engine_shards.ipynb #scan-shard
 # Why members of a tar are left out; an index names these reasons by their place here.
@@ -38,7 +39,7 @@ WHY_LEFT_OUT = (
     "members with other endings",
     "pictures with a dot before their ending",
     "samples with two pictures, of which one is taken",
-    "pictures that are empty, or of 2 GB or more",
+    "pictures that are empty, or of more than 1 GiB",
     "links, devices and sparse files",
     "hidden members",
 )
@@ -60,7 +61,7 @@ def why_left_out(member: tarfile.TarInfo) -> int | None:
     if key.rpartition("/")[2] == "":
         return HIDDEN
     if f".{kind}" in EXTENSIONS:
-        return None if 0 < member.size < 2**31 else NO_SIZE
+        return None if 0 < member.size <= MAX_FILE_BYTES else NO_SIZE
     if kind == "cls":
         return None
     return DOTTED if os.path.splitext(kind)[1] in EXTENSIONS else OTHER_ENDING
@@ -133,7 +134,12 @@ def is_possible(table: np.ndarray, size: int) -> bool:
     why, members, first, _ = table[1 : 1 + count].T
     start, length, label, check = table[1 + count :].T
     limits = [(why, 0, len(WHY_LEFT_OUT)), (members, 1, size), (first, 512, size)]
-    limits += [(start, 512, size), (length, 1, 2**31), (label, -1, 10**6), (check, 0, 2**32)]
+    limits += [
+        (start, 512, size),
+        (length, 1, MAX_FILE_BYTES + 1),
+        (label, -1, 10**6),
+        (check, 0, 2**32),
+    ]
     return (
         all(((low <= x) & (x < high)).all() for x, low, high in limits)
         and bool((start % 512 == 0).all() and (length <= size - start).all())

@@ -31,7 +31,6 @@ from beit_nb.engine.files import (
     fingerprint,
     list_entries,
     list_pictures,
-    read_file,
 )
 from beit_nb.images import (
     jpeg_segments,
@@ -39,6 +38,7 @@ from beit_nb.images import (
     max_pixels,
     orientation,
     photos,
+    read_bytes,
     take_apart,
 )
 
@@ -286,7 +286,7 @@ class ImageFolder(EncodedImages):
 
     def bytes(self, i: int) -> bytes:
         try:
-            return read_file(self.files[i])
+            return read_bytes(self.files[i])
         except OSError as e:
             raise UnreadableImage(f"cannot read the picture {self.files[i]}: {e.strerror}") from e
 
