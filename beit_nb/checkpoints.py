@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BIAS_TABLE', 'SHARED_TABLE', 'geometric_offsets', 'resize_rel_pos_bias', 'resize_pos_embed', 'check_body',
-           'load_backbone']
+           'other_shape', 'load_backbone']
 
 # %% ../nbs/44_checkpoints.ipynb #imports
 from typing import cast
@@ -100,19 +100,28 @@ SHARED_TABLE = f"rel_pos_bias.{BIAS_TABLE}"
 def check_body(own: dict, weights: dict) -> None:
     "Refuse weights whose blocks or positions this model has no place for."
 
-    def block_names(names) -> set[str]:
-        return {n for n in names if n.startswith("blocks.") and "relative_position" not in n}
+    def body_names(names) -> set[str]:
+        body = ("blocks.", "patch_embed.", "cls_token")
+        return {n for n in names if n.startswith(body) and "relative_position" not in n}
 
-    lone = sorted(block_names(own) ^ block_names(weights))
+    lone = sorted(body_names(own) ^ body_names(weights))
     if lone:
         owner = "model" if lone[0] in own else "checkpoint"
         raise BeitError(
-            f"{lone[0]} is only in the {owner}; depth and init_values (LayerScale) must be the "
-            "checkpoint's"
+            f"{lone[0]} is only in the {owner} ({len(lone)} such names in all); depth and "
+            "init_values (LayerScale) must be the checkpoint's"
         )
     for part, field in ((BIAS_TABLE, "use_rel_pos_bias"), ("pos_embed", "use_abs_pos_emb")):
         if any(part in n for n in weights) and not any(part in n for n in own):
             raise BeitError(f"the checkpoint's {part} has no place in this model; set {field}")
+
+
+def other_shape(name: str, there: Tensor, here: Tensor) -> BeitError:
+    "The refusal of a tensor of another shape."
+    return BeitError(
+        f"{name} has shape {tuple(there.shape)} in the checkpoint, but {tuple(here.shape)} is "
+        "needed; the recipe's shape must be the checkpoint's"
+    )
 
 
 def load_backbone(
@@ -137,15 +146,14 @@ def load_backbone(
         is_head = name.startswith(("head.", "lm_head."))
         if value is None or (is_head and value.shape != old.shape):
             continue
+        if value.shape[2:] != old.shape[2:] or value.shape[-1:] != old.shape[-1:]:
+            raise other_shape(name, value, old)
         if is_table:
             value = resize_rel_pos_bias(value, src_grid, grid)
         if name == "pos_embed":
             value = resize_pos_embed(value, src_grid, grid)
         if value.shape != old.shape:
-            raise BeitError(
-                f"{name} has shape {tuple(value.shape)} in the checkpoint, but {tuple(old.shape)} "
-                "is needed; the recipe's shape must be the checkpoint's"
-            )
+            raise other_shape(name, value, old)
         new[name] = value
     model.load_state_dict(new, strict=False)
     return sorted(set(own) - set(new))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import BeitError
 from .dvae import TokenModel, check_images, map_pixels
 
 # %% ../nbs/05_dalle.ipynb #conv
@@ -39,13 +40,13 @@ class DalleBlock(nn.Module):
     """x + f(x) / n_layers^2, where f is four ReLU-convolutions at a quarter of the width.
 
     (B, n_in, h, w) to (B, n_out, h, w); n_layers: blocks in the whole network (DALL-E, App. A.1).
-    Raises ValueError if n_out does not divide by 4.
+    Raises BeitError if n_out does not divide by 4.
     """
 
     def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], n_layers: int):
         super().__init__()
         if n_out % 4:
-            raise ValueError(
+            raise BeitError(
                 f"DalleBlock: {n_out} channels do not divide by 4; choose n_hid as a multiple of 4"
             )
         n_hid = n_out // 4
@@ -189,7 +190,7 @@ class DalleVAE(TokenModel):
     """DALL-E's dVAE: pictures (B, 3, H, W) in [0, 1] <-> token ids (B, H/8, W/8).
 
     The interface of `DiscreteVAE`; `map_pixels` happens inside. Either half may be missing. Raises
-    ValueError where the halves do not fit each other, or where the missing half is needed.
+    BeitError where the halves do not fit each other, or where the missing half is needed.
     """
 
     likelihood = "laplace"
@@ -199,7 +200,7 @@ class DalleVAE(TokenModel):
         halves = [net for net in (encoder, decoder) if net is not None]
         sizes = {(net.vocab_size, net.downsample) for net in halves}
         if len(sizes) != 1:
-            raise ValueError(
+            raise BeitError(
                 "DalleVAE: encoder and decoder do not belong together: (tokens, downsampling) "
                 f"{sorted(sizes)}; give one pair"
             )
@@ -214,7 +215,7 @@ class DalleVAE(TokenModel):
     def _reader(self, images: Tensor) -> DalleEncoder:
         "The encoder, if there is one and if it can read these pictures."
         if self.encoder is None:
-            raise ValueError(
+            raise BeitError(
                 "this tokenizer has a decoder only and cannot read pictures; load encoder.pkl too"
             )
         check_images(images, self.downsample)
@@ -233,7 +234,7 @@ class DalleVAE(TokenModel):
     def decode_stats(self, z: Tensor) -> Tensor:
         "Ids (B, h, w), or (soft) one-hots (B, V, h, w), to mu and log b of pixels, (B, 6, H, W)."
         if self.decoder is None:
-            raise ValueError(
+            raise BeitError(
                 "this tokenizer has an encoder only and cannot paint pictures; load decoder.pkl too"
             )
         return self.decoder(z).float()

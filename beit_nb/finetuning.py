@@ -126,7 +126,7 @@ def build_from_checkpoint(
                 f"--{field.replace('_', '-')}"
             )
     side = source.img_size // source.patch_size
-    load_backbone(model, state.get("model", {}), (side, side))
+    load_backbone(model, state["model"], (side, side))
     return model
 
 
@@ -144,7 +144,7 @@ def load_classifier(
         raise BeitError(f"{path} does not name its classes; give another checkpoint")
     classes = state["classes"]
     build = partial(build_classifier, r, len(classes))
-    return build_model(build, state.get("model", {}), path, r.depth).eval(), r, classes
+    return build_model(build, state["model"], path, r.depth).eval(), r, classes
 
 # %% ../nbs/45_finetuning.ipynb #transforms
 def timm_transform(r: FinetuneRecipe, training: bool) -> Callable[[Image.Image], Tensor]:

@@ -58,7 +58,7 @@ def load_mim(path: str | Path) -> tuple[BeitForMaskedImageModeling, PretrainReci
     warn_unfinished(path)
     state = load_checkpoint(path, "pretrain")
     r = from_config(state["config"])
-    model = build_model(partial(build_mim, r), state.get("model", {}), path, r.depth)
+    model = build_model(partial(build_mim, r), state["model"], path, r.depth)
     return model.eval(), r
 
 # %% ../nbs/43_pretraining.ipynb #mask-of

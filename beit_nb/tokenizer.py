@@ -214,7 +214,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer(load_dalle(path))
     state = load_checkpoint(path, "tokenizer")
     r = from_config(state["config"])
-    saved = state.get("ema") or state.get("model", {})
+    saved = state.get("ema") or state["model"]
     weights = {k.removeprefix("module."): v for k, v in saved.items() if k != "n_averaged"}
     return Tokenizer(build_model(partial(build_dvae, r), weights, path), r.img_size)
 

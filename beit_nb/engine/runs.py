@@ -162,7 +162,7 @@ def load_checkpoint(path: str | Path, command: str | tuple[str, ...] | None = No
             f"{path} comes from `beit {made_by}`, but a checkpoint of `beit {' or '.join(wanted)}` "
             "is needed here"
         )
-    return state
+    return {"model": {}} | state  # without weights it has none, as who needs them will say
 
 
 def newest_sound(files: list[Path]) -> dict:
