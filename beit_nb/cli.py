@@ -22,7 +22,8 @@ from typing import Any
 import tyro
 
 from . import SAID, BeitError, __version__, exit_status, say, warn, write_lines
-from .configs import Recipe, Run, check_recipe, expand_paths, wrong_fields
+from .configs import Recipe, Run, check_recipe
+from .limits import expand_paths, wrong_fields
 from .recipes import COMMANDS, command_named, data_source
 from .tools import TOOLS, Plan
 

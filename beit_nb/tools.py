@@ -17,13 +17,13 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from . import BeitError, UnreadableImage, say, warn
-from beit_nb.configs import (
+from .configs import Run
+from beit_nb.limits import (
     Count,
     Natural,
     Place,
     Places,
     PositiveShare,
-    Run,
     Seed,
     Share,
     Size,
