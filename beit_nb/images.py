@@ -212,7 +212,9 @@ def _levels_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
         whites = [65535]  # a habit, too
     full = 65535 if image.mode == "F" else 2 ** (bits - signed) - 1
     white = next((white for white in whites if brightest <= white), full)
-    return (white - levels if fields.get(262) == 0 else levels), white
+    if fields.get(262) == 0:  # 0 is white
+        np.subtract(white, levels, out=levels)
+    return levels, white
 
 
 def _deep_gray_to_8_bit(image: Image.Image) -> tuple[Image.Image, list[str]]:
@@ -226,9 +228,11 @@ def _deep_gray_to_8_bit(image: Image.Image) -> tuple[Image.Image, list[str]]:
         remarks.append(f"is nearly black, if white is {white}; scale it if it should not be")
     if "transparency" in image.info:
         paper |= levels == image.info["transparency"]
-    levels = levels.clip(0, white) / white * 255
+    np.clip(levels, 0, white, out=levels)  # in place: it may be 700 MB
+    levels /= white
+    levels *= 255
     levels[paper] = 255
-    return Image.fromarray(levels.round().astype(np.uint8)), remarks
+    return Image.fromarray(levels.round(out=levels).astype(np.uint8)), remarks
 
 # %% ../nbs/00_images.ipynb #limits
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM")  # no other decoder sees a file
@@ -260,8 +264,14 @@ def open_picture(file: bytes) -> ImageFile:
     """
     image = Image.open(io.BytesIO(file), formats=FORMATS)
     pixels = image.width * image.height
-    if isinstance(image, TiffImageFile):  # a tile may be larger than the picture
-        pixels = max(pixels, int(image.tag_v2.get(322, 0)) * int(image.tag_v2.get(323, 0)))
+    if isinstance(image, TiffImageFile):
+        extents = [tile[1] or (0, 0, 0, 0) for tile in image.tile]
+        covered = sum((right - left) * (low - top) for left, top, right, low in extents)
+        if covered < pixels:
+            raise ValueError("its strips or tiles are only a part of the picture")
+        pixels = max(  # a tile may be larger than the picture
+            pixels, int(image.tag_v2.get(322, 0)) * int(image.tag_v2.get(323, 0))
+        )
     if pixels > max_pixels():
         raise Image.DecompressionBombError(
             f"{pixels:,} pixels, more than {max_pixels():,}: a decompression bomb?"

@@ -393,6 +393,7 @@ def gif(screen: int, frame: int) -> bytes:
     return b"GIF89a" + sizes[0] + b"\0\0\0\xff\xff\xff," + sizes[1] + b"\2\2\x44\1\0;"  # fmt: skip
 
 
+TALL = struct.pack("<HHII", 257, 4, 1, 1000)  # the height in a TIFF
 BOMBS = {  # a few bytes that claim 100 million pixels or more
     "PNG": png(1, 0, b"\0" * 100, width=100_000_000),
     "a GIF's screen": gif(10_000, 1),
@@ -413,6 +414,14 @@ def test_one_limit_for_all_formats(tmp_path, what):
 
     assert "decompression bomb" in refused(tmp_path / "x")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KB; one is 89,000
+
+
+def test_half_a_picture_is_none(tmp_path):
+    "One strip of one row, where the header promises a thousand; Pillow leaves the others black."
+    data = tiff(16, b"\1\2\3\4").replace(struct.pack("<HHII", 257, 4, 1, 1), TALL)
+    (tmp_path / "x.tif").write_bytes(data)
+
+    assert "only a part of the picture" in refused(tmp_path / "x.tif")
 
 
 def test_a_file_is_a_file_of_at_most_a_gigabyte(tmp_path):
