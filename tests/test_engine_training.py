@@ -259,12 +259,12 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     middle = len(good) // 2
     for bad in (good[:middle], good[:-1], b"", b"--2021-06-15-- resolving host"):
         last.write_bytes(bad)
-        with pytest.raises(BeitError, match="last.pt is damaged"):
+        with pytest.raises(BeitError, match="last.pt is (damaged|empty|text)"):
             toy(tmp_path)
     state = load_checkpoint(tmp_path / "compare.pt")
     at = good.index(state["model"]["0.weight"].numpy().tobytes())
     last.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
-    with pytest.raises(BeitError, match="checksum"):
+    with pytest.raises(BeitError, match="CRC"):
         toy(tmp_path)
     last.write_bytes(good)
     toy(tmp_path)
