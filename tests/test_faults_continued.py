@@ -9,10 +9,13 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -104,6 +107,7 @@ def without_tensors(x):
 def content(file: Path, out: Path):
     "What a file says, in a form in which two runs can be compared."
     text = file.read_bytes().replace(str(out).encode(), b"OUT").replace(b"/killed/", b"/straight/")
+    text = re.sub(rb"20\d\d-\d\d-\d\d \d\d:\d\d", b"now", text)  # at the foot of a page
     if file.suffix == ".pt":
         state = torch.load(file, weights_only=True)
         kept = ("model", "ema", "optimizer", "scaler", "step", "data")
@@ -159,3 +163,73 @@ def test_killed_and_continued_is_never_killed(tmp_path, ground, name):
     assert_same_folder(out, straight, (".index.npy", *([] if name == "report" else [".html"])))
     told = ", ".join(f"{moment:.2f}" for moment in moments)
     print(f"\n{name}: {len(moments)} kills after {told} of {seconds:.2f} s; the same")
+
+
+REHEARSAL = """
+import sys
+from beit_nb import demo
+from beit_nb.cli import main
+if __name__ == "__main__":
+    demo.QUICK.update(tokenizer_steps=12, pretrain_steps=12, finetune_steps=4, draws=1)
+    sys.exit(main(["demo", "--quick", "--out", sys.argv[1]]))
+"""
+
+
+def rehearse(out):
+    "`beit demo --quick`, quicker still, in a session of its own."
+    words = [sys.executable, "-c", REHEARSAL, str(out)]
+    said = open(f"{out}.txt", "a")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(words, stdout=said, stderr=said, env=env, start_new_session=True)
+
+
+@pytest.mark.slow
+def test_a_killed_demo_is_a_demo(tmp_path):
+    "All its stages, those in other processes too; what they leave behind ends with it."
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "killed").mkdir()
+    straight = tmp_path / "straight" / "run"
+    out = tmp_path / "killed" / "run"
+    began = time.monotonic()
+    assert rehearse(straight).wait(PATIENCE) == 0, Path(f"{straight}.txt").read_text()
+    seconds = time.monotonic() - began
+
+    moments = sorted(random.uniform(0.1, 0.9) for _ in range(max(2, KILLS // len(LINES))))
+    for moment in moments:
+        demo = rehearse(out)
+        with suppress(subprocess.TimeoutExpired):
+            demo.wait(seconds * moment)  # what is done stays done: later moments come further
+        demo.kill()
+        demo.wait()
+        wait_until(lambda pid=demo.pid: session_of(pid) == [], "its processes end", seconds=60)
+    assert rehearse(out).wait(PATIENCE) == 0, Path(f"{out}.txt").read_text()
+
+    assert_same_folder(out, straight, (".html",))
+    print(f"\ndemo: {len(moments)} kills in a rehearsal of {seconds:.0f} s; the same")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_process_of_the_demo_dies(tmp_path, how):
+    "One that fine-tunes is killed, or the demo is stopped meanwhile: one line, soon, nobody left."
+    out = tmp_path / "run"
+    demo = rehearse(out)
+    runs = out / "finetune"
+    wait_until(lambda: list(runs.glob("*/config.json")), "a run", lambda: demo.poll() is None)
+    [tuner, *_] = [
+        pid
+        for pid in session_of(demo.pid)
+        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    began = time.monotonic()
+
+    os.kill(tuner if how == signal.SIGKILL else demo.pid, how)
+
+    assert demo.wait(PATIENCE) == (2 if how == signal.SIGKILL else 130)
+    wait_until(lambda: session_of(demo.pid) == [], "its processes end", seconds=20)
+    assert time.monotonic() - began < 30
+    said = Path(f"{out}.txt").read_text()
+    assert "the same command continues" in said and "Traceback" not in said
+    if how == signal.SIGKILL:
+        assert "beit: error: a process that fine-tunes was killed" in said
+    assert rehearse(out).wait(PATIENCE) == 0

@@ -215,6 +215,9 @@ def join_processes():
     store = start_process_group()
     try:
         yield
+    except SystemExit:  # rank 0 says why; when one process is gone, torchrun ends the others
+        time.sleep(2)
+        raise
     except (BeitError, OSError) as e:
         if rank() == 0:
             store.set("refused", "")
