@@ -178,8 +178,8 @@ def reconstruction_figure(
     if not files:
         raise BeitError(f"nobody has watched the run in {out}; set --watch-every")
     chosen = np.unique(np.linspace(0, len(files) - 1, n).round().astype(int))
-    decodes = tokenizer is not None and tokenizer.has_decoder
-    looks = [read_look(files[i], tokenizer.vocab_size if decodes else 2**63) for i in chosen]
+    most = tokenizer.vocab_size if tokenizer is not None and tokenizer.has_decoder else 2**63
+    looks = [read_look(files[i], most) for i in chosen]
     last = looks[-1]
     if any(look["ids"].shape != last["ids"].shape for look in looks):
         raise BeitError(

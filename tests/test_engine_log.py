@@ -183,3 +183,19 @@ def test_the_guilty_batch_is_kept(tmp_path, saved, kept):
     assert kept in str(e.value) and "\n" not in str(e.value)
     record = json.loads((tmp_path / "nonfinite-step-6.json").read_text())
     assert record == {"step": 6, "loss": "nan", "grad_norm": "2.0", "samples": sources}
+
+
+@pytest.mark.parametrize(
+    "line", ["3", "[]", "{}", '{"step": -5}', '{"step": "5"}', '{"step": 1e9}']
+)
+def test_a_line_without_a_step(tmp_path, line):
+    (tmp_path / "log.jsonl").write_text('{"step": 3, "loss": 1}\n' + line)
+
+    with pytest.raises(BeitError, match=r"log.jsonl is damaged .line 2 has no step"):
+        read_log(tmp_path)
+
+
+def test_bytes_that_are_no_text_are_passed_over(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 3}\n\xff\xfe\n' + b"[" * 10**5)
+
+    assert read_log(tmp_path) == [{"step": 3}]

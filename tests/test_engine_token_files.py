@@ -1,8 +1,10 @@
 "The ids of a whole data set on disk: resumed, shared among processes, checked against the data."
 
+import io
 import json
 import multiprocessing
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from beit_nb.engine import token_files
 from beit_nb.engine.augment import TwoViews
 from beit_nb.engine.files import read_json, write_json
 from beit_nb.engine.sources import Digits
-from beit_nb.engine.token_files import load_tokens, read_description, tokenize_files
+from beit_nb.engine.token_files import load_tokens, read_description, read_part, tokenize_files
 from beit_nb.recipes import recipe_named
 from beit_nb.scale.launching import torchrun
 from beit_nb.targets import tokenize_dataset
@@ -265,3 +267,58 @@ def test_fields_of_a_later_version_are_other_tokens(tokenizer, tmp_path):
 
     with pytest.raises(BeitError, match="holds other tokens .colors 'gray' there, None now"):
         write_tokens(data, tokenizer, tmp_path / "out")
+
+
+SHAPE = (4, 2, 2)
+SOUND = {"ids": np.arange(16, dtype=np.uint16).reshape(SHAPE), "damaged": np.array([1, 3])}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ids": SOUND["ids"] + np.uint16(1)},  # the last id is none of the 16
+        {"ids": SOUND["ids"].astype(np.int64) - 9},
+        {"ids": SOUND["ids"].astype(np.float32)},
+        {"ids": SOUND["ids"].astype(object)},
+        {"ids": SOUND["ids"].T.copy(order="F")},
+        {"ids": SOUND["ids"][:3]},
+        {"ids": np.zeros((10**6, 2, 2), np.uint16)},  # small on the disk, large in memory
+        {"damaged": np.array([7])},  # a picture of another part
+        {"damaged": np.array([-1])},
+        {"damaged": np.zeros(10**6, np.int64)},
+        {"damaged": np.array([[1]])},
+        {"damaged": np.array(["a"])},
+    ],
+)
+def test_parts_that_say_something_else(tmp_path, changes):
+    np.savez_compressed(tmp_path / "sound.npz", **SOUND)
+    np.savez_compressed(tmp_path / "part.npz", **SOUND | changes)
+
+    ids, damaged = read_part(tmp_path / "sound.npz", SHAPE, 16)
+    assert ids.tolist() == SOUND["ids"].tolist() and damaged.tolist() == [1, 3]
+    assert read_part(tmp_path / "part.npz", SHAPE, 16) is None
+
+
+def test_a_part_claims_no_more_than_its_bytes_can_hold(tmp_path):
+    "10^12 rows, by its own head and by tokens.json: no room is made for them."
+    head = io.BytesIO()
+    said = {"descr": "<u2", "fortran_order": False, "shape": (10**12, 2, 2)}
+    np.lib.format.write_array_header_1_0(head, said)
+    with zipfile.ZipFile(tmp_path / "part-00000.npz", "w") as archive:
+        archive.writestr("ids.npy", head.getvalue())
+    described = dict(pictures=2**31 - 1, vocab_size=16, grid=[2, 2], img_size=8, token_size=8)
+    described |= dict(per_part=2**31 - 1, names="x")
+    (tmp_path / "tokens.json").write_text(json.dumps(described))
+
+    assert read_part(tmp_path / "part-00000.npz", (10**12, 2, 2), 16) is None
+    with pytest.raises(BeitError, match="2,147,483,647 pictures, more than its parts can hold"):
+        load_tokens(tmp_path)
+    for changes in (
+        {"pictures": 10**12},
+        {"per_part": -1},
+        {"grid": [2, 2.0]},
+        {"vocab_size": "9"},
+    ):
+        (tmp_path / "tokens.json").write_text(json.dumps(described | changes))
+        with pytest.raises(BeitError, match="tokens.json is damaged"):
+            load_tokens(tmp_path)

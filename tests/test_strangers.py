@@ -6,6 +6,7 @@ has been met, and by a seeded mutation for what has not.
 
 import copy
 import json
+import os
 import random
 import shutil
 import time
@@ -362,6 +363,8 @@ def on_tokens(top):
     return ["pretrain", "nano", "--data", top / "pics", "--tokens", top / "ids", *plain]
 
 
+SEEDS = int(os.environ.get("BEIT_FUZZ", 6))  # changes of each kind of file; more with BEIT_FUZZ=100
+
 FUZZED = {  # file, how it is changed, and who reads it
     "config": ("pre/config.json", fuzz_json, lambda top: ["report", top / "pre"]),
     "probe": ("fine/config.json", fuzz_json, lambda top: ["report", top / "fine"]),
@@ -405,7 +408,7 @@ def test_a_file_with_one_thing_changed(copied, kind):
     file = copied / name
     sound = file.read_bytes()
     assert answered(*command(copied))
-    for seed in range(25):
+    for seed in range(SEEDS):
         for made in ("pre3", "again", "att"):
             shutil.rmtree(copied / made, ignore_errors=True)
         file.unlink()

@@ -11,7 +11,6 @@ import math
 import sys
 import time
 from collections.abc import Generator, Iterable
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -21,18 +20,30 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .. import say
+from .. import BeitError, say
 from .files import atomic_write, explain_write_errors, write_json
 from .processes import mean_over_ranks, memory_mb, rank
 
 # %% ../../nbs/26_engine_log.ipynb #read-log
 def read_log(out: str | Path) -> list[dict]:
-    "The lines of a run's log.jsonl; a last line that a kill cut short is passed over."
+    """The lines of a run's log.jsonl; a line that a kill cut short is passed over.
+
+    Raises BeitError for a line that is whole and has no step: no run of ours wrote it.
+    """
     file = Path(out) / "log.jsonl"
     rows = []
-    for line in file.read_text().splitlines() if file.exists() else []:
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+    for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else [], 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        step = row.get("step") if isinstance(row, dict) else None
+        if type(step) is not int or not 0 <= step < 2**53:
+            raise BeitError(
+                f"{file} is damaged (line {number} has no step); choose another --out, or delete "
+                "that file"
+            )
+        rows.append(row)
     return rows
 
 # %% ../../nbs/26_engine_log.ipynb #progress
