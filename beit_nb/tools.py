@@ -60,7 +60,7 @@ def each_picture(paths: tuple[str, ...], answer: Callable[[str, Any], None]) -> 
     Returns the exit status: 1 if there were others. Raises the last one's UnreadableImage where no
     picture could be read.
     """
-    from beit_nb.images import load_image
+    from beit_nb.engine.decoding import load_image
 
     unread = 0
     for number, path in enumerate(paths, 1):

@@ -24,15 +24,15 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 COLORS = (24, 32, 48, 64, 96, 128, 192, 256)  # sizes of palette for saved pictures, in turn
-PARTS = {  # first digit of a lesson's number: the part of the book
-    "0": "Words for pictures",
-    "1": "Hide and guess",
-    "2": "The engine: what a run is",
-    "3": "The engine: where pictures come from",
-    "4": "Train it, and put it to work",
-    "5": "What it costs, and is it fast",
-    "6": "Things to touch",
-    "7": "All of it",
+PARTS = {  # number of the first lesson: the part of the book
+    "00": "Words for pictures",
+    "10": "Hide and guess",
+    "17": "The engine: what a run is",
+    "30": "The engine: where pictures come from",
+    "40": "Train it, and put it to work",
+    "50": "What it costs, and is it fast",
+    "60": "Things to touch",
+    "70": "All of it",
 }
 
 
@@ -147,11 +147,9 @@ def lessons() -> list[Lesson]:
 def map_table(folder: str = "") -> str:
     "The map of the book as a markdown table; `folder` stands before the links."
     lines = ["| | a question | module | in one line |", "|---|---|---|---|"]
-    part = ""
     for lesson in lessons():
-        if lesson.number[0] != part:
-            part = lesson.number[0]
-            lines.append(f"| | **{PARTS[part]}** | | |")
+        if lesson.number in PARTS:
+            lines.append(f"| | **{PARTS[lesson.number]}** | | |")
         module = f"`beit_nb.{lesson.module}`" if lesson.module else ""
         link = f"[{lesson.question}]({folder}{lesson.file})"
         lines.append(f"| {lesson.number} | {link} | {module} | {lesson.sentence} |")

@@ -17,6 +17,7 @@ from PIL import Image
 
 import beit_nb.engine.sources as sources
 from beit_nb import BeitError, UnreadableImage
+from beit_nb.engine.decoding import load_image
 from beit_nb.engine.files import FileList
 from beit_nb.engine.sources import (
     Digits,
@@ -32,7 +33,7 @@ from beit_nb.engine.sources import (
     read_digits,
     turned,
 )
-from beit_nb.images import load_image, photos
+from beit_nb.images import photos
 
 
 def jpeg(image, **more) -> bytes:

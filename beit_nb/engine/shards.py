@@ -22,6 +22,7 @@ from zlib import crc32
 import numpy as np
 
 from .. import BeitError, UnreadableImage
+from .decoding import MAX_FILE_BYTES
 from beit_nb.engine.files import (
     EXTENSIONS,
     LeftOut,
@@ -31,7 +32,6 @@ from beit_nb.engine.files import (
     read_json,
 )
 from .sources import EncodedImages, FileReader
-from ..images import MAX_FILE_BYTES
 
 # %% ../../nbs/31_engine_shards.ipynb #scan-shard
 # Why members of a tar are left out; an index names these reasons by their place here.

@@ -24,6 +24,14 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from .. import BeitError, UnreadableImage
+from beit_nb.engine.decoding import (
+    jpeg_segments,
+    load_image,
+    max_pixels,
+    orientation,
+    read_bytes,
+    take_apart,
+)
 from beit_nb.engine.files import (
     FileList,
     LeftOut,
@@ -32,15 +40,7 @@ from beit_nb.engine.files import (
     list_entries,
     list_pictures,
 )
-from beit_nb.images import (
-    jpeg_segments,
-    load_image,
-    max_pixels,
-    orientation,
-    photos,
-    read_bytes,
-    take_apart,
-)
+from ..images import photos
 
 # %% ../../nbs/30_engine_sources.ipynb #picture-set
 class ImageDataset:

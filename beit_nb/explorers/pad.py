@@ -23,16 +23,14 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .. import UnreadableImage
-from beit_nb.images import (
-    PALETTE,
+from beit_nb.engine.decoding import (
     load_image,
     max_pixels,
     open_picture,
-    photos,
     read_bytes,
     take_apart,
-    to_pil,
 )
+from ..images import PALETTE, photos, to_pil
 
 # %% ../../nbs/60_explorers_pad.ipynb #png
 def center_square(image: Image.Image, size: int) -> Image.Image:
