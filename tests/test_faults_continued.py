@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import beit, save_gray
-from helpers_processes import PATIENCE, session_of, wait_until
+from helpers_processes import PATIENCE, run_python, session_of, wait_until
 
 from beit_nb.cli import main
 
@@ -42,7 +42,15 @@ LINES = {
 }
 KILLS = int(os.environ.get("BEIT_KILLS", len(LINES)))  # one each
 # what two runs of one command may differ in
-CLOCKS = {"images_per_s", "seconds_left", "data_share", "memory_mb", "seconds", "peak_rss_mb"}
+CLOCKS = {
+    "images_per_s",
+    "seconds_left",
+    "data_share",
+    "memory_mb",
+    "seconds",
+    "peak_rss_mb",
+    "peak_mb",
+}
 
 
 @pytest.fixture(scope="module")
@@ -233,3 +241,30 @@ def test_a_process_of_the_demo_dies(tmp_path, how):
     if how == signal.SIGKILL:
         assert "beit: error: a process that fine-tunes was killed" in said
     assert rehearse(out).wait(PATIENCE) == 0
+
+
+EVERY_WALK = """
+import json, multiprocessing, sys
+from beit_nb.cli import main
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    sys.exit(max(main(line) for line in json.loads(sys.argv[2])))
+"""
+
+
+@pytest.mark.slow
+def test_workers_of_every_kind_load_the_same(tmp_path, ground):
+    "All that walk a data set with workers, however these are started: same files, same weights."
+    from_tokens = ["--tokenizer", str(ground / "tokenizer")]
+    commands = {
+        name: words(name, ground, "")[:-2] for name in ("tokenizer", "finetune", "tokenize")
+    }
+    commands["tokenize"] += ["--workers", "1"]
+    commands["pretrain"] = ["pretrain", "nano", *FEW, *SMALL, "--steps", "3", *from_tokens]
+    for start in ("fork", "spawn", "forkserver"):
+        lines = [[*line, "--out", str(tmp_path / start / name)] for name, line in commands.items()]
+        run_python(EVERY_WALK, start, json.dumps(lines), env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+    for start in ("spawn", "forkserver"):
+        for name in commands:
+            assert_same_folder(tmp_path / start / name, tmp_path / "fork" / name, (".html",))
