@@ -12,6 +12,7 @@ import io
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from typing import TypeGuard
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -155,7 +156,7 @@ def write_page(path: Path, title: str, lead: str, parts: Sequence[str], footer: 
     return path
 
 # %% ../nbs/70_charts.ipynb #plot-log
-def is_number(value) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     "Can it be drawn? Texts, lists, truths and integers beyond all floats cannot."
     return type(value) is float or (type(value) is int and abs(value) < 2**63)
 

@@ -178,7 +178,7 @@ def reconstruction_figure(
     if not files:
         raise BeitError(f"nobody has watched the run in {out}; set --watch-every")
     chosen = np.unique(np.linspace(0, len(files) - 1, n).round().astype(int))
-    most = tokenizer.vocab_size if tokenizer is not None and tokenizer.has_decoder else 2**63
+    most = tokenizer.vocab_size if tokenizer is not None and tokenizer.has_decoder else 2**62
     looks = [read_look(files[i], most) for i in chosen]
     last = looks[-1]
     if any(look["ids"].shape != last["ids"].shape for look in looks):

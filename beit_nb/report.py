@@ -13,7 +13,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -34,8 +34,8 @@ from .configs import PretrainRecipe, ProbeRecipe, TokenizerRecipe
 from .data import open_data
 from .engine.augment import TwoViews
 from .engine.files import read_json
-from .engine.log import read_log
-from .engine.runs import numbered_checkpoints, read_metrics, run_config
+from .engine.log import read_log, read_metrics
+from .engine.runs import numbered_checkpoints, run_config
 from .engine.token_files import token_views
 from .images import PALETTE
 from .recipes import COMMANDS, Command, from_config
@@ -229,7 +229,7 @@ def probe_pictures(out: Path, recipe: ProbeRecipe, metrics: dict) -> Pictures:
     "What a straight line reads from every block."
     if "pretrained" not in metrics:
         return []
-    arms = [metrics.get(name) for name in ("pretrained", "random", "pixels")]
+    arms: list[Any] = [metrics.get(name) for name in ("pretrained", "random", "pixels")]
     if not all(map(is_arm, arms)) or len({len(arm["layers"]) for arm in arms[:2]}) > 1:
         raise BeitError(f"the figures in {out}/metrics.json are not those of a probe")
     return [
