@@ -47,7 +47,7 @@ from .tokens import Tokenizer
 # %% ../nbs/71_report.ipynb #progress
 def number_in(data: dict, key: str) -> int | float:
     "The number under a key, from 0 to 2^53; 0 where something else stands there, or nothing."
-    value = data.get(key)
+    value: Any = data.get(key)
     return value if is_number(value) and 0 <= value <= 2**53 else 0
 
 
@@ -219,7 +219,7 @@ def pretrain_pictures(out: Path, recipe: PretrainRecipe, metrics: dict) -> Pictu
     ]
 
 
-def is_arm(arm) -> bool:
+def is_arm(arm: Any) -> bool:
     "Is it what a probe says of one network: a mean, and a score for every layer?"
     layers = arm.get("layers") if isinstance(arm, dict) else None
     return isinstance(layers, list) and all(map(is_number, [arm.get("mean"), *layers]))
