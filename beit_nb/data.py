@@ -16,14 +16,6 @@ import numpy as np
 from torchvision import datasets as tv
 
 from . import BeitError, warn_once
-from beit_nb.engine.files import (
-    OTHER,
-    LeftOut,
-    class_folders,
-    is_picture,
-    refuse_runs,
-    walk_files,
-)
 from .engine.processes import rank, rank_0_first
 from .engine.shards import ImageShards, read_names, shard_index, tar_files
 from beit_nb.engine.sources import (
@@ -34,6 +26,14 @@ from beit_nb.engine.sources import (
     Photos,
     beside_parts,
     split_ids,
+)
+from beit_nb.engine.walks import (
+    OTHER,
+    LeftOut,
+    class_folders,
+    is_picture,
+    refuse_runs,
+    walk_files,
 )
 from .recipes import DATASETS, known_set
 

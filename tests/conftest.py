@@ -9,6 +9,7 @@ seconds, `@pytest.mark.gpu` where it needs CUDA.
 
 import os
 import random
+import signal
 import sys
 from zlib import crc32
 
@@ -126,6 +127,20 @@ def seeded(request):
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(seed)
     request.node.add_report_section("setup", "seed", f"BEIT_SEED={seed} pytest '{name}'")
+
+
+@pytest.fixture
+def deadline():
+    "Whoever waits for a pipe is woken after some seconds."
+
+    def late(*_):
+        raise TimeoutError("it waits")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 # Made once for all test files of a process, and not to be changed. A file may have its own.

@@ -15,8 +15,8 @@ from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from beit_nb import BeitError, UnreadableImage
 from beit_nb.engine.decoding import load_image
-from beit_nb.engine.files import EXTENSIONS
 from beit_nb.engine.sources import decode_image
+from beit_nb.engine.walks import EXTENSIONS
 from beit_nb.explorers.pad import read_picture
 
 

@@ -1,40 +1,31 @@
 """beit_nb.engine.files away from its lesson: full disks, long lists, odd names, open files."""
 
-import errno
 import json
 import multiprocessing
 import os
 import pickle
-import signal
-import socket
 import subprocess
 import sys
 import time
 import tracemalloc
-from contextlib import chdir
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers import save_gray
 from helpers_processes import PATIENCE, run_python, wait_until
 
-from beit_nb import BeitError
+from beit_nb import BeitError, UnreadableImage
 from beit_nb.engine.files import (
-    EXTENSIONS,
     FileList,
-    LeftOut,
+    FileReader,
     atomic_write,
-    class_folders,
     explain_write_errors,
     fingerprint,
-    image_names,
     is_running,
     read_file,
     read_json,
     remove_leftovers,
-    walk_files,
     write_json,
 )
 
@@ -194,60 +185,6 @@ def test_json(tmp_path):
     assert json.loads((tmp_path / "x.json").read_text()) == data
 
 
-def test_order_is_that_of_paths(tmp_path):
-    "A folder a-b and a folder a: in the order of their parts, as ever."
-    names = ["a-b/1.png", "a/2.png", "a/c/3.png", "a/c.png", "B/4.png", "5.png"]
-    for name in names:
-        save_gray(tmp_path / name, 0)
-
-    found = [tmp_path / name for name in image_names(tmp_path)]
-    assert found == sorted(tmp_path / name for name in names)
-
-
-def test_every_ending_is_a_picture_in_any_case(tmp_path):
-    for ending in EXTENSIONS:
-        (tmp_path / f"a{ending}").touch()
-        (tmp_path / f"B{ending.upper()}").touch()
-    for name in ("a.txt", ".png", "png", "a.png.part", "a.jpgx"):
-        (tmp_path / name).touch()
-
-    assert len(list(image_names(tmp_path))) == 2 * len(EXTENSIONS)
-
-
-def test_links_are_followed_but_not_in_circles(tmp_path):
-    for folder in "ab":
-        for k in range(3):
-            save_gray(tmp_path / "store" / folder / f"{k}.png", 10 * k)
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "a").symlink_to(tmp_path / "store" / "a")
-    (tmp_path / "store" / "a" / "up").symlink_to(tmp_path / "store")
-    (tmp_path / "store" / "b" / "dead.png").symlink_to("/nowhere.png")
-
-    assert len(list(image_names(tmp_path / "store"))) == 6
-    assert len(list(image_names(tmp_path / "store" / "b"))) == 3
-    assert [name for name in walk_files(tmp_path / "set") if "up" not in name] == [
-        "a/0.png",
-        "a/1.png",
-        "a/2.png",
-    ]
-
-
-def test_folders_without_pictures_are_refused(tmp_path):
-    (tmp_path / "note.txt").touch()
-    with pytest.raises(BeitError, match=r"no pictures in .* \(looked for .bmp, .*at any depth"):
-        list(image_names(tmp_path))
-    with pytest.raises(BeitError, match="does not exist; give a folder of pictures"):
-        list(image_names(tmp_path / "note.txt"))
-
-
-def test_class_folders_are_sorted_and_seen(tmp_path):
-    for name in ("b", "a", ".git"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "c.png").touch()
-
-    assert class_folders(tmp_path) == ["a", "b"]
-
-
 def test_a_list_of_millions_is_small():
     "Below 60 bytes a picture (a Path has 506), and no object that a worker could copy."
     names = [f"n{c:08d}/n{c:08d}_{k}.JPEG" for c in range(20) for k in range(1000)]
@@ -287,163 +224,6 @@ def test_fingerprints_of_everything():
     assert all(len(p) == 16 for p in prints)
 
 
-def left_out_of(folder, pictures: list[str]) -> dict[str, list]:
-    "What a walk leaves out of a folder in which it must find just these pictures."
-    left_out = LeftOut()
-    assert list(image_names(folder, left_out)) == pictures
-    return dict(left_out)
-
-
-@pytest.fixture
-def deadline():
-    "Whoever waits for a pipe is woken after some seconds."
-
-    def late(*_):
-        raise TimeoutError("it waits")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.parametrize("long", ["d", "d" * 200])
-def test_twelve_hundred_nested_folders(tmp_path, long):
-    "Some are too deep for a path that the system takes; these are counted."
-    save_gray(tmp_path / "1.png", 1)
-    here = os.open(tmp_path, os.O_RDONLY)
-    chain = [here]
-    for _ in range(1200):
-        os.mkdir(long, dir_fd=here)
-        here = os.open(long, os.O_RDONLY, dir_fd=here)
-        chain.append(here)
-    os.close(os.open("z.png", os.O_CREAT, dir_fd=here))
-    try:
-        left_out = LeftOut()
-        found = list(image_names(tmp_path, left_out))
-        if long == "d":
-            assert [name.count("/") for name in found] == [0, 1200] and not left_out
-        else:
-            assert found == ["1.png"]
-            assert left_out["folders that cannot be opened"][0] == 1
-    finally:  # rmtree gives up at such depths
-        os.unlink("z.png", dir_fd=here)
-        for above in reversed(chain[:-1]):
-            os.close(chain.pop())
-            os.rmdir(long, dir_fd=above)
-        os.close(chain.pop())
-
-
-@pytest.mark.parametrize("target", ["/", "..", ".", "me", "../..", "/proc/self/root"])
-def test_endless_links_are_counted(tmp_path, target):
-    save_gray(tmp_path / "set" / "a" / "1.png", 1)
-    (tmp_path / "set" / "a" / "me").symlink_to(target)
-
-    left_out = left_out_of(tmp_path / "set", ["a/1.png"])
-
-    assert left_out == {"links that are not followed": [1, "a/me"]}
-
-
-def test_a_linked_folder_is_followed_and_no_further(tmp_path):
-    "Links to links: each pair doubles the ways, so that thirty of them would take a lifetime."
-    for k in range(40):
-        (tmp_path / "store" / str(k)).mkdir(parents=True)
-        for way in "xy":
-            (tmp_path / "store" / str(k) / way).symlink_to(tmp_path / "store" / str(k + 1))
-    save_gray(tmp_path / "store" / "0" / "1.png", 1)
-    (tmp_path / "set").mkdir()
-    (tmp_path / "set" / "a").symlink_to(tmp_path / "store" / "0")
-
-    assert left_out_of(tmp_path / "set", ["a/1.png"]) == {"links that are not followed": [2, "a/x"]}
-    assert len(list(walk_files(tmp_path / "store"))) == 1
-
-
-def test_two_folders_that_link_to_each_other(tmp_path):
-    for here, there in ("ab", "ba"):
-        save_gray(tmp_path / here / "1.png", 1)
-        (tmp_path / here / "other").symlink_to(tmp_path / there)
-
-    left_out = left_out_of(tmp_path, ["a/1.png", "a/other/1.png", "b/1.png", "b/other/1.png"])
-
-    assert left_out == {"links that are not followed": [2, "a/other/other"]}
-
-
-def test_special_files_with_the_names_of_pictures(tmp_path, deadline):
-    save_gray(tmp_path / "1.png", 1)
-    os.link(tmp_path / "1.png", tmp_path / "2.png")  # a second name is a picture like any other
-    os.mkfifo(tmp_path / "pipe.jpg")
-    with socket.socket(socket.AF_UNIX) as s, chdir(tmp_path):
-        s.bind("socket.png")
-    (tmp_path / "zeros.jpg").symlink_to("/dev/zero")
-    (tmp_path / "dead.jpg").symlink_to("/nowhere")
-    (tmp_path / "folder.jpg").mkdir()
-
-    left_out = left_out_of(tmp_path, ["1.png", "2.png"])
-
-    assert left_out == {
-        "links that are not followed": [2, "dead.jpg"],
-        "pipes, sockets and devices": [2, "pipe.jpg"],
-    }
-
-
-@pytest.mark.parametrize("why", [errno.EACCES, errno.EIO, errno.ESTALE])
-def test_a_folder_that_cannot_be_opened_is_counted(tmp_path, monkeypatch, why):
-    for name in "abc":
-        save_gray(tmp_path / name / "1.png", 1)
-    real = os.scandir
-
-    def scandir(path):
-        if path.rstrip("/").endswith(("/b", "nothing")):
-            raise OSError(why, os.strerror(why), path)
-        return real(path)
-
-    monkeypatch.setattr(os, "scandir", scandir)
-
-    left_out = left_out_of(tmp_path, ["a/1.png", "c/1.png"])
-
-    assert left_out == {"folders that cannot be opened": [1, "b/"]}
-    (tmp_path / "nothing").mkdir()
-    with pytest.raises(BeitError, match="no pictures in .*left out: folders that cannot be opened"):
-        list(image_names(tmp_path / "nothing"))
-
-
-def test_other_endings_are_counted(tmp_path):
-    names = ["a.heic", "b.HEIC", "c/d.txt", "e.jpg.part", "f"]
-    for name in ["1.png", *names]:
-        save_gray(tmp_path / f"{name}.png", 1).rename(tmp_path / name)
-
-    left_out = left_out_of(tmp_path, ["1.png"])
-
-    assert left_out == {"files with other endings": [5, "a.heic"]}
-    assert str(LeftOut(left_out)) == "files with other endings: 5 (first: a.heic)"
-
-
-def test_runs_and_environments_are_no_data(tmp_path):
-    save_gray(tmp_path / "a" / "1.png", 1)
-    for name in (".lock", "config.json", "watch/step-1.png"):
-        save_gray(tmp_path / "a" / "run" / f"{name}.png", 1).rename(tmp_path / "a" / "run" / name)
-    for folder in ("venv", ".venv"):
-        save_gray(tmp_path / folder / "lib" / "icon.png", 1)
-        (tmp_path / folder / "pyvenv.cfg").touch()
-
-    left_out = left_out_of(tmp_path, ["a/1.png"])
-
-    assert left_out == {"folders of runs and of Python": [2, "a/run/"], "hidden": [1, ".venv"]}
-    assert class_folders(tmp_path) == ["a"]
-    assert class_folders(tmp_path / "a") == []
-    with pytest.raises(BeitError, match="a/run is the folder of a run"):
-        list(image_names(tmp_path / "a" / "run"))
-
-
-def test_a_set_with_a_config_json_is_no_run(tmp_path):
-    save_gray(tmp_path / "set" / "1.png", 1)
-    (tmp_path / "set" / "config.json").write_text("{}")
-
-    assert list(image_names(tmp_path)) == ["set/1.png"]
-    assert list(image_names(tmp_path / "set")) == ["1.png"]
-
-
 def test_what_is_no_regular_file_is_not_read(tmp_path, deadline):
     os.mkfifo(tmp_path / "pipe")
     for place in (tmp_path / "pipe", "/dev/zero", tmp_path):
@@ -458,3 +238,41 @@ def test_what_is_no_regular_file_is_not_read(tmp_path, deadline):
     (tmp_path / "deep.json").write_text("[" * 100_000)
     with pytest.raises(BeitError, match="deep.json is damaged"):
         read_json(tmp_path / "deep.json")
+
+
+def test_a_reader_of_many_files_keeps_few_open(tmp_path):
+    files = []
+    for k in range(9):
+        files.append(tmp_path / str(k))
+        files[-1].write_bytes(bytes(range(k, k + 100)))
+    reader = FileReader(max_open=2)
+
+    pieces = [reader.read(file, 10, 3) for file in files]
+
+    assert pieces == [bytes([k + 10, k + 11, k + 12]) for k in range(9)]
+    assert list(reader.open) == files[-2:]
+    assert [reader.read(file, 10, 3) for file in reversed(files)] == pieces[::-1]
+    assert pickle.loads(pickle.dumps(reader)).open == {}
+
+
+def test_what_the_reader_cannot_read_is_an_unreadable_picture(tmp_path):
+    (tmp_path / "short").write_bytes(b"12345")
+    reader = FileReader()
+    with pytest.raises(UnreadableImage, match="at byte 3 of .*short: the file is shorter"):
+        reader.read(tmp_path / "short", 3, 3)
+    with pytest.raises(UnreadableImage, match="at byte 0 of .*gone: No such file"):
+        reader.read(tmp_path / "gone", 0, 1)
+    reader.read_ahead(tmp_path / "gone", 0, 1)  # only a wish: it fails silently
+
+
+def test_a_piece_is_read_ahead_once(tmp_path, monkeypatch):
+    (tmp_path / "x").write_bytes(bytes(10))
+    asked = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *args: asked.append(args[1]), raising=False)
+    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)  # macOS has neither
+    reader = FileReader()
+    for start in [0, 1, 0, 1, *range(2, 1001), 0]:  # 0 has been forgotten at the end
+        reader.read_ahead(tmp_path / "x", start, 1)
+
+    assert asked == [0, 1, *range(2, 1001), 0]
+    assert len(reader.requested) == 1000

@@ -4,8 +4,8 @@ import pytest
 from helpers import beit, refused, save_gray
 from helpers_shards import counts, lay_out_tree
 
-import beit_nb.engine.files as files
 import beit_nb.engine.packing as packing
+import beit_nb.engine.walks as walks
 from beit_nb import BeitError
 from beit_nb.engine.packing import shard_folder
 from beit_nb.engine.shards import ImageShards
@@ -73,17 +73,17 @@ def test_a_folder_is_walked_once(tmp_path, monkeypatch, where):
     for k in range(3):
         save_gray(source / f"{where}{k}.png", k)
     (source / "note.txt").touch()
-    walks = []
-    real = files.walk_files
+    walked = []
+    real = walks.walk_files
 
     def walk(folder, left_out=None):
-        walks.append(folder)
+        walked.append(folder)
         return real(folder, left_out)
 
-    monkeypatch.setattr(files, "walk_files", walk)
+    monkeypatch.setattr(walks, "walk_files", walk)
 
     assert shard_folder(source, tmp_path / "out") == counts(pictures=3, shards=1, others=1)
-    assert walks == [source]
+    assert walked == [source]
 
 
 def test_links_are_packed_but_not_in_circles(tmp_path):

@@ -22,7 +22,6 @@ from beit_nb.engine.files import FileList
 from beit_nb.engine.sources import (
     Digits,
     EncodedImages,
-    FileReader,
     ImageDataset,
     ImageFolder,
     NamedBytes,
@@ -296,44 +295,6 @@ def test_the_path_is_that_of_the_file(tmp_path):
     save_gray(tmp_path / "a" / "b.png", 7)
 
     assert ImageFolder(tmp_path).path(0) == str(Path(tmp_path, "a", "b.png"))
-
-
-def test_a_reader_of_many_files_keeps_few_open(tmp_path):
-    files = []
-    for k in range(9):
-        files.append(tmp_path / str(k))
-        files[-1].write_bytes(bytes(range(k, k + 100)))
-    reader = FileReader(max_open=2)
-
-    pieces = [reader.read(file, 10, 3) for file in files]
-
-    assert pieces == [bytes([k + 10, k + 11, k + 12]) for k in range(9)]
-    assert list(reader.open) == files[-2:]
-    assert [reader.read(file, 10, 3) for file in reversed(files)] == pieces[::-1]
-    assert pickle.loads(pickle.dumps(reader)).open == {}
-
-
-def test_what_the_reader_cannot_read_is_an_unreadable_picture(tmp_path):
-    (tmp_path / "short").write_bytes(b"12345")
-    reader = FileReader()
-    with pytest.raises(UnreadableImage, match="at byte 3 of .*short: the file is shorter"):
-        reader.read(tmp_path / "short", 3, 3)
-    with pytest.raises(UnreadableImage, match="at byte 0 of .*gone: No such file"):
-        reader.read(tmp_path / "gone", 0, 1)
-    reader.read_ahead(tmp_path / "gone", 0, 1)  # only a wish: it fails silently
-
-
-def test_a_piece_is_read_ahead_once(tmp_path, monkeypatch):
-    (tmp_path / "x").write_bytes(bytes(10))
-    asked = []
-    monkeypatch.setattr(os, "posix_fadvise", lambda *args: asked.append(args[1]), raising=False)
-    monkeypatch.setattr(os, "POSIX_FADV_WILLNEED", 3, raising=False)  # macOS has neither
-    reader = FileReader()
-    for start in [0, 1, 0, 1, *range(2, 1001), 0]:  # 0 has been forgotten at the end
-        reader.read_ahead(tmp_path / "x", start, 1)
-
-    assert asked == [0, 1, *range(2, 1001), 0]
-    assert len(reader.requested) == 1000
 
 
 def with_segments(data: bytes, *segments: tuple[int, bytes], junk: bytes = b"") -> bytes:

@@ -17,16 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import BeitError, UnreadableImage, warn
-from beit_nb.engine.files import (
-    OTHER,
-    atomic_write,
-    class_folders,
-    list_pictures,
-    read_json,
-    write_json,
-)
+from .files import atomic_write, list_pictures, read_json, write_json
 from .shards import shard_index, tar_files
 from .sources import PARTS, ImageFolder, beside_parts, decode_image
+from .walks import OTHER, class_folders
 
 # %% ../../nbs/38_engine_packing.ipynb #shard-part
 def shard_name(number: int, file: Path) -> str:

@@ -4,13 +4,11 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'FRAMES', 'FLIPS', 'PARTS', 'ImageDataset', 'read_digits', 'split_ids', 'Digits', 'Photos', 'NamedBytes',
-           'jpeg_pixels', 'turned', 'decode_image', 'folder_labels', 'EncodedImages', 'ImageFolder', 'beside_parts',
-           'FileReader']
+           'jpeg_pixels', 'turned', 'decode_image', 'folder_labels', 'EncodedImages', 'ImageFolder', 'beside_parts']
 
 # %% ../../nbs/30_engine_sources.ipynb #imports
 import gzip
 import io
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -32,14 +30,8 @@ from beit_nb.engine.decoding import (
     read_bytes,
     take_apart,
 )
-from beit_nb.engine.files import (
-    FileList,
-    LeftOut,
-    class_folders,
-    fingerprint,
-    list_entries,
-    list_pictures,
-)
+from .files import FileList, fingerprint, list_pictures
+from .walks import LeftOut, class_folders, list_entries
 from ..images import photos
 
 # %% ../../nbs/30_engine_sources.ipynb #picture-set
@@ -307,52 +299,3 @@ def beside_parts(root: str | Path) -> LeftOut:
         if entry.name not in PARTS and not entry.name.startswith("."):
             left_out.add("beside train/, val/ and test/", entry.name)
     return left_out
-
-# %% ../../nbs/30_engine_sources.ipynb #file-reader
-class FileReader:
-    "Reads pieces out of many files, and keeps the last ones open."
-
-    def __init__(self, max_open: int = 250):
-        self.max_open = max_open
-        self.open = {}  # path -> open file, the oldest first
-        self.requested = {}  # (path, first byte) of what was read ahead, the oldest first
-
-    def descriptor(self, path: Path) -> int:
-        "The number of the open file, as the system knows it."
-        if path not in self.open:
-            if len(self.open) >= self.max_open:
-                self.open.pop(next(iter(self.open))).close()
-            self.open[path] = open(path, "rb", buffering=0)
-        return self.open[path].fileno()
-
-    def read(self, path: Path, start: int, length: int) -> bytes:
-        "The `length` bytes of a picture that begins at byte `start`. Raises UnreadableImage."
-        try:
-            data = os.pread(self.descriptor(path), length, start)
-        except OSError as e:
-            raise UnreadableImage(
-                f"cannot read the picture at byte {start} of {path}: {e.strerror}"
-            ) from e
-        if len(data) < length:
-            raise UnreadableImage(
-                f"cannot read the picture at byte {start} of {path}: the file is shorter than it "
-                "was"
-            )
-        return data
-
-    def read_ahead(self, path: Path, start: int, length: int) -> None:
-        """Ask the system to fetch a long piece, which will be read in short ones, in the meantime.
-
-        Asked once, as long as the piece is among the last thousand.
-        """
-        if (path, start) in self.requested:
-            return
-        if len(self.requested) >= 1000:
-            del self.requested[next(iter(self.requested))]
-        self.requested[path, start] = length
-        with suppress(AttributeError, OSError):  # not every system can be asked
-            os.posix_fadvise(self.descriptor(path), start, length, os.POSIX_FADV_WILLNEED)
-
-    def __getstate__(self) -> dict:
-        "Open files do not travel to other processes, nor does what was asked of the system."
-        return {"max_open": self.max_open, "open": {}, "requested": {}}
