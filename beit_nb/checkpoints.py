@@ -155,5 +155,6 @@ def load_backbone(
         if value.shape != old.shape:
             raise other_shape(name, value, old)
         new[name] = value
-    model.load_state_dict(new, strict=False)
+    without_memory = model.cls_token.is_meta  # then these tensors become its own
+    model.load_state_dict(new, strict=False, assign=without_memory)
     return sorted(set(own) - set(new))

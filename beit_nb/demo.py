@@ -8,7 +8,6 @@ __all__ = ['QUICK', 'STAGES', 'DemoPlan', 'digits_recipe', 'settings_of', 'read_
            'arm_recipes', 'arm_run', 'spread', 'score_on_test', 'best_rates', 'finetune_stage', 'probe_stage', 'demo']
 
 # %% ../nbs/75_demo.ipynb #imports
-import json
 import os
 import sys
 import time
@@ -28,10 +27,9 @@ from . import BeitError, __version__, say
 from .configs import FinetuneRecipe, PretrainRecipe, Run
 from .demo_report import ARMS, demo_report
 from .engine.augment import TwoViews
-from .engine.files import atomic_write, read_json, write_json
-from .engine.log import read_log
+from .engine.files import read_json, write_json
+from .engine.log import read_log, write_metrics
 from .engine.processes import end_with_parent, memory_mb
-from .engine.runs import write_metrics
 from .engine.sources import Digits
 from .finetuning import evaluate_classifier, finetune, load_classifier
 from .images import to_float
@@ -52,8 +50,7 @@ class DemoPlan:
     pretrain_steps: int = 1600  # of 64 pictures
     finetune_steps: int = 200  # of 32 pictures
     longer: int = 3  # the best scratch run may take that many times the steps
-    # tried for every arm, chosen on the validation digits
-    lrs: tuple[float, ...] = (3e-4, 7e-4, 1.5e-3)
+    lrs: tuple[float, ...] = (3e-4, 7e-4, 1.5e-3)  # tried for every arm, chosen on validation
     draws: int = 3  # of the labels, each with a seed of its own
 
 
@@ -108,8 +105,7 @@ def stage(plan: DemoPlan, name: str, work: Callable[[DemoPlan], dict]) -> dict:
     began = time.time()
     result = work(plan)
     result["seconds"] = time.time() - began
-    with atomic_write(Path(plan.out) / f"{name}.json") as f:
-        f.write(json.dumps({"settings": settings_of(plan), "result": result}).encode())
+    write_json(Path(plan.out) / f"{name}.json", {"settings": settings_of(plan), "result": result})
     return result
 
 # %% ../nbs/75_demo.ipynb #tokens-stage

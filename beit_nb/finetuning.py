@@ -4,48 +4,38 @@
 
 # %% auto #0
 __all__ = ['SHAPE', 'BeitForImageClassification', 'build_classifier', 'load_init', 'build_from_checkpoint', 'load_classifier',
-           'timm_transform', 'FinetuneTransform', 'FinetuneLoss', 'evaluate_classifier', 'EvaluateCallback',
-           'scored_the_same', 'finetune']
+           'evaluate_classifier', 'EvaluateCallback', 'scored_the_same', 'finetune']
 
 # %% ../nbs/45_finetuning.ipynb #imports
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from timm.data import Mixup, create_transform
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as TF
 
 from . import BeitError
 from .checkpoints import load_backbone
 from .configs import FinetuneRecipe
 from .data import labels_in, open_data, sample_labels
 from .device import default_device, pick_precision, set_matmul_precision
-from .engine.augment import TwoViews, middle_box
-from .engine.loading import LabelledBatch, TrainLoader, TransformedDataset, once
-from .engine.log import read_log
+from .engine.loading import TrainLoader, TransformedDataset, once
+from .engine.log import read_log, read_metrics, warn_unfinished, write_metrics
 from .engine.processes import rank, sum_over_ranks, world_size
 from beit_nb.engine.runs import (
     fingerprint_weights,
     load_checkpoint,
     merge_records,
     open_run,
-    read_metrics,
     record_inputs,
-    warn_unfinished,
-    write_metrics,
 )
 from .engine.sources import ImageDataset
 from .engine.token_files import picture_records
 from .engine.trainer import build_model
 from .engine.training import Trainer, fit, training_length
-from .images import MEAN_STD, denormalize, preprocess
+from .images import preprocess
+from .labelled_views import FinetuneLoss, FinetuneTransform
 from .recipes import from_config
 from .vit import VisionTransformer, backbone_args
 
@@ -145,102 +135,6 @@ def load_classifier(
     classes = state["classes"]
     build = partial(build_classifier, r, len(classes))
     return build_model(build, state["model"], path, r.depth).eval(), r, classes
-
-# %% ../nbs/45_finetuning.ipynb #transforms
-def timm_transform(r: FinetuneRecipe, training: bool) -> Callable[[Image.Image], Tensor]:
-    """timm's pipeline of a recipe: crop, flip, auto-augment, normalise, erase with noise.
-
-    As in the official code; for evaluation a centre crop. Raises BeitError for an unknown policy.
-    """
-    mean, std = MEAN_STD[r.mean_std]
-    try:
-        made: Any = create_transform(
-            r.img_size,
-            is_training=training,
-            hflip=r.flip,
-            color_jitter=None,  # type: ignore[arg-type]  # timm means it, and types it otherwise
-            interpolation="bicubic",
-            scale=r.crop_scale or (1.0, 1.0),
-            ratio=(3 / 4, 4 / 3) if r.crop_scale else (1.0, 1.0),
-            auto_augment=None if r.augment == "none" else r.augment,
-            re_prob=r.erasing,
-            re_mode="pixel",
-            crop_pct=224 / 256 if r.img_size < 384 else 1.0,
-            mean=mean,
-            std=std,
-        )
-        return made
-    except (AssertionError, KeyError, ValueError) as e:
-        raise BeitError(
-            f"augment {r.augment!r} is not 'shift', 'none' or a policy of timm's such as "
-            f"'rand-m9-mstd0.5-inc1' ({e})"
-        ) from e
-
-
-class FinetuneTransform:
-    "A labelled picture to what a classifier sees of it: (3, H, W) uint8, or floats in [0, 1]."
-
-    def __init__(self, r: FinetuneRecipe, labels: np.ndarray, training: bool):
-        self.labels = labels
-        self.mean_std = MEAN_STD[r.mean_std]
-        self.training = training
-        self.max_shift = 2 if training else 0  # pixels
-        self.views = TwoViews(r.img_size)
-        self.timm = None if r.augment == "shift" else timm_transform(r, training)
-
-    def __call__(self, picture, number: int, rng: np.random.Generator) -> LabelledBatch:
-        image = self.shifted(picture, rng) if self.timm is None else self.by_timm(picture)
-        return LabelledBatch(image, int(self.labels[number]), number)
-
-    def shifted(self, picture, rng: np.random.Generator) -> Tensor:
-        "The whole picture, moved by a few pixels."
-        x = self.views(picture).patch_view  # (3, H, W) uint8
-        if not self.max_shift:
-            return x
-        top = int(rng.integers(0, 2 * self.max_shift + 1))
-        left = int(rng.integers(0, 2 * self.max_shift + 1))
-        padded = F.pad(x, [self.max_shift] * 4)
-        return padded[:, top : top + x.shape[1], left : left + x.shape[2]]
-
-    def by_timm(self, picture) -> Tensor:
-        "timm's pipeline, its normalisation undone: in [0, 1] but for the noise of erasing."
-        image: Any = TF.to_pil_image(picture) if isinstance(picture, Tensor) else picture
-        if not self.training:  # timm resizes, then crops
-            top, left, height, width = middle_box(image.height, image.width)
-            image = TF.crop(image, top, left, height, width)
-        assert self.timm is not None
-        return denormalize(self.timm(image), self.mean_std)
-
-# %% ../nbs/45_finetuning.ipynb #finetune-loss
-class FinetuneLoss:
-    """(model, batch, step) -> loss, {}: label smoothing, or timm's mixup and cutmix.
-
-    Raises BeitError where pictures cannot be paired, because a micro-batch is odd.
-    """
-
-    def __init__(self, r: FinetuneRecipe, num_classes: int, micro_batch_size: int):
-        self.mean_std = r.mean_std
-        self.mix = None
-        self.criterion: nn.Module = LabelSmoothingCrossEntropy(r.label_smoothing)
-        if r.mixup or r.cutmix:
-            if micro_batch_size % 2:
-                raise BeitError(
-                    f"mixup and cutmix pair pictures, but a process takes {micro_batch_size} at "
-                    "once, which is odd; make it even with --batch-size or --device-batch-size"
-                )
-            self.mix = Mixup(
-                r.mixup, r.cutmix, label_smoothing=r.label_smoothing, num_classes=num_classes
-            )
-            self.criterion = SoftTargetCrossEntropy()
-
-    def __call__(self, model: nn.Module, batch: LabelledBatch, step: int):
-        images = preprocess(batch.image, self.mean_std)
-        labels = batch.label
-        if self.mix is not None:
-            # timm draws from numpy's global generator; the engine has seeded torch's
-            np.random.seed(torch.randint(2**31, ()).item())
-            images, labels = self.mix(images, labels)
-        return self.criterion(model(images).float(), labels), {}
 
 # %% ../nbs/45_finetuning.ipynb #evaluate-classifier
 @torch.no_grad()

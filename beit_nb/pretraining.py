@@ -21,16 +21,9 @@ from .data import open_data
 from .device import default_device, set_matmul_precision
 from .engine.augment import TwoViews
 from .engine.loading import PretrainBatch, TrainLoader, TransformedDataset, once
-from .engine.log import read_log
+from .engine.log import read_log, read_metrics, warn_unfinished, write_metrics
 from .engine.processes import rank, world_size
-from beit_nb.engine.runs import (
-    load_checkpoint,
-    open_run,
-    read_metrics,
-    record_inputs,
-    warn_unfinished,
-    write_metrics,
-)
+from .engine.runs import load_checkpoint, open_run, record_inputs
 from .engine.sources import ImageDataset
 from .engine.token_files import picture_records
 from .engine.trainer import build_model

@@ -27,15 +27,8 @@ from .data import labels_in, open_data, sample_labels
 from .device import default_device, pick_precision
 from .engine.augment import TwoViews
 from .engine.loading import ImageBatch, TransformedDataset, once
-from beit_nb.engine.runs import (
-    fingerprint_weights,
-    forget_metrics,
-    load_checkpoint,
-    open_run,
-    record_inputs,
-    warn_unfinished,
-    write_metrics,
-)
+from .engine.log import forget_metrics, warn_unfinished, write_metrics
+from .engine.runs import fingerprint_weights, load_checkpoint, open_run, record_inputs
 from .engine.sources import ImageDataset
 from .engine.token_files import picture_records
 from .finetuning import build_classifier

@@ -97,15 +97,13 @@ PRETRAIN = {
         lr=1.5e-3, warmup_epochs=10, beta2=0.98, clip_grad=3.0,
         vocab_size=1024, token_size=32, num_mask_patches=25, min_mask_patches_per_block=4,
         crop_scale=(0.35, 1.0), **TINY)),
-    "base-in1k": (
-        "Tables 1-4: vanilla ViT-B, ImageNet-1K, 800 epochs (Table 12)",
-        PretrainRecipe(epochs=800, **IN1K, **BASE)),
+    "base-in1k": ("Tables 1-4: vanilla ViT-B, ImageNet-1K, 800 epochs (Table 12)", PretrainRecipe(
+        epochs=800, **IN1K, **BASE)),
     "large-in1k": (
         "Table 1: vanilla ViT-L, ImageNet-1K, 800 epochs (Table 12, clip 1.0)",
         PretrainRecipe(epochs=800, **IN1K | shared(clip_grad=1.0), **LARGE)),
-    "base-plus-in1k": (
-        "Table 5, last row: BEiT+ base, ImageNet-1K, 300 epochs",
-        PretrainRecipe(epochs=300, init_values=0.1, **IN1K, **BASE, **PLUS)),
+    "base-plus-in1k": ("Table 5, last row: BEiT+ base, ImageNet-1K, 300 epochs", PretrainRecipe(
+        epochs=300, init_values=0.1, **IN1K, **BASE, **PLUS)),
     "base-plus-in22k": (
         "the released base weights: ImageNet-22K, 150 epochs, 10,000 warm-up steps",
         PretrainRecipe(init_values=0.1, **IN22K, **BASE, **PLUS)),
@@ -122,11 +120,9 @@ FINETUNE = {
         lr=2e-3, min_lr=1e-5, warmup_steps=20, weight_decay=0.05, clip_grad=3.0, layer_decay=0.75,
         mixup=0.0, cutmix=0.0, augment="shift", erasing=0.0, crop_scale=None, flip=0.0,
         **NANO | shared(drop_path_rate=0.1))),
-    "cifar": (
-        "CIFAR-100 on one GPU with the small network; not measured here",
-        FinetuneRecipe(
-            data="cifar100", epochs=100, batch_size=512, lr=2e-3, min_lr=1e-6, warmup_epochs=10,
-            crop_scale=(0.35, 1.0), **TINY)),
+    "cifar": ("CIFAR-100 on one GPU with the small network; not measured here", FinetuneRecipe(
+        data="cifar100", epochs=100, batch_size=512, lr=2e-3, min_lr=1e-6, warmup_epochs=10,
+        crop_scale=(0.35, 1.0), **TINY)),
     "base-in1k": (
         "Table 13: base on ImageNet-1K at 224 (lr swept over 2e-3 .. 5e-3)",
         FinetuneRecipe(
@@ -144,20 +140,17 @@ FINETUNE = {
             data="imagenet", img_size=384, epochs=10, batch_size=512,
             lr=2e-5, min_lr=1e-6, warmup_epochs=1, weight_decay=1e-8, layer_decay=0.85,
             mixup=0.0, cutmix=0.0, **BASE)),
-    "base-cifar100": (
-        "Table 13: base on CIFAR-100 (lr swept over 2e-3 .. 5e-3)",
-        FinetuneRecipe(
-            data="cifar100", epochs=150, batch_size=512, lr=3e-3, min_lr=1e-6, warmup_epochs=20,
-            weight_decay=0.3, layer_decay=0.65, erasing=0.0, **BASE)),
+    "base-cifar100": ("Table 13: base on CIFAR-100 (lr swept over 2e-3 .. 5e-3)", FinetuneRecipe(
+        data="cifar100", epochs=150, batch_size=512, lr=3e-3, min_lr=1e-6, warmup_epochs=20,
+        weight_decay=0.3, layer_decay=0.65, erasing=0.0, **BASE)),
 }
 
 # %% ../nbs/21_recipes.ipynb #probe-presets
+# fmt: off
 PROBE = {
     "nano": ("every block on 20 labels a class of the embedded digits", ProbeRecipe()),
-    "in1k": (
-        "Table 9: ImageNet-1K, all labels",
-        ProbeRecipe(data="imagenet", labels_per_class=None, draws=1),
-    ),
+    "in1k": ("Table 9: ImageNet-1K, all labels", ProbeRecipe(
+        data="imagenet", labels_per_class=None, draws=1)),
 }
 
 # %% ../nbs/21_recipes.ipynb #datasets
@@ -232,8 +225,7 @@ COMMANDS = {
         ),
         cards=dict(
             loss=("{:.3f}", "loss"),
-            hard_mse=("{:.4f}", "squared error"), hard_codes_used=("{:,.0f}", "tokens in use"),
-        ),
+            hard_mse=("{:.4f}", "squared error"), hard_codes_used=("{:,.0f}", "tokens in use")),
         pictures="beit_nb.report:tokenizer_pictures",
     ),
     "pretrain": Command(

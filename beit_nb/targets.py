@@ -19,7 +19,8 @@ from .device import default_device, kernels_for
 from .engine.augment import TwoViews, jitter_batch
 from .engine.files import fingerprint
 from .engine.loading import PretrainBatch, exclude, once
-from .engine.runs import merge_records, warn_unfinished
+from .engine.log import warn_unfinished
+from .engine.runs import merge_records
 from .engine.sources import ImageDataset
 from beit_nb.engine.token_files import (
     fingerprint_tokenizer,

@@ -28,9 +28,10 @@ from .device import default_device
 from .dvae import DiscreteVAE, TokenModel, dvae_loss, init_codes
 from .engine.augment import TwoViews
 from .engine.loading import ImageBatch, TrainLoader, TransformedDataset
+from .engine.log import write_metrics
 from .engine.optim import Ema, Schedule, cosine_values, warmup_of
 from .engine.processes import rank, world_size
-from .engine.runs import load_checkpoint, open_run, record_inputs, write_metrics
+from .engine.runs import load_checkpoint, open_run, record_inputs
 from .engine.safeload import load_tensors
 from .engine.token_files import TokenTransform, picture_records
 from .engine.trainer import build_model, misfits
@@ -225,29 +226,16 @@ def network_from_state(state: dict[str, Tensor]) -> DalleEncoder | DalleDecoder:
     It holds these very tensors. Raises KeyError, IndexError, RuntimeError or the like where some
     are missing or of another shape.
     """
-    first = state["blocks.input.w"]  # (n_out, n_in, k, k): k is 7 in an encoder, 1 in a decoder
+    n_out, n_in, _, k = state["blocks.input.w"].shape  # k is 7 in an encoder, 1 in a decoder
     last = state["blocks.output.conv.w"]
-    groups = {key.split(".")[1] for key in state if ".group_" in key}
-    blocks = {key.split(".")[2] for key in state if ".group_" in key}
+    groups = len({key.split(".")[1] for key in state if ".group_" in key})
+    blocks = len({key.split(".")[2] for key in state if ".group_" in key})
     net: DalleEncoder | DalleDecoder
     with torch.device("meta"):
-        if first.shape[-1] > 1:
-            net = DalleEncoder(
-                group_count=len(groups),
-                n_hid=first.shape[0],
-                n_blk_per_group=len(blocks),
-                input_channels=first.shape[1],
-                vocab_size=last.shape[0],
-            )
+        if k > 1:
+            net = DalleEncoder(groups, n_out, blocks, n_in, vocab_size=len(last))
         else:
-            net = DalleDecoder(
-                group_count=len(groups),
-                n_init=first.shape[0],
-                n_hid=last.shape[1],
-                n_blk_per_group=len(blocks),
-                output_channels=last.shape[0] // 2,
-                vocab_size=first.shape[1],
-            )
+            net = DalleDecoder(groups, n_out, last.shape[1], blocks, len(last) // 2, n_in)
     if wrong := misfits(net.state_dict(), state):
         raise RuntimeError(wrong)
     net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)

@@ -88,8 +88,9 @@ class Predict:
         import numpy as np
         import torch
 
-        from beit_nb.finetuning import FinetuneTransform, load_classifier
+        from beit_nb.finetuning import load_classifier
         from beit_nb.images import preprocess
+        from beit_nb.labelled_views import FinetuneTransform
 
         model, recipe, classes = load_classifier(self.init)
         transform = FinetuneTransform(recipe, np.zeros(1, int), training=False)  # as it was scored

@@ -1,13 +1,25 @@
 "Weights that move: resized tables, other heads, and what does not fit."
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers_models import SIZE, shaken
 
 from beit_nb import BeitError
 from beit_nb.checkpoints import load_backbone, resize_pos_embed, resize_rel_pos_bias
-from beit_nb.finetuning import BeitForImageClassification
+from beit_nb.configs import as_config
+from beit_nb.engine.runs import load_checkpoint, save_checkpoint
+from beit_nb.finetuning import (
+    BeitForImageClassification,
+    build_classifier,
+    build_from_checkpoint,
+    load_classifier,
+)
 from beit_nb.mim import BeitForMaskedImageModeling
+from beit_nb.pretraining import build_mim, load_mim
+from beit_nb.probing import probe_networks
+from beit_nb.recipes import recipe_named
 from beit_nb.vit import VisionTransformer
 
 PLUS = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
@@ -100,3 +112,56 @@ def test_bad_input_is_named_in_one_line(work, words):
     with pytest.raises(BeitError, match=words) as e:
         work()
     assert "\n" not in str(e.value)
+
+
+def test_weights_arrive_in_a_model_without_memory():
+    old = shaken(BeitForMaskedImageModeling(**SIZE, vocab_size=9, **SHARED))
+    real = BeitForImageClassification(10, **SIZE, **PLUS)
+    with torch.device("meta"):
+        empty = BeitForImageClassification(10, **SIZE, **PLUS)
+
+    fresh = load_backbone(real, old.state_dict(), (8, 8))
+
+    assert load_backbone(empty, old.state_dict(), (8, 8)) == fresh
+    want = real.state_dict()
+    for name, value in empty.state_dict().items():
+        assert value.is_meta if name in fresh else torch.equal(value, want[name]), name
+
+
+def loaded_classifier(file, r):
+    return load_classifier(file)[0]
+
+
+def loaded_body(file, r):
+    return build_from_checkpoint(replace(r, init=str(file)), 10)
+
+
+def loaded_probe(file, r):
+    return probe_networks(load_checkpoint(file), seed=0)[0]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("load", [loaded_classifier, loaded_body, loaded_probe])
+def test_every_loader_brings_all_weights(load, tmp_path):
+    r = recipe_named("finetune", "nano", embed_dim=32, depth=2, num_heads=2)
+    saved = shaken(build_classifier(r, 10)).state_dict()
+    state = dict(model=saved, config=as_config("finetune", r), classes=[*"0123456789"])
+    save_checkpoint(tmp_path / "fine.pt", state)
+
+    loaded = load(tmp_path / "fine.pt", r).state_dict()
+
+    assert loaded.keys() == saved.keys()
+    heads = {n for n in saved if n.startswith("head.") and load is loaded_probe}  # another job
+    assert all(torch.equal(loaded[n].cpu(), saved[n]) for n in saved.keys() - heads)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_loaded_pre_training_has_all_weights(tmp_path):
+    r = recipe_named("pretrain", "nano", tokenizer="none", embed_dim=32, depth=2, num_heads=2)
+    saved = shaken(build_mim(r)).state_dict()
+    save_checkpoint(tmp_path / "pre.pt", dict(model=saved, config=as_config("pretrain", r)))
+
+    for model in (load_mim(tmp_path / "pre.pt")[0], loaded_probe(tmp_path / "pre.pt", r)):
+        loaded = model.state_dict()
+        body = {n for n in saved if n.startswith(("blocks.", "patch_embed.", "cls_token", "pos_"))}
+        assert len(body) > 20 and all(torch.equal(loaded[n].cpu(), saved[n]) for n in body)

@@ -17,7 +17,9 @@ from beit_nb.engine.log import (
     StepMetrics,
     first_nonfinite,
     read_log,
+    read_metrics,
     stop_on_nonfinite,
+    write_metrics,
 )
 
 
@@ -199,3 +201,27 @@ def test_bytes_that_are_no_text_are_passed_over(tmp_path):
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 3}\n\xff\xfe\n' + b"[" * 10**5)
 
     assert read_log(tmp_path) == [{"step": 3}]
+
+
+def test_figures_of_a_finished_run_only(tmp_path):
+    assert read_metrics(tmp_path) is None
+
+    part = write_metrics(tmp_path, {"mse": 0.5}, finished=False)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == part
+    assert part["finished"] is False and read_metrics(tmp_path) is None
+
+    whole = write_metrics(tmp_path, {"mse": 0.25})
+    assert read_metrics(tmp_path) == whole
+    assert whole["finished"] is True and whole["mse"] == 0.25 and whole["peak_rss_mb"] > 50
+
+
+def test_figures_of_an_older_version_are_no_finished_run(tmp_path):
+    "They do not say whether the run went to its end."
+    (tmp_path / "metrics.json").write_text('{"mse": 0.25}')
+    assert read_metrics(tmp_path) is None
+
+
+def test_damaged_figures_are_one_line(tmp_path):
+    (tmp_path / "metrics.json").write_text('{"finished": tr')
+    with pytest.raises(BeitError, match=f"^{tmp_path}/metrics.json is damaged .*; delete it"):
+        read_metrics(tmp_path)

@@ -1,4 +1,4 @@
-"The folder of a run: checkpoints, what is kept of them, whose folder it is, and its figures."
+"The folder of a run: checkpoints, what is kept of them, and whose folder it is."
 
 import json
 import multiprocessing
@@ -20,11 +20,9 @@ from beit_nb.engine.runs import (
     open_run,
     prune_checkpoints,
     read_checkpoint,
-    read_metrics,
     run_checkpoints,
     run_config,
     save_checkpoint,
-    write_metrics,
 )
 
 FORK = multiprocessing.get_context("fork")
@@ -356,28 +354,7 @@ def test_a_file_system_without_locks_is_said(recipe, monkeypatch, capsys):
     assert "knows no locks; nothing stops a second run" in capsys.readouterr().err
 
 
-def test_figures_of_a_finished_run_only(tmp_path):
-    assert read_metrics(tmp_path) is None
-
-    part = write_metrics(tmp_path, {"mse": 0.5}, finished=False)
-    assert json.loads((tmp_path / "metrics.json").read_text()) == part
-    assert part["finished"] is False and read_metrics(tmp_path) is None
-
-    whole = write_metrics(tmp_path, {"mse": 0.25})
-    assert read_metrics(tmp_path) == whole
-    assert whole["finished"] is True and whole["mse"] == 0.25 and whole["peak_rss_mb"] > 50
-
-
-def test_figures_of_an_older_version_are_no_finished_run(tmp_path):
-    "They do not say whether the run went to its end."
-    (tmp_path / "metrics.json").write_text('{"mse": 0.25}')
-    assert read_metrics(tmp_path) is None
-
-
-def test_damaged_figures_and_recipes_are_one_line(tmp_path):
-    (tmp_path / "metrics.json").write_text('{"finished": tr')
-    with pytest.raises(BeitError, match=f"^{tmp_path}/metrics.json is damaged .*; delete it"):
-        read_metrics(tmp_path)
+def test_a_damaged_recipe_is_one_line(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xff")
     with pytest.raises(BeitError, match="config.json is damaged; choose another --out, or delete"):
         run_config(tmp_path)

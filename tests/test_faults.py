@@ -27,9 +27,9 @@ from helpers_runs import slowed_after, step_of
 from beit_nb import pretraining, targets
 from beit_nb.cli import main
 from beit_nb.configs import check_recipe
-from beit_nb.engine.log import read_log
+from beit_nb.engine.log import read_log, read_metrics
 from beit_nb.engine.processes import rank, world_size
-from beit_nb.engine.runs import load_checkpoint, open_run, read_metrics, run_checkpoints
+from beit_nb.engine.runs import load_checkpoint, open_run, run_checkpoints
 from beit_nb.engine.sources import Digits, ImageDataset
 from beit_nb.finetuning import finetune
 from beit_nb.recipes import recipe_named

@@ -9,8 +9,9 @@ import torch
 from beit_nb import BeitError, pretraining
 from beit_nb.dvae import DiscreteVAE, init_codes
 from beit_nb.engine.loading import TrainLoader, TransformedDataset, collate
+from beit_nb.engine.log import read_metrics
 from beit_nb.engine.optim import loss_weights
-from beit_nb.engine.runs import read_metrics, save_checkpoint
+from beit_nb.engine.runs import save_checkpoint
 from beit_nb.engine.sources import Digits, ImageDataset
 from beit_nb.images import preprocess, to_float
 from beit_nb.masking import neighbor_rate

@@ -17,8 +17,8 @@ from helpers import beit, red_and_blue, refused
 from beit_nb import BeitError, finetuning, pretraining, tokenizer
 from beit_nb.configs import ProbeRecipe
 from beit_nb.engine import training
-from beit_nb.engine.log import read_log
-from beit_nb.engine.runs import load_checkpoint, read_metrics
+from beit_nb.engine.log import read_log, read_metrics
+from beit_nb.engine.runs import load_checkpoint
 from beit_nb.finetuning import finetune
 from beit_nb.pretraining import pretrain
 from beit_nb.probing import probe

@@ -13,7 +13,8 @@ from beit_nb.configs import Count, Run
 from beit_nb.data import open_data
 from beit_nb.engine.augment import TwoViews
 from beit_nb.engine.loading import TrainLoader
-from beit_nb.engine.runs import open_run, write_metrics
+from beit_nb.engine.log import write_metrics
+from beit_nb.engine.runs import open_run
 from beit_nb.engine.token_files import token_views
 from beit_nb.engine.training import Trainer, fit
 from beit_nb.images import to_float

@@ -19,7 +19,13 @@ from torch import Tensor, nn
 from .. import BeitError, exit_status
 from ..configs import Run
 from .loading import check_batch
-from .log import RunLog, StepMetrics, first_nonfinite, stop_on_nonfinite
+from beit_nb.engine.log import (
+    RunLog,
+    StepMetrics,
+    first_nonfinite,
+    forget_metrics,
+    stop_on_nonfinite,
+)
 from .optim import loss_weights, micro_batch_size
 from beit_nb.engine.processes import (
     gather_over_ranks,
@@ -30,7 +36,7 @@ from beit_nb.engine.processes import (
     world_size,
     wrap_model,
 )
-from .runs import forget_metrics, load_checkpoint
+from .runs import load_checkpoint
 from .steps import GracefulStop, StepLoader, map_batch, update_weights
 from .trainer import Trainer
 from ..recipes import COMMANDS

@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import BeitError
 from ..attention import attention_maps, patch_attention, top_mass_mask
 from ..configs import PretrainRecipe
-from ..engine.runs import read_metrics
+from ..engine.log import read_metrics
 from .figures import TEXT_COLOR, mosaic, on_white, side_by_side, words_html
 from .pad import PatchPad, png_bytes
 from beit_nb.explorers.shell import (

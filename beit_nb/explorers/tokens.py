@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..engine.runs import read_metrics
+from ..engine.log import read_metrics
 from ..engine.sources import Digits
 from .figures import as_tiles, mosaic, side_by_side, words_html
 from .pad import PatchPad, png_bytes

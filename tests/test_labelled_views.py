@@ -1,0 +1,109 @@
+"What a classifier is shown, and its loss: official settings, odd pictures, faults that are named."
+
+import resource
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torchvision.transforms.v2 import functional as TF
+
+from beit_nb import BeitError
+from beit_nb.configs import FinetuneRecipe
+from beit_nb.engine.loading import LabelledBatch
+from beit_nb.images import MEAN_STD, denormalize, preprocess
+from beit_nb.labelled_views import FinetuneLoss, FinetuneTransform, timm_transform
+from beit_nb.recipes import recipe_named
+
+
+def test_an_unknown_policy_is_named_in_one_line():
+    with pytest.raises(BeitError, match="'wild'") as e:
+        timm_transform(FinetuneRecipe(augment="wild"), True)
+    assert "\n" not in str(e.value)
+
+
+def test_erasing_and_filling_are_official():
+    "Noise has the spread of normalised pixels, and rotations fill with the mean colour."
+    r = recipe_named(
+        "finetune", "base-in1k", augment="none", erasing=1.0, crop_scale=None, flip=0.0
+    )
+    # ImageNet's mean: 0 once normalised
+    grey = Image.new("RGB", (224, 224), (124, 116, 104))
+    x = timm_transform(r, True)(grey)
+    noise = x[x.abs() > 0.02]
+    assert 0.02 < len(noise) / x.numel() < 0.4 and abs(noise.std() - 1) < 0.1
+    turned = timm_transform(replace(r, erasing=0.0, augment="rand-m9-n8-mstd0.5-inc1"), True)
+    fill = (
+        next(t for t in turned.transforms if type(t).__name__ == "RandAugment")
+        .ops[0]
+        .hparams["img_mean"]
+    )
+    assert fill == (124, 116, 104)
+
+
+@pytest.mark.parametrize("size", [(1, 65_000), (65_000, 1), (3, 20_000)])
+@pytest.mark.parametrize("augment", ["none", "rand-m9-mstd0.5-inc1", "shift"])
+def test_an_endless_picture_takes_no_memory(size, augment):
+    "1 x 65,000 pixels, resized before they are cropped, would be 256 x 16,640,000: 17 GB."
+    r = FinetuneRecipe(img_size=224, augment=augment)
+    picture = torch.full((3, *size), 77, dtype=torch.uint8)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    for training in (False, True):
+        see = FinetuneTransform(r, np.array([0]), training)
+        for source in (picture, TF.to_pil_image(picture)):  # both roads
+            assert see(source, 0, np.random.default_rng(0)).image.shape == (3, 224, 224)
+
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB
+
+
+@pytest.mark.parametrize("augment", ["none", "shift"])
+def test_both_roads_score_an_endless_picture_alike(augment):
+    r = FinetuneRecipe(img_size=32, augment=augment)
+    see = FinetuneTransform(r, np.array([0]), training=False)
+    picture = torch.zeros(3, 4, 2000, dtype=torch.uint8)
+    picture[:, :, 990:1010] = 200  # the middle, which is all that counts
+
+    images = [
+        see(p, 0, np.random.default_rng(0)).image for p in (picture, TF.to_pil_image(picture))
+    ]
+
+    assert torch.equal(*images)
+    assert images[0].float().amin() > 0.7 * images[0].float().amax() > 0
+
+
+def test_scoring_a_usual_picture_is_timms():
+    "Up to 20 : 1 the pipeline gets the whole picture, as it was."
+    r = FinetuneRecipe(img_size=32, augment="none")
+    picture = torch.randint(256, (3, 10, 200), dtype=torch.uint8)
+    see = FinetuneTransform(r, np.array([0]), training=False)
+
+    image = see(picture, 0, np.random.default_rng(0)).image
+
+    want = timm_transform(r, training=False)(TF.to_pil_image(picture))
+    assert torch.equal(image, denormalize(want, MEAN_STD[r.mean_std]))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_smoothed_labels_by_hand(smoothing):
+    r = FinetuneRecipe(label_smoothing=smoothing, mixup=0.0, cutmix=0.0, mean_std="beit")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5))
+    images = torch.randint(256, (6, 3, 4, 4), dtype=torch.uint8)
+    labels = torch.arange(6) % 5
+
+    loss, _ = FinetuneLoss(r, 5, 6)(model, LabelledBatch(images, labels, labels), 0)
+
+    targets = (1 - smoothing) * F.one_hot(labels, 5) + smoothing / 5
+    want = F.cross_entropy(model(preprocess(images, "beit")), targets)
+    torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize("share", [dict(mixup=0.8), dict(cutmix=1.0)])
+def test_pictures_that_cannot_be_paired_are_refused(share):
+    r = replace(FinetuneRecipe(mixup=0.0, cutmix=0.0), **share)
+    FinetuneLoss(r, 5, 6)
+    with pytest.raises(BeitError, match="takes 5 at once, which is odd"):
+        FinetuneLoss(r, 5, 5)
