@@ -29,8 +29,8 @@ from beit_nb.engine.loading import (
     once,
 )
 from beit_nb.engine.log import read_log
-from beit_nb.engine.runs import load_checkpoint
 from beit_nb.engine.packing import shard_folder
+from beit_nb.engine.runs import load_checkpoint
 from beit_nb.engine.shards import ImageShards
 from beit_nb.engine.sources import ImageDataset, ImageFolder, Photos
 from beit_nb.recipes import recipe_named

@@ -140,7 +140,7 @@ def test_the_engine_knows_no_beit():
 
 
 def test_beit_on_one_page_needs_no_engine():
-    path = ROOT / "nbs" / "19_beit_on_one_page.ipynb"
+    path = ROOT / "nbs" / "16_beit_on_one_page.ipynb"
     cells = [c.source for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
     used = set().union(*(imported(re.sub(r"^[%!].*$", "", c, flags=re.M), "") for c in cells))
     assert used and all(number(m) < 20 for m in used), used
