@@ -111,15 +111,17 @@ def train(command: str, recipe: Recipe) -> None:
     One that is refused leaves no page. Raises BeitError, before anything is built, for a recipe
     that the memory of this machine cannot hold. First of all it says what its pictures are.
     """
-    if isinstance(recipe, Run):
-        from beit_nb.scale.memory import check_memory
+    from beit_nb.engine.processes import join_processes
+    from beit_nb.scale.memory import check_memory
 
-        check_recipe(recipe)
-        check_memory(recipe)
-    if os.environ.get("RANK", "0") == "0":
-        say(f"data: {data_source(recipe.data)}")
     try:
-        resolve_name(COMMANDS[command].run)(recipe)
+        with join_processes():  # so that one speaks for all where all are refused
+            if isinstance(recipe, Run):
+                check_recipe(recipe)
+                check_memory(recipe)
+            if os.environ.get("RANK", "0") == "0":
+                say(f"data: {data_source(recipe.data)}")
+            resolve_name(COMMANDS[command].run)(recipe)
     except (KeyboardInterrupt, FloatingPointError):
         with suppress(Exception):  # it must not hide why the run ended
             write_report(recipe.out)

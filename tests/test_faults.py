@@ -314,7 +314,7 @@ def test_one_refusal_stops_all(tmp_path):
     assert lines == [f"beit: error: another run is at work in {busy}"]
 
     cases = {
-        "odd": (15, "batch_size 15 cannot be reached with 2 processes"),
+        "odd": (15, "batch_size 15 is not divisible by 2 processes"),
         "bad": (0, "batch_size 0"),
     }
     for name, (batch_size, words_of_refusal) in cases.items():
@@ -475,7 +475,7 @@ def test_a_damaged_newest_checkpoint(tmp_path, whole):
     assert_same(out, whole)
     for file in run_checkpoints(out):
         file.write_bytes(b"ashes")
-    assert ends(born(out, steps=24)) == [2] and "is damaged" in said(out)[-1]
+    assert ends(born(out, steps=24)) == [2] and "is text ('ashes'), not weights" in said(out)[-1]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGUSR2])
