@@ -167,3 +167,20 @@ def precision_restored():
     before = torch.get_float32_matmul_precision()
     yield
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    "A labelled folder of small pictures, train/ and val/."
+    from helpers_shards import lay_out_tree
+
+    return lay_out_tree(tmp_path / "in")
+
+
+@pytest.fixture
+def packed(tree, tmp_path):
+    "The training pictures of the tree in five tars."
+    from beit_nb.engine.packing import shard_folder
+
+    shard_folder(tree / "train", tmp_path / "out", per_shard=2)
+    return tmp_path / "out"

@@ -2,25 +2,13 @@
 
 import pytest
 from helpers import beit, refused, save_gray
-from helpers_shards import counts, lay_out_tree
+from helpers_shards import counts
 
 import beit_nb.engine.packing as packing
 import beit_nb.engine.walks as walks
 from beit_nb import BeitError
 from beit_nb.engine.packing import shard_folder
 from beit_nb.engine.shards import ImageShards
-
-
-@pytest.fixture
-def tree(tmp_path):
-    return lay_out_tree(tmp_path / "in")
-
-
-@pytest.fixture
-def packed(tree, tmp_path):
-    "The training pictures of the tree in five tars."
-    shard_folder(tree / "train", tmp_path / "out", per_shard=2)
-    return tmp_path / "out"
 
 
 def test_sharding_goes_on_where_it_was_stopped(tree, packed, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import save_gray
 from helpers_processes import run
-from helpers_shards import contents, counts, lay_out_tree
+from helpers_shards import contents, counts
 from PIL import Image
 
 import beit_nb.engine.files as files
@@ -26,18 +26,6 @@ from beit_nb.engine.sources import ImageFolder
 def grays(pictures) -> list[int]:
     "The gray of every one-gray picture, in order."
     return [round(float(pictures.pixels(i).float().mean())) for i in range(len(pictures))]
-
-
-@pytest.fixture
-def tree(tmp_path):
-    return lay_out_tree(tmp_path / "in")
-
-
-@pytest.fixture
-def packed(tree, tmp_path):
-    "The training pictures of the tree in five tars."
-    shard_folder(tree / "train", tmp_path / "out", per_shard=2)
-    return tmp_path / "out"
 
 
 def test_a_folder_into_tars(tree, tmp_path, capfd):
