@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['usage', 'recipes_page', 'unknown_option', 'read_recipe', 'write_report', 'train', 'run_tool', 'run_command',
-           'LastingFile', 'keep_streams', 'main']
+           'LastingFile', 'keep_streams', 'leave', 'stop_once', 'main']
 
 # %% ../nbs/79_cli.ipynb #imports
 import errno
 import io
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from pkgutil import resolve_name
@@ -211,6 +212,31 @@ def keep_streams() -> None:
         )
         setattr(sys, name, stream)
 
+# %% ../nbs/79_cli.ipynb #stop-once
+def leave(number: int, frame: Any) -> None:
+    "A signal's answer: as after Ctrl-C. Who is leaving already, and saves, is left in peace."
+    if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def stop_once() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP stop the work as Ctrl-C does, and a second one changes nothing.
+
+    A cluster signals torchrun and its workers, and torchrun passes it on, so that each worker gets
+    two. SIGHUP stays ignored under `nohup`. Other threads than the main one cannot answer signals.
+    """
+    before = {}
+    with suppress(ValueError):
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                before[number] = signal.signal(number, leave)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
 # %% ../nbs/79_cli.ipynb #main
 def main(argv: list[str] | None = None) -> int:
     """The console script; returns the exit status.
@@ -224,17 +250,18 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in words
     keep_streams()
     SAID.clear()  # a process may run several commands
-    try:
-        return run_command([word for word in words if word != "--debug"])
-    except KeyboardInterrupt as e:
-        said = str(e) or "stopped; the same command continues from the last checkpoint"
-        write_lines(sys.stderr, ("", f"beit: {said}"))
-        return exit_status(e)
-    except (BeitError, OSError, FloatingPointError) as e:
-        if debug:
-            raise
-        warn(f"error: {' '.join(str(e).split())}")
-        return exit_status(e)
-    except Exception as e:
-        write_lines(sys.stderr, tuple(traceback.format_exc().splitlines()))
-        return exit_status(e)
+    with stop_once():
+        try:
+            return run_command([word for word in words if word != "--debug"])
+        except KeyboardInterrupt as e:
+            said = str(e) or "stopped; the same command continues from the last checkpoint"
+            write_lines(sys.stderr, ("", f"beit: {said}"))
+            return exit_status(e)
+        except (BeitError, OSError, FloatingPointError) as e:
+            if debug:
+                raise
+            warn(f"error: {' '.join(str(e).split())}")
+            return exit_status(e)
+        except Exception as e:
+            write_lines(sys.stderr, tuple(traceback.format_exc().splitlines()))
+            return exit_status(e)

@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import shutil
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -287,6 +288,32 @@ def test_a_broken_page_does_not_hide_why_a_run_ended(monkeypatch, tmp_path):
     said = beit("tokenizer", "nano", "--out", tmp_path, ok=130).stderr
 
     assert said == "\nbeit: saved after step 3\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_second_signal_finds_the_run_leaving(monkeypatch, tmp_path, number):
+    "torchrun passes on what its workers have got already: it must not strike the page or the word."
+    pages = []
+    before = signal.getsignal(number)
+
+    def ends_in_the_end(recipe):
+        try:
+            signal.raise_signal(number)
+        finally:
+            signal.raise_signal(number)
+
+    def page(out):
+        signal.raise_signal(number)
+        pages.append(out)
+
+    monkeypatch.setattr("beit_nb.tokenizer.train_tokenizer", ends_in_the_end)
+    monkeypatch.setattr("beit_nb.report.run_report", page)
+
+    said = beit("tokenizer", "nano", "--out", tmp_path, ok=130).stderr
+
+    assert said == "\nbeit: stopped; the same command continues from the last checkpoint\n"
+    assert pages == [str(tmp_path)]
+    assert signal.getsignal(number) == before
 
 
 def test_a_new_training_is_its_module_and_one_entry(monkeypatch, tmp_path):
