@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Size', 'Vocabulary', 'Natural', 'Workers', 'Seed', 'Positive', 'NonNegative', 'BelowOne', 'Share',
-           'PositiveShare', 'CropScale', 'PATH', 'Place', 'Places', 'KINDS', 'Limit', 'spelt_out', 'limit_of',
-           'has_type', 'wrong_fields', 'expand_paths']
+           'PositiveShare', 'CropScale', 'PATH', 'Place', 'Places', 'KINDS', 'Limit', 'at_least', 'spelt_out',
+           'limit_of', 'has_type', 'wrong_fields', 'expand_paths']
 
 # %% ../nbs/18_limits.ipynb #imports
 import os
@@ -31,15 +31,21 @@ class Limit(NamedTuple):
         return None if self.most == inf or value <= self.most else f"at most {self.most:,}"
 
 
+def at_least(low: int, most: float = inf) -> Limit:
+    "The limit of numbers that have a lower end, and perhaps an upper one."
+    words = f"at least {low}" if low else "a finite number, 0 or more"
+    return Limit(lambda x: low <= x < inf, words, most)
+
+
 # DALL-E took 3,000,000 steps, ViT-22B is 6,144 wide
-Count = Annotated[int, Limit(lambda x: 1 <= x < inf, "at least 1", 10**9)]
-Size = Annotated[int, Limit(lambda x: 1 <= x < inf, "at least 1", 2**16)]
-Vocabulary = Annotated[int, Limit(lambda x: 2 <= x < inf, "at least 2", 2**24)]
-Natural = Annotated[int, Limit(lambda x: 0 <= x < inf, "a finite number, 0 or more", 10**9)]
-Workers = Annotated[int, Limit(lambda x: 0 <= x < inf, "a finite number, 0 or more", 1024)]
+Count = Annotated[int, at_least(1, most=10**9)]
+Size = Annotated[int, at_least(1, most=2**16)]
+Vocabulary = Annotated[int, at_least(2, most=2**24)]
+Natural = Annotated[int, at_least(0, most=10**9)]
+Workers = Annotated[int, at_least(0, most=1024)]
 Seed = Annotated[int, Limit(lambda x: 0 <= x < 2**32, "from 0 to 4294967295")]
 Positive = Annotated[float, Limit(lambda x: 0 < x < inf, "a finite number above 0")]
-NonNegative = Annotated[float, Limit(lambda x: 0 <= x < inf, "a finite number, 0 or more")]
+NonNegative = Annotated[float, at_least(0)]
 BelowOne = Annotated[float, Limit(lambda x: 0 <= x < 1, "at least 0 and below 1")]
 Share = Annotated[float, Limit(lambda x: 0 <= x <= 1, "from 0 to 1")]
 PositiveShare = Annotated[float, Limit(lambda x: 0 < x <= 1, "above 0 and at most 1")]
@@ -67,12 +73,16 @@ Places = Annotated[tuple[str, ...], PATH]
 # %% ../nbs/18_limits.ipynb #wrong-fields
 def limit_of(hint: Any) -> Limit | None:
     "What the type of a field says of its values; None where anything goes."
-    for part in get_args(hint) if get_origin(hint) is Union else (hint,):
-        if get_origin(part) is Annotated:
-            return next((x for x in get_args(part) if isinstance(x, Limit)), None)
-        if get_origin(part) is Literal:
+    parts = get_args(hint) if get_origin(hint) is Union else (hint,)
+    for part in parts:
+        origin = get_origin(part)
+        if origin is Annotated:
+            limits = [x for x in get_args(part) if isinstance(x, Limit)]
+            return limits[0] if limits else None
+        if origin is Literal:
             choices = get_args(part)
-            return Limit(choices.__contains__, f"one of {', '.join(map(str, choices))}")
+            words = ", ".join(map(str, choices))
+            return Limit(choices.__contains__, f"one of {words}")
     return None
 
 
@@ -89,12 +99,11 @@ def has_type(value: Any, hint: Any) -> bool:
         return any(has_type(value, part) for part in parts)
     if origin is Literal:
         return type(value) in map(type, parts)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
+    if origin is tuple and isinstance(value, tuple):
         kinds = parts[:1] * len(value) if parts[-1] is ... else parts
         return len(value) == len(kinds) and all(map(has_type, value, kinds))
-    return isinstance(value, KINDS.get(hint, hint)) and isinstance(value, bool) == (hint is bool)
+    kind = KINDS.get(hint, origin or hint)
+    return isinstance(value, kind) and isinstance(value, bool) == (hint is bool)
 
 
 def wrong_fields(options: Any) -> list[str]:
