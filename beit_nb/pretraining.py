@@ -179,12 +179,11 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
     with open_run("pretrain", r, r.resume) as out:
         set_matmul_precision(default_device(), r.embed_dim)
         pictures = open_data(r.data)
-        record_inputs(out, r, {"data": picture_records(pictures)})
         transform = PretrainTransform(r)
         samples = TransformedDataset(pictures, transform, r.seed, pixels=True)
         total, per_epoch = training_length(r, len(samples))
         targets = build_targets(r, pictures, transform.views)
-        inputs = record_inputs(out, r, targets.inputs)
+        inputs = record_inputs(out, r, {"data": picture_records(pictures)} | targets.inputs)
         torch.manual_seed(r.seed)
         model = build_mim(r)
         trainer = Trainer(

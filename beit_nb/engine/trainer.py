@@ -161,7 +161,6 @@ class Trainer:
         quiet: bool = False,
     ):
         self.command = command
-        self.config = as_config(command, recipe) | ({"inputs": inputs} if inputs else {})
         self.recipe = recipe
         self.out = Path(out)
         self.total = total
@@ -186,6 +185,7 @@ class Trainer:
         self.optimizer = build_optimizer(model, recipe, layer_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.lr = step_schedule(recipe, total, per_epoch) if lr is None else lr
+        self.config = as_config(command, recipe) | ({"inputs": inputs} if inputs else {})
         self.step = 0
         self.saved_step = 0
         self.data: dict = {}  # the loader's part of a checkpoint
