@@ -254,6 +254,7 @@ class ProbeRecipe(Recipe):
     draws: Count = 3  # repeat with other labels
     seed: Seed = 0  # of the draws
     batch_size: Count = 256  # pictures at once
+    workers: Workers = 0  # loader processes
     split: Literal["val", "test"] = "val"  # where the block is scored
 
 # %% ../nbs/20_configs.ipynb #check-recipe

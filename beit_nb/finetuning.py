@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHAPE', 'BeitForImageClassification', 'build_classifier', 'load_init', 'build_from_checkpoint', 'load_classifier',
-           'evaluate_classifier', 'EvaluateCallback', 'scored_the_same', 'finetune']
+           'score_share', 'evaluate_classifier', 'EvaluateCallback', 'scored_the_same', 'finetune']
 
 # %% ../nbs/45_finetuning.ipynb #imports
 from functools import partial
@@ -33,7 +33,7 @@ from beit_nb.engine.runs import (
 from .engine.sources import ImageDataset
 from .engine.token_files import picture_records
 from .engine.trainer import build_model
-from .engine.training import Trainer, fit, training_length
+from .engine.training import Trainer, all_or_none, fit, training_length
 from .images import preprocess
 from .labelled_views import FinetuneLoss, FinetuneTransform
 from .recipes import from_config
@@ -138,6 +138,22 @@ def load_classifier(
 
 # %% ../nbs/45_finetuning.ipynb #evaluate-classifier
 @torch.no_grad()
+def score_share(
+    model: nn.Module, r: FinetuneRecipe, samples: TransformedDataset, batch_size: int
+) -> Tensor:  # (3,) pictures, right ones, cross-entropy
+    "Sums over the readable pictures of this process's share; the recipe's workers load."
+    device = next(model.parameters()).device
+    dtype = pick_precision(r.precision, device)
+    sums = torch.zeros(3, dtype=torch.float64)
+    for batch, valid, _ in once(samples, batch_size, r.workers, rank(), world_size()):
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(preprocess(batch.image.to(device), r.mean_std)).float().cpu()
+        right = (logits.argmax(1) == batch.label)[valid]
+        losses = F.cross_entropy(logits, batch.label, reduction="none")[valid]
+        sums += torch.stack([valid.sum(), right.sum(), losses.sum()])
+    return sums
+
+
 def evaluate_classifier(
     model: nn.Module,
     r: FinetuneRecipe,
@@ -147,23 +163,15 @@ def evaluate_classifier(
 ) -> dict:
     """Top-1 accuracy and mean cross-entropy on all readable pictures of a set.
 
-    Several processes share them; all must take part.
+    Several processes share them; all must take part, and if one fails all stop.
     """
-    device = next(model.parameters()).device
-    dtype = pick_precision(r.precision, device)
     training = model.training
     transform = FinetuneTransform(r, labels_in(pictures), training=False)
     n = len(pictures)
     ids = np.linspace(0, n - 1, min(n, most or n)).astype(int)
     samples = TransformedDataset(pictures, transform, ids=ids)
-    sums = torch.zeros(3, dtype=torch.float64)  # pictures, right ones, cross-entropy
     model.eval()
-    for batch, valid, _ in once(samples, batch_size, rank=rank(), world=world_size()):
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(preprocess(batch.image.to(device), r.mean_std)).float().cpu()
-        right = (logits.argmax(1) == batch.label)[valid]
-        losses = F.cross_entropy(logits, batch.label, reduction="none")[valid]
-        sums += torch.stack([valid.sum(), right.sum(), losses.sum()])
+    sums = all_or_none(partial(score_share, model, r, samples, batch_size))
     model.train(training)
     read, right, loss = sum_over_ranks(sums).tolist()
     metrics = {"accuracy": right / read, "val_loss": loss / read}

@@ -141,6 +141,7 @@ def all_features(
     size: int,
     ids=None,  # use only these pictures
     batch_size: int = 256,
+    workers: int = 0,  # processes that load
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """What every arm makes of the pictures: name -> (layers, N, D).
 
@@ -148,7 +149,8 @@ def all_features(
     """
     features: dict[str, list[np.ndarray]] = {name: [] for name in arms}
     seen = []
-    for walked in once(TransformedDataset(pictures, WholePicture(size), ids=ids), batch_size):
+    samples = TransformedDataset(pictures, WholePicture(size), ids=ids)
+    for walked in once(samples, batch_size, workers):
         for name, arm in arms.items():
             features[name].append(arm(walked.batch.image))
         seen.append(walked.batch.number)
@@ -223,7 +225,9 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
         answers = {}
         for split, pictures in sets.items():
             ids = used if split == "train" else None
-            features[split], numbers = all_features(arms, pictures, size, ids, r.batch_size)
+            features[split], numbers = all_features(
+                arms, pictures, size, ids, r.batch_size, r.workers
+            )
             answers[split] = labels_in(pictures)[numbers]
         result = {}
         for name in arms:

@@ -571,3 +571,17 @@ def test_a_tilde_that_is_a_letter_stays_one(monkeypatch, tmp_path):
 
     for path in ("~", "$HOME", "./~new", "./$NOWHERE", "a~b", "50$"):
         assert read_recipe("tokenizer", ["nano", f"--out={path}"]).out == path
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+def test_a_tool_that_is_stopped_puts_all_in_order(photos, tmp_path, monkeypatch, how):
+    "Python would end on the spot, without a word, and leave half a shard behind."
+    from beit_nb.engine import packing
+
+    monkeypatch.setattr(packing, "decode_image", lambda *_: os.kill(os.getpid(), how))
+
+    said = beit("shard", photos, "--out", tmp_path / "out", ok=130).stderr
+
+    assert said.strip() == "beit: stopped; the same command continues from the last checkpoint"
+    assert not list((tmp_path / "out").rglob("*.part"))
+    assert signal.getsignal(how) == signal.SIG_DFL

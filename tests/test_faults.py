@@ -24,7 +24,7 @@ import torch
 from helpers_processes import PATIENCE, session_of, wait_until
 from helpers_runs import slowed_after, step_of
 
-from beit_nb import pretraining, targets
+from beit_nb import BeitError, finetuning, pretraining, targets
 from beit_nb.cli import main
 from beit_nb.configs import check_recipe
 from beit_nb.engine.log import read_log, read_metrics
@@ -694,3 +694,31 @@ def open_cifar(folder):
 @pytest.mark.slow
 def test_rank_0_alone_unpacks_a_known_set(tmp_path):
     assert run_distributed(open_cifar, str(tmp_path)) == [(1, 36), (0, 36)]
+
+
+def fails_to_score():
+    "A life in which the second process cannot read its share of the pictures to be scored."
+
+    def unreadable(*args):
+        raise BeitError("this share cannot be read; repair it")
+
+    if os.environ["RANK"] == "1":
+        finetuning.once = unreadable
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_in_one_process(tmp_path, monkeypatch):
+    "Nobody adds a sum to another's message: all save, stop, and one of them says why."
+    line = "finetune nano --embed-dim 32 --depth 2 --num-heads 2 --batch-size 16 --precision fp32"
+    line += " --labels-per-class 4 --steps 6 --eval-every 3"
+    monkeypatch.setattr(
+        sys.modules[__name__], "words", lambda out: [*line.split(), "--out", str(out)]
+    )
+    out = tmp_path / "run"
+
+    assert ends(born(out, n=2, before=fails_to_score), 30) == [2, 2]
+
+    told = "this share cannot be read; repair it; step 3 of 6 is saved, the same command goes on"
+    assert [x for x in said(out) if "warm-up" not in x] == [f"beit: error: {told}"]
+    assert load_checkpoint(out)["step"] == 3
+    assert ends(born(out, n=2)) == [0, 0] and read_metrics(out)["steps"] == 6

@@ -159,7 +159,7 @@ TOKENIZER = {
 
 # Table 9 is probed by logistic regression here, so it has no training numbers [ours]
 LINEAR = dict(
-    data="digits", out="", init="", labels_per_class=20, draws=3, seed=0, batch_size=256,
+    data="digits", out="", init="", labels_per_class=20, draws=3, seed=0, batch_size=256, workers=0,
     split="val")
 PROBE = {
     "nano": LINEAR,

@@ -7,18 +7,23 @@ they are others; and whatever fails beside the training, the training is kept.
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import beit, red_and_blue, refused
+from helpers import beit, red_and_blue, refused, save_gray
+from PIL import Image
 
 from beit_nb import BeitError, finetuning, pretraining, tokenizer
 from beit_nb.configs import ProbeRecipe
-from beit_nb.engine import training
+from beit_nb.engine import sources, training
 from beit_nb.engine.log import read_log, read_metrics
 from beit_nb.engine.runs import load_checkpoint
+from beit_nb.engine.sources import EncodedImages
+from beit_nb.engine.token_files import picture_records
 from beit_nb.finetuning import finetune
 from beit_nb.pretraining import pretrain
 from beit_nb.probing import probe
@@ -529,3 +534,106 @@ def test_ids_of_an_earlier_version_are_read(top):
 
 
 NEW_IN_TOKENS = ("records", "encoder")
+
+
+# --- every picture of a small set counts, whatever its size and its date say
+
+
+def draw_another(file):
+    "Another picture in a file of the same name, size and time."
+    before = file.stat()
+    value = 250 if Image.open(file).getpixel((0, 0))[0] < 200 else 5
+    save_gray(file, value, size=(8, 8))
+    file.write_bytes(file.read_bytes().ljust(before.st_size, b"\0")[: before.st_size])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.fixture
+def many(tmp_path):
+    "A folder with 100 pictures to train on and 40 to be scored on."
+    for part, count in (("train", 100), ("val", 40)):
+        for i in range(count):
+            save_gray(tmp_path / "pics" / part / "ab"[i % 2] / f"{i:03d}.png", i, size=(32, 32))
+    return tmp_path
+
+
+@pytest.mark.parametrize("number", [1, 50, 98])
+def test_any_picture_of_a_small_set_that_is_another(many, number):
+    fine(many, max_steps=2)
+    victim = sorted((many / "pics" / "train").rglob("*.png"))[number]
+    draw_another(victim)
+    with pytest.raises(BeitError, match="holds another run .data .* has changed since"):
+        fine(many)
+
+
+def test_any_picture_that_is_scored_counts(many):
+    fine(many)
+    before = figures(many / "fine")["scored_on"]
+    draw_another(sorted((many / "pics" / "val").rglob("*.png"))[1])
+    fine(many)
+    assert figures(many / "fine")["scored_on"] != before
+
+
+@pytest.mark.parametrize("command", ["tokenize", "shard"])
+def test_what_was_made_of_other_pictures(many, command):
+    train_dvae(many)
+    line = [command, many / "pics", "--out", many / "made"]
+    line += ["--tokenizer", many / "tok"] if command == "tokenize" else []
+    beit(*line)
+    beit(*line)
+    draw_another(sorted((many / "pics" / "train").rglob("*.png"))[1])
+
+    said = refused(*line, says="other" if command == "tokenize" else "shards of something else")
+
+    assert len(said) < 200  # no list of fingerprints
+
+
+def test_a_large_set_is_known_by_a_part_of_each_part(monkeypatch):
+    "The cost stands: 32 times 64 files or a megabyte, whatever comes."
+    read = []
+    file = b"a picture"
+    monkeypatch.setattr(sources, "decode_image", lambda *_: None)
+
+    class Large(EncodedImages):
+        def bytes(self, i):
+            read.append(i)
+            return file
+
+        def path(self, i):
+            return str(i)
+
+    picture_records(Large(10**6))
+    assert len(read) == 32 * 64 and min(np.diff(sorted(read))) == 1 and max(read) > 950_000
+    read.clear()
+    file = bytes(2**21)
+    assert len(picture_records(Large(10**6))) == 2 + 32 and len(read) == 32
+
+
+# --- workers load what is scored, too
+
+
+@pytest.mark.slow
+def test_workers_score_the_same(many):
+    first = fine(many)
+    second = fine(many, out=f"{many}/two", workers=2)
+    assert {**first, "peak_rss_mb": 0} == {**second, "peak_rss_mb": 0}
+
+    r = ProbeRecipe(data=f"{many}/pics", init=f"{many}/fine", labels_per_class=4)
+    alone = probe(replace(r, out=f"{many}/probe"), quiet=True)
+    together = probe(replace(r, out=f"{many}/probe-2", workers=2), quiet=True)
+    assert {**alone, "peak_rss_mb": 0} == {**together, "peak_rss_mb": 0}
+    assert probe(replace(r, out=f"{many}/probe", workers=1), quiet=True)["labels"] == 8
+
+
+def test_a_worker_that_scores_may_die(many, monkeypatch):
+    class Fatal(finetuning.FinetuneTransform):
+        def __call__(self, *args):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def transform(r, labels, training):
+        return (real if training else Fatal)(r, labels, training)
+
+    real = finetuning.FinetuneTransform
+    monkeypatch.setattr(finetuning, "FinetuneTransform", transform)
+    with pytest.raises(BeitError, match="worker was killed by SIGKILL.*step 2 of 6 is saved"):
+        fine(many, workers=1, checkpoint_every=100)

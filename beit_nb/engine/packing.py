@@ -20,6 +20,7 @@ from .. import BeitError, UnreadableImage, warn
 from .files import atomic_write, list_pictures, read_json, write_json
 from .shards import shard_index, tar_files
 from .sources import PARTS, ImageFolder, beside_parts, decode_image
+from .token_files import picture_records
 from .walks import OTHER, class_folders
 
 # %% ../../nbs/38_engine_packing.ipynb #shard-part
@@ -66,8 +67,9 @@ def write_plan(out: Path, plan: dict, classes: list[str]) -> None:
     "Say what `out` will hold before it holds anything; BeitError where it holds something else."
     file = out / "shards.json"
     if tar_files(out):
-        there = read_json(file) if file.exists() else None
-        if there != plan:
+        there = read_json(file) if file.exists() else {}
+        # an earlier version knew less of what it had packed
+        if not there or any(there.get(key, value) != value for key, value in plan.items()):
             raise BeitError(
                 f"{out} holds shards of something else; choose another --out, or delete that folder"
             )
@@ -98,7 +100,8 @@ def pack_part(
     total = len(pictures)
     shards = -(-total // per_shard)
     plan = {"pictures": total, "per_shard": per_shard, "shards": shards}
-    write_plan(out, plan | {"names": crc32(pictures.files.names)}, pictures.classes)
+    plan |= {"names": crc32(pictures.files.names), "records": picture_records(pictures)}
+    write_plan(out, plan, pictures.classes)
     order = np.random.default_rng(0).permutation(total)
     tars = [out / f"{k:06d}.tar" for k in range(shards)]
     for k, tar in enumerate(tqdm(tars, "shards", disable=not sys.stderr.isatty())):

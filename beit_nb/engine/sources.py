@@ -248,6 +248,19 @@ class EncodedImages(ImageDataset):
         "The name of that file, for people."
         raise NotImplementedError
 
+    def record(self, numbers: Sequence[int], most: int = 2**20) -> str | None:
+        "A fingerprint of the first of these files, up to `most` bytes. None: one is unreadable."
+        files: list = []
+        for i in numbers[:64]:
+            try:
+                files.append(self.bytes(i))
+                decode_image(files[-1], partial(self.path, i), self.said)
+            except UnreadableImage:
+                return None
+            if sum(map(len, files)) > most:
+                break
+        return fingerprint(*files)
+
     def read(self, i: int) -> Image.Image:
         return load_image(NamedBytes(self.bytes(i), partial(self.path, i)), self.said)
 

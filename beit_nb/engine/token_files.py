@@ -38,18 +38,16 @@ from ..images import to_float
 from ..tokens import Tokenizer
 
 # %% ../../nbs/35_engine_token_files.ipynb #picture-records
-def picture_records(pictures: ImageDataset, n: int = 32) -> list[str | None]:
+def picture_records(pictures: ImageDataset, parts: int = 32) -> list[str | None]:
     """What is recorded of pictures: fingerprints of their names and order, of labels and classes,
-    and of the files of `n` of them. None: a file that cannot be read now.
+    and of the files of each of `parts` parts. None: a file that cannot be read now.
     """
     labels = () if pictures.labels is None else (pictures.labels, *pictures.classes)
     records: list[str | None] = [pictures.fingerprint(), fingerprint(*labels)]
     if not isinstance(pictures, EncodedImages):
         return records
-    for i in np.unique(np.linspace(0, len(pictures) - 1, n).astype(int)).tolist():
-        readable = why_unreadable(pictures, i) is None
-        records.append(fingerprint(pictures.bytes(i)) if readable else None)
-    return records
+    numbers = np.array_split(np.arange(len(pictures)), min(parts, len(pictures)))
+    return records + [pictures.record(part.tolist()) for part in numbers]
 
 # %% ../../nbs/35_engine_token_files.ipynb #describe-tokens
 def fingerprint_tokenizer(tokenizer: Tokenizer, ids_only: bool = False) -> str:
@@ -217,11 +215,12 @@ def open_token_folder(out: Path, described: dict) -> None:
     old = read_json(file) if file.exists() else {}
     now = {key: described.get(key) for key in old}
     merged = {key: merge_records(old[key], here) for key, here in now.items()}
-    other = [f"{key} {old[key]!r} there, {now[key]!r} now" for key in old if merged[key] is None]
-    if other:
+    changed = [key for key in old if merged[key] is None]
+    other = [f"{key} {old[key]!r} there, {now[key]!r} now" for key in changed if key != "records"]
+    if changed:
         raise BeitError(
-            f"{out} holds other tokens ({'; '.join(other[:3])}); choose another --out, or delete "
-            "that folder"
+            f"{out} holds other tokens ({'; '.join(other[:3]) or 'of other pictures'}); choose "
+            "another --out, or delete that folder"
         )
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, described | merged)
