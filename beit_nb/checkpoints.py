@@ -12,8 +12,6 @@ from typing import cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.interpolate import RectBivariateSpline
-from scipy.optimize import brentq
 from torch import Tensor
 
 from . import BeitError
@@ -34,6 +32,8 @@ def geometric_offsets(src: int, dst: int) -> np.ndarray:
         raise BeitError(
             f"a side of {src} patches cannot become {dst}; both sides need at least 3 patches"
         )
+
+    from scipy.optimize import brentq  # here: few who load weights need it
 
     def overshoot(q: float) -> float:
         return (q ** np.arange(known)).sum() - wanted
@@ -62,6 +62,8 @@ def resize_rel_pos_bias(
         )
     if (h, w) == (H, W):
         return table
+    from scipy.interpolate import RectBivariateSpline  # here: few who load weights need it
+
     offsets = table[:-3].detach().double().cpu()
     old = offsets.unflatten(0, (2 * h - 1, 2 * w - 1)).numpy()  # (2*h-1, 2*w-1, heads)
     known = geometric_offsets(h, H), geometric_offsets(w, W)

@@ -181,7 +181,10 @@ def fine_tune_all(recipes: list[FinetuneRecipe]) -> list[dict]:
         cores = len(os.sched_getaffinity(0))
     if cores < 2 or torch.cuda.is_available():
         return [finetune(r, quiet=True) for r in recipes]
-    pool = ProcessPoolExecutor(2, get_context("spawn"), begin_job, (cores // 2,))
+    # Linux forks both from a third process, which imports all this once
+    context = get_context("forkserver" if sys.platform == "linux" else "spawn")
+    context.set_forkserver_preload(["beit_nb.demo"])
+    pool = ProcessPoolExecutor(2, context, begin_job, (cores // 2,))
     try:
         jobs = [pool.submit(finetune, r, quiet=True) for r in recipes]
         results = show_progress(recipes, jobs)

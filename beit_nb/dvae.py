@@ -11,7 +11,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import kmeans_plusplus
 from torch import Tensor, nn
 
 from . import BeitError
@@ -288,5 +287,7 @@ def init_codes(model: DiscreteVAE, images: Tensor, seed: int = 0) -> None:
             f"init_codes: {len(some)} cells cannot start {model.vocab_size} codes; give more "
             "pictures, or lower vocab_size"
         )
+    from sklearn.cluster import kmeans_plusplus  # here: it takes a second to import
+
     rows, _ = kmeans_plusplus(cells[some].numpy(), model.vocab_size, random_state=seed)
     model.codebook.copy_(torch.from_numpy(rows))

@@ -13,8 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import Mixup, create_transform
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
@@ -30,6 +28,8 @@ def timm_transform(r: FinetuneRecipe, training: bool) -> Callable[[Image.Image],
 
     As in the official code; for evaluation a centre crop. Raises BeitError for an unknown policy.
     """
+    from timm.data import create_transform  # here: who scores or predicts needs no timm
+
     mean, std = MEAN_STD[r.mean_std]
     try:
         made: Any = create_transform(
@@ -97,6 +97,9 @@ class FinetuneLoss:
     """
 
     def __init__(self, r: FinetuneRecipe, num_classes: int, micro_batch_size: int):
+        from timm.data import Mixup
+        from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
         self.mean_std = r.mean_std
         self.mix = None
         self.criterion: nn.Module = LabelSmoothingCrossEntropy(r.label_smoothing)

@@ -13,10 +13,6 @@ from dataclasses import fields
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.decomposition import PCA
-from sklearn.linear_model import LogisticRegression
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -74,6 +70,12 @@ Labelled = tuple[np.ndarray, np.ndarray]  # features (n, D) and labels (n,)
 
 def linear_scores(train: Labelled, held_out: list[Labelled]) -> np.ndarray:  # (strengths, sets)
     "Accuracy on every held-out set of a logistic regression fitted to `train`, by strength."
+    # here: scikit-learn takes a second to import
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
     x, y = train
     # where features outnumber pictures, a rotation into fewer of them: the penalty does not see it
     rotate = PCA() if x.shape[1] > len(x) else "passthrough"

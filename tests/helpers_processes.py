@@ -1,5 +1,6 @@
 "Other processes: started, looked at and waited for, but never for ever."
 
+import socket
 import subprocess
 import sys
 import time
@@ -45,3 +46,29 @@ def session_of(pid):
             if int(fields[3]) == pid and fields[0] != "Z":
                 found.append(int(stat.parent.name))
     return found
+
+
+def children_of(pid):
+    "The numbers of the processes that a process started."
+    found = []
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with suppress(OSError):  # it has ended meanwhile
+            if f"\nPPid:\t{pid}\n" in status.read_text():
+                found.append(int(status.parent.name))
+    return found
+
+
+def torchrun_environment(n):
+    "What torchrun tells its n processes, one dictionary each."
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    shared = dict(
+        WORLD_SIZE=str(n),
+        LOCAL_WORLD_SIZE=str(n),
+        MASTER_ADDR="localhost",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="test",
+        TORCHELASTIC_RESTART_COUNT="0",
+    )
+    return [shared | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(n)]

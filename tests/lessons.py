@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import nbformat
 import numpy as np
+from jupyter_client import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -40,8 +41,11 @@ def flagged(cell, flag: str) -> bool:
     return any(line.replace(" ", "").startswith(f"#|{flag}") for line in cell.source.splitlines())
 
 
-def run(path, slow: bool = False, timeout: int = 600):
-    "The notebook at `path` with fresh outputs; an error in a cell is raised as it stands."
+def run(path, slow: bool = False, timeout: int = 600, kernels: type = AsyncKernelManager):
+    """The notebook at `path` with fresh outputs; an error in a cell is raised as it stands.
+
+    `kernels`: what starts its kernel.
+    """
     nb = nbformat.read(path, as_version=4)
     code = [c for c in nb.cells if c.cell_type == "code"]
     skipped = {c.id: c.copy() for c in code if flagged(c, "slow") and not slow}
@@ -52,6 +56,7 @@ def run(path, slow: bool = False, timeout: int = 600):
         nb,
         timeout=timeout,
         kernel_name="python3",
+        kernel_manager_class=kernels,
         store_widget_state=False,
         resources={"metadata": {"path": str(Path(path).parent)}},
     )

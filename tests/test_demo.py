@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -163,10 +164,9 @@ def test_spread():
 
 REHEARSAL = """
 import sys
-from beit_nb import demo
-from beit_nb.cli import main
-demo.QUICK.update(tokenizer_steps=20, finetune_steps=2, draws=1)  # quicker still
-sys.exit(main(["demo", "--quick", "--out", sys.argv[1]]))
+sys.path.insert(0, {tests!r})
+from helpers_demo import small_demo
+sys.exit(small_demo({out!r}, pretrain_steps=60, finetune_steps=2))
 """
 
 
@@ -177,7 +177,8 @@ def test_demo_stops_and_continues(tmp_path):
     The same command ends it, with every figure and a self-contained report.
     """
     out = tmp_path / "demo"
-    words = [sys.executable, "-c", REHEARSAL, str(out)]
+    tests = str(Path(__file__).parent)
+    words = [sys.executable, "-c", REHEARSAL.format(tests=tests, out=str(out))]
     log = out / "pretrain" / "log.jsonl"
 
     process = subprocess.Popen(

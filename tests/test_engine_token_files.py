@@ -4,15 +4,17 @@ import io
 import json
 import multiprocessing
 import os
+import sys
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from helpers_processes import PATIENCE, wait_until
+from helpers_processes import PATIENCE, torchrun_environment, wait_until
 from PIL import Image
 
 from beit_nb import BeitError
+from beit_nb.cli import main
 from beit_nb.data import open_data
 from beit_nb.engine import token_files
 from beit_nb.engine.augment import TwoViews
@@ -20,7 +22,6 @@ from beit_nb.engine.files import read_json, write_json
 from beit_nb.engine.sources import Digits
 from beit_nb.engine.token_files import load_tokens, read_description, read_part, tokenize_files
 from beit_nb.recipes import recipe_named
-from beit_nb.scale.launching import torchrun
 from beit_nb.targets import tokenize_dataset
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 
@@ -98,32 +99,55 @@ def test_tokenize_killed_goes_on(tokenizer, tmp_path):
     assert torch.equal(load_tokens(out)[0], load_tokens(tmp_path / "whole")[0])
 
 
-@pytest.mark.slow
+def tokenize_in_one_of_four(words, env, said):
+    "The body of a child: `beit tokenize WORDS`; what it says goes to a file."
+    os.environ.update(env)
+    told = os.open(said, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+    os.dup2(told, 1)
+    os.dup2(told, 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.exit(main(["tokenize", *map(str, words)]))
+
+
+def four_processes(said, *words):
+    "The exit statuses of four processes that tokenize, begun at one moment as torchrun would."
+    family = [
+        FORK.Process(target=tokenize_in_one_of_four, args=(words, env, said))
+        for env in torchrun_environment(4)
+    ]
+    for process in family:
+        process.start()
+    for process in family:
+        process.join(PATIENCE)
+    return [process.exitcode for process in family]
+
+
 def test_four_processes_tokenize_together(tokenizer, tmp_path):
     "Three times from nothing: all begin at one moment, with one tokens.json to write."
     data = noisy_pictures(tmp_path / "in", n=40)
+    said = tmp_path / "said.txt"
     options = ["--tokenizer", tokenizer, "--per-part", 3]
     write_tokens(data, tokenizer, tmp_path / "alone", per_part=3)
     for k in range(3):
         out = tmp_path / f"out{k}"
 
-        torchrun("beit_nb", "tokenize", data, *options, "--out", out, processes=4)
+        statuses = four_processes(said, data, *options, "--out", out)
 
+        assert statuses == [0] * 4, said.read_text()
         assert load_tokens(out)[1] == load_tokens(tmp_path / "alone")[1]
         assert torch.equal(load_tokens(out)[0], load_tokens(tmp_path / "alone")[0])
         assert len(list(out.iterdir())) == 1 + 14, "tokens.json and the parts, nothing else"
 
 
-@pytest.mark.slow
 def test_four_processes_refuse_with_one_voice(tokenizer, tmp_path):
     data = noisy_pictures(tmp_path / "in")
+    said = tmp_path / "said.txt"
     write_tokens(data, tokenizer, tmp_path / "out", per_part=3)
     options = ["--tokenizer", tokenizer, "--per-part", 4, "--out", tmp_path / "out"]
 
-    with pytest.raises(RuntimeError) as e:
-        torchrun("beit_nb", "tokenize", data, *options, processes=4)
+    assert four_processes(said, data, *options) == [2] * 4
 
-    assert str(e.value).count("holds other tokens (per_part 3 there, 4 now)") == 1
+    assert said.read_text().count("holds other tokens (per_part 3 there, 4 now)") == 1
 
 
 def as_process(monkeypatch, number, count):

@@ -10,7 +10,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers_processes import PATIENCE, session_of, wait_until
+from helpers_processes import PATIENCE, children_of, session_of, torchrun_environment, wait_until
 from helpers_runs import slowed_after, step_of
 
 from beit_nb import BeitError, finetuning, pretraining, targets
@@ -95,22 +94,6 @@ def life(out, changes, env, before):
     if before:
         before()
     sys.exit(main(words(out, **changes)))
-
-
-def torchrun_environment(n):
-    "What torchrun tells its n processes, one dictionary each."
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    shared = dict(
-        WORLD_SIZE=str(n),
-        LOCAL_WORLD_SIZE=str(n),
-        MASTER_ADDR="localhost",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_RUN_ID="test",
-        TORCHELASTIC_RESTART_COUNT="0",
-    )
-    return [shared | dict(RANK=str(i), LOCAL_RANK=str(i)) for i in range(n)]
 
 
 def born(out, n=1, before=None, **changes):
@@ -264,13 +247,6 @@ pretraining.open_data = few
 slowed_after(8, 0.05)()
 sys.exit(main(words({out!r}, steps=24, tokenizer={tokenizer!r})))
 """
-
-
-def children_of(pid):
-    "The numbers of the processes that a process started."
-    stats = [p / "status" for p in Path("/proc").iterdir() if p.name.isdigit()]
-    mine = [s for s in stats if s.exists() and f"\nPPid:\t{pid}\n" in s.read_text()]
-    return [int(s.parent.name) for s in mine]
 
 
 @pytest.mark.slow

@@ -12,16 +12,16 @@ import random
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import beit, save_gray
-from helpers_processes import PATIENCE, run_python, session_of, wait_until
+from helpers_demo import small_demo
+from helpers_processes import PATIENCE, children_of, run_python, session_of, wait_until
 
 from beit_nb.cli import main
 
@@ -72,24 +72,29 @@ def words(name, ground, out):
     return [*line, str(out)] if name == "report" else [*line, "--out", str(out)]
 
 
-def life(line, said):
-    "The body of a child: `beit LINE` in a session of its own; what it says goes to a file."
+def life(work, said):
+    "The body of a child: `work()` in a session of its own; what it says goes to a file."
     os.setsid()
     told = os.open(said, os.O_CREAT | os.O_APPEND | os.O_WRONLY)
     for fd in (1, 2):
         os.dup2(told, fd)
     sys.stdout, sys.stderr = (os.fdopen(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
-    sys.exit(main(line))
+    sys.exit(work())
 
 
-def begin(line, said):
-    process = FORK.Process(target=life, args=(line, said))
+def begin(work, said):
+    process = FORK.Process(target=life, args=(work, said))
     process.start()
     return process
 
 
+def command(name, ground, out):
+    "The command of that name that writes into `out`, to be called without arguments."
+    return partial(main, words(name, ground, out))
+
+
 def end(process, said):
-    "Wait until it has ended well; how many seconds that took."
+    "Wait until it has ended, well; how many seconds that took."
     began = time.monotonic()
     process.join(PATIENCE)
     assert process.exitcode == 0, said.read_text()
@@ -156,16 +161,16 @@ def test_killed_and_continued_is_never_killed(tmp_path, ground, name):
     if name == "report":
         for copy in (straight, out):
             shutil.copytree(ground / "body", copy)
-    seconds = end(begin(words(name, ground, straight), said), said)
+    seconds = end(begin(command(name, ground, straight), said), said)
 
     moments = []
     while len(moments) < max(1, KILLS // len(LINES)):
         moment = random.uniform(0, seconds)
-        if kill(begin(words(name, ground, out), said), moment):
+        if kill(begin(command(name, ground, out), said), moment):
             moments.append(moment)
         elif name != "report":  # it was done: once more from the beginning
             shutil.rmtree(out)
-    end(begin(words(name, ground, out), said), said)
+    end(begin(command(name, ground, out), said), said)
 
     # the page of a training draws its speed, an index knows when its tar was written
     assert_same_folder(out, straight, (".index.npy", *([] if name == "report" else [".html"])))
@@ -173,47 +178,31 @@ def test_killed_and_continued_is_never_killed(tmp_path, ground, name):
     print(f"\n{name}: {len(moments)} kills after {told} of {seconds:.2f} s; the same")
 
 
-REHEARSAL = """
-import sys
-from beit_nb import demo
-from beit_nb.cli import main
-if __name__ == "__main__":
-    demo.QUICK.update(tokenizer_steps=12, pretrain_steps=12, finetune_steps=4, draws=1)
-    sys.exit(main(["demo", "--quick", "--out", sys.argv[1]]))
-"""
-
-
-def rehearse(out):
-    "`beit demo --quick`, quicker still, in a session of its own."
-    words = [sys.executable, "-c", REHEARSAL, str(out)]
-    said = open(f"{out}.txt", "a")
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(words, stdout=said, stderr=said, env=env, start_new_session=True)
-
-
 @pytest.mark.slow
 def test_a_killed_demo_is_a_demo(tmp_path):
     "All its stages, those in other processes too; what they leave behind ends with it."
-    (tmp_path / "straight").mkdir()
-    (tmp_path / "killed").mkdir()
     straight = tmp_path / "straight" / "run"
     out = tmp_path / "killed" / "run"
-    began = time.monotonic()
-    assert rehearse(straight).wait(PATIENCE) == 0, Path(f"{straight}.txt").read_text()
-    seconds = time.monotonic() - began
+    said = tmp_path / "said.txt"
+    seconds = end(begin(partial(small_demo, straight), said), said)
 
     moments = sorted(random.uniform(0.1, 0.9) for _ in range(max(2, KILLS // len(LINES))))
-    for moment in moments:
-        demo = rehearse(out)
-        with suppress(subprocess.TimeoutExpired):
-            demo.wait(seconds * moment)  # what is done stays done: later moments come further
-        demo.kill()
-        demo.wait()
-        wait_until(lambda pid=demo.pid: session_of(pid) == [], "its processes end", seconds=60)
-    assert rehearse(out).wait(PATIENCE) == 0, Path(f"{out}.txt").read_text()
+    for moment in moments:  # what is done stays done: later moments come further
+        kill(begin(partial(small_demo, out), said), seconds * moment)
+    end(begin(partial(small_demo, out), said), said)
 
     assert_same_folder(out, straight, (".html",))
     print(f"\ndemo: {len(moments)} kills in a rehearsal of {seconds:.0f} s; the same")
+
+
+def tuner_of(demo):
+    "The number of a process that fine-tunes for a demo: a child of its fork server."
+    [server] = [
+        pid
+        for pid in children_of(demo.pid)
+        if b"multiprocessing.forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return children_of(server)[0]
 
 
 @pytest.mark.slow
@@ -221,26 +210,23 @@ def test_a_killed_demo_is_a_demo(tmp_path):
 def test_a_process_of_the_demo_dies(tmp_path, how):
     "One that fine-tunes is killed, or the demo is stopped meanwhile: one line, soon, nobody left."
     out = tmp_path / "run"
-    demo = rehearse(out)
-    runs = out / "finetune"
-    wait_until(lambda: list(runs.glob("*/config.json")), "a run", lambda: demo.poll() is None)
-    [tuner, *_] = [
-        pid
-        for pid in session_of(demo.pid)
-        if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    said = tmp_path / "said.txt"
+    demo = begin(partial(small_demo, out, finetune_steps=40), said)
+    logs = out / "finetune"
+    wait_until(lambda: list(logs.glob("*/log.jsonl")), "a fine-tuning", demo.is_alive)
     began = time.monotonic()
 
-    os.kill(tuner if how == signal.SIGKILL else demo.pid, how)
+    os.kill(tuner_of(demo) if how == signal.SIGKILL else demo.pid, how)
 
-    assert demo.wait(PATIENCE) == (2 if how == signal.SIGKILL else 130)
+    demo.join(PATIENCE)
+    assert demo.exitcode == (2 if how == signal.SIGKILL else 130)
     wait_until(lambda: session_of(demo.pid) == [], "its processes end", seconds=20)
     assert time.monotonic() - began < 30
-    said = Path(f"{out}.txt").read_text()
-    assert "the same command continues" in said and "Traceback" not in said
+    lines = said.read_text()
+    assert "the same command continues" in lines and "Traceback" not in lines
     if how == signal.SIGKILL:
-        assert "beit: error: a process that fine-tunes was killed" in said
-    assert rehearse(out).wait(PATIENCE) == 0
+        assert "beit: error: a process that fine-tunes was killed" in lines
+    end(begin(partial(small_demo, out, finetune_steps=40), said), said)
 
 
 EVERY_WALK = """
@@ -254,17 +240,29 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 def test_workers_of_every_kind_load_the_same(tmp_path, ground):
-    "All that walk a data set with workers, however these are started: same files, same weights."
+    """All that walk a data set with workers, however these are started: same files, same weights.
+
+    Each command once with workers that it must be packed for; what a spawned worker and one of a
+    fork server get is the same, so they share the commands.
+    """
     from_tokens = ["--tokenizer", str(ground / "tokenizer")]
     commands = {
         name: words(name, ground, "")[:-2] for name in ("tokenizer", "finetune", "tokenize")
     }
     commands["tokenize"] += ["--workers", "1"]
     commands["pretrain"] = ["pretrain", "nano", *FEW, *SMALL, "--steps", "3", *from_tokens]
-    for start in ("fork", "spawn", "forkserver"):
-        lines = [[*line, "--out", str(tmp_path / start / name)] for name, line in commands.items()]
-        run_python(EVERY_WALK, start, json.dumps(lines), env=os.environ | {"OMP_NUM_THREADS": "1"})
 
-    for start in ("spawn", "forkserver"):
-        for name in commands:
+    def lines(start, names):
+        return [[*commands[name], "--out", str(tmp_path / start / name)] for name in names]
+
+    said = tmp_path / "said.txt"
+    for line in lines("fork", commands):
+        end(begin(partial(main, line), said), said)
+    started = {"spawn": ["tokenize", "finetune"], "forkserver": ["tokenizer", "pretrain"]}
+    for start, names in started.items():
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        run_python(EVERY_WALK, start, json.dumps(lines(start, names)), env=env)
+
+    for start, names in started.items():
+        for name in names:
             assert_same_folder(tmp_path / start / name, tmp_path / "fork" / name, (".html",))

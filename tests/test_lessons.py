@@ -12,6 +12,7 @@ import lessons
 import nbformat
 import pytest
 from helpers_processes import run_python
+from kernels import ForkedKernelManager
 from PIL import Image, ImageDraw
 
 from beit_nb.images import photos
@@ -90,7 +91,21 @@ def arrows() -> list[tuple[str, str]]:
 @pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
 def test_lesson_runs(path):
     with ThreadPoolExecutor(1) as pool:  # in this thread may be the browser's event loop
-        pool.submit(lessons.run, path).result()
+        pool.submit(lessons.run, path, kernels=ForkedKernelManager).result()
+
+
+NOT_OURS = "import sys; raise Exception([m for m in sys.modules if 'beit_nb' in m] or 'nothing')"
+ENDS = {"1 / 0": "ZeroDivisionError", "import os; os._exit(1)": "Kernel died", NOT_OURS: "nothing"}
+
+
+@pytest.mark.parametrize("line", ENDS)
+def test_a_lesson_that_fails_is_noticed(tmp_path, line):
+    "An error, a kernel that dies; and none begins with modules of ours."
+    cells = [nbformat.v4.new_code_cell(line)]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), tmp_path / "lesson.ipynb")
+
+    with pytest.raises(Exception, match=ENDS[line]):
+        lessons.run(tmp_path / "lesson.ipynb", kernels=ForkedKernelManager)
 
 
 def test_imports_go_down():

@@ -1,0 +1,103 @@
+"""Kernels that begin at once: forked from a process that has imported what lessons import.
+
+A fresh kernel reads torch, matplotlib and their like for five seconds, and there are 70 lessons.
+Of beit_nb nothing is imported early, and each kernel is still a process and a namespace of its own.
+Started as a program this file is that process: a line of JSON in, the number of a new kernel out.
+"""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import cache
+
+from jupyter_client import AsyncKernelManager
+from jupyter_client.provisioning import LocalProvisioner
+
+EARLY = [
+    "ipykernel.kernelapp",
+    "ipywidgets",
+    "matplotlib.pyplot",
+    "scipy.interpolate",
+    "sklearn.cluster",
+    "sklearn.linear_model",
+    "timm.data",
+    "torch._dynamo",
+    "torchvision.transforms.v2",
+]
+
+
+class ForkedKernel:
+    "A kernel with what a manager asks of a subprocess.Popen."
+
+    stdin = stdout = stderr = None
+
+    def __init__(self, pid: int):
+        self.pid = pid
+
+    def poll(self) -> int | None:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return 0
+        return None
+
+    def wait(self) -> int | None:
+        return self.poll()
+
+
+class ForkedProvisioner(LocalProvisioner):
+    async def launch_kernel(self, cmd, *, cwd, env, **_):
+        job = {"words": cmd[3:], "cwd": cwd, "env": env}  # after python -m ipykernel_launcher
+        server = kernel_server()
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        self.process = ForkedKernel(int(server.stdout.readline()))
+        self.pid = self.pgid = self.process.pid
+        return self.connection_info
+
+
+class ForkedKernelManager(AsyncKernelManager):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.provisioner = ForkedProvisioner(
+            kernel_id="", kernel_spec=self.kernel_spec, parent=self
+        )
+
+
+@cache
+def kernel_server() -> subprocess.Popen:
+    "The process that forks; it ends with this one, as its input does."
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, __file__], **pipes)
+
+
+def be_kernel(words, cwd, env):
+    "What the kernel's own `python -m ipykernel_launcher` would do, in a session of its own."
+    os.setsid()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # its output is no answer
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv[1:] = words
+    sys.modules["ipykernel.kernelapp"].launch_new_instance()
+
+
+def serve():
+    del sys.path[0]  # this folder: no kernel would find our helpers
+    for name in EARLY:
+        importlib.import_module(name)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a kernel
+    for line in iter(sys.stdin.readline, ""):
+        pid = os.fork()
+        if pid == 0:
+            sys.exit(be_kernel(**json.loads(line)))
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    serve()
