@@ -5,6 +5,7 @@ import os
 import resource
 import signal
 import struct
+import time
 import zlib
 from contextlib import suppress
 
@@ -14,7 +15,7 @@ from PIL import EpsImagePlugin, Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 from beit_nb import BeitError, UnreadableImage
-from beit_nb.engine.decoding import load_image
+from beit_nb.engine.decoding import load_image, take_apart
 from beit_nb.engine.sources import decode_image
 from beit_nb.engine.walks import EXTENSIONS
 from beit_nb.explorers.pad import read_picture
@@ -191,6 +192,87 @@ def test_large_and_broken_texts_of_a_png_cost_nothing():
     more += [(kind, b"a\0\0" + b"\xff" * n) for kind in broken for n in (0, 3)]
 
     assert levels(png(8, 0, b"\1\2", *more)) == [1, 2]
+
+
+SOUND = saved(HALVES, "JPEG", quality=95)
+LOADED = np.asarray(load_image(io.BytesIO(SOUND)))
+
+
+def in_front(*segments: tuple[int, bytes]) -> bytes:
+    "SOUND with further segments, (kind, content) each, behind its first two bytes."
+    packed = [struct.pack(">BBH", 255, kind, len(data) + 2) + data for kind, data in segments]
+    return SOUND[:2] + b"".join(packed) + SOUND[2:]
+
+
+@pytest.mark.parametrize(
+    "segment", [(0xE0, b"JFIF\0"), (0xE0, b"JFXX\0\x10"), (0xEE, b"Adobe"), (0xEE, b"Adobe\0d")]
+)
+def test_notes_on_colors_that_are_cut_short_say_nothing(segment):
+    data = in_front(segment)
+
+    assert np.array_equal(load_image(io.BytesIO(data)), LOADED)
+    assert np.array_equal(decode_image(data, lambda: "x").permute(1, 2, 0), LOADED)
+
+
+@pytest.mark.parametrize(
+    "kept", [(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0"), (0xEE, b"Adobe" + b"\0" * 7)]
+)
+def test_whole_notes_on_colors_stay(kept):
+    file, notes = take_apart(in_front(kept, (0xE1, b"a note")))
+
+    assert kept[1] in file
+    assert b"a note" not in file
+    assert len(notes) == 1
+
+
+SCANS = saved(Image.new("L", (64, 64)), "JPEG", progressive=True)
+LAST = SCANS[SCANS.rindex(b"\xff\xda") : -2]
+HOLD_UP = {  # small files that kept a decoder, or us, busy: what comes of them
+    "filling before a zero": (SOUND[:2] + b"\xff" * 100_000 + b"\0" + SOUND[2:], "picture"),
+    "a million segments": (SOUND[:2] + b"\xff\xe3\0\2" * 10**6 + SOUND[2:], "200,000 parts"),
+    "a million chunks": (png(8, 0, b"\1\2", *[(b"abCd", b"")] * 10**6), "200,000 parts"),
+    "a thousand scans": (SCANS[:-2] + LAST * 1000 + b"\xff\xd9", "draws its pixels more than"),
+    "a film behind the picture": (SOUND + b"\xff\xda\0\2" * 1000, "picture"),
+    "comments in a plain PPM": (b"P3 1 1 255\n" + b"#a\n" * 10**6 + b"1 2 3", "picture"),
+    "texts of a PNG": (
+        png(8, 0, b"\1\2", *[(b"zTXt", b"x\0\0" + zlib.compress(bytes(2**20)))] * 3000),
+        "picture",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HOLD_UP)
+def test_no_small_file_holds_us_up(what):
+    data, outcome = HOLD_UP[what]
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    began = time.process_time()
+
+    for load in (lambda: load_image(io.BytesIO(data)), lambda: decode_image(data, lambda: "x")):
+        try:
+            load()
+            found = "picture"
+        except UnreadableImage as e:
+            found = str(e)
+        assert outcome in found
+
+    assert time.process_time() - began < 10  # each took from 20 seconds to hours
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 2**20  # kB; it was 2.9 GB
+
+
+def test_one_frame_is_no_more_than_one(capsys):
+    for frames, words in ((1, False), (2, True)):
+        load_image(io.BytesIO(png(8, 0, b"\1\2", (b"acTL", struct.pack(">II", frames, 0)))))
+
+        assert ("more than one page or frame" in capsys.readouterr().err) == words
+
+
+def test_fields_of_a_tiff_that_are_no_numbers_are_passed_over():
+    "Which level is the largest may be said in words: 281 as text of one letter."
+    data = tiff(16, struct.pack("<HH", 0, 65535), 1, 1, (281, 65))
+    text = data.replace(struct.pack("<HHI", 281, 4, 1), struct.pack("<HHI", 281, 2, 1))
+
+    assert text != data
+    assert levels(text) == [0, 255]
 
 
 def test_odd_fields_of_a_tiff_cost_nothing():

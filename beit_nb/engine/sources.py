@@ -193,10 +193,10 @@ def decode_image(
     Equal to what `load_image` gives, and faster for a JPEG. Raises UnreadableImage.
     """
     if data[:3] == b"\xff\xd8\xff":
-        file, notes = take_apart(data)
-        if 0 < jpeg_pixels(file) <= max_pixels():
-            # No such decoder, or damage: either way `load_image` knows what to do.
-            with suppress(Exception):
+        # No such decoder, or damage: either way `load_image` knows what to do.
+        with suppress(Exception):
+            file, notes = take_apart(data)
+            if 0 < jpeg_pixels(file) <= max_pixels():
                 encoded = torch.frombuffer(bytearray(file), dtype=torch.uint8)
                 pixels = torch.ops.image.decode_jpeg(encoded, 0, False)  # as it lies in the file
                 if len(pixels) != 4:  # four channels are printing inks
