@@ -208,7 +208,8 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
             samples, r, trainer.micro_batch_size, add_masked_indices, rank(), world_size()
         )
         model = fit(trainer, loader, PretrainLoss(targets, r.mean_std), callbacks)
-        write_metrics(out, last_figures(trainer), trainer.finished)
+        known = read_metrics(out) or {}  # of a call that ended before; its log may be lost
+        write_metrics(out, known | last_figures(trainer), trainer.finished)
         return model
 
 

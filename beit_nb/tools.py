@@ -137,6 +137,7 @@ class AttentionMaps:
 
         from beit_nb.attention import attention_maps, patch_attention, show_attention
         from beit_nb.engine.augment import TwoViews
+        from beit_nb.engine.files import atomic_write
         from beit_nb.engine.runs import load_checkpoint
         from beit_nb.finetuning import load_classifier
         from beit_nb.images import preprocess, to_float
@@ -157,7 +158,8 @@ class AttentionMaps:
             probs = attention_maps(model, preprocess(x[None], recipe.mean_std))[self.block]
             attention = patch_attention(probs, self.query, grid)
             fig = show_attention(to_float(x), attention[0], self.query)
-            fig.savefig(targets[path])
+            with atomic_write(targets[path]) as f:
+                fig.savefig(f)
             plt.close(fig)
             say(targets[path])
 

@@ -404,7 +404,7 @@ def test_full_disk(tmp_path, whole):
 
     line = only_line(out)
     assert line.startswith(f"beit: error: cannot write {out}/checkpoints/last.pt: ")
-    assert "the checkpoint before it is intact" in line
+    assert "what was there before is intact" in line
     assert load_checkpoint(out)["step"] == 6 and len(run_checkpoints(out)) == 2
     assert ends(born(out, steps=24)) == [0]
     assert_same(out, whole)

@@ -276,3 +276,19 @@ def test_report(runs, tmp_path):
 
     assert said.strip() == str(page) and page.exists()
     refused("report", tmp_path, says="there is no run in")
+
+
+def test_half_a_drawing_is_none(runs, white, tmp_path, monkeypatch):
+    "A disk that is full is named, and what would not fit is taken away."
+    from matplotlib.figure import Figure
+
+    def full(self, file):
+        file.write(b"half a picture")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    attention = ["attention", "--init", runs / "pre", "--images", white, "--out", tmp_path / "a"]
+
+    refused(*attention, says=f"cannot write {tmp_path}/a/white.png: No space left on device")
+
+    assert not list((tmp_path / "a").iterdir())

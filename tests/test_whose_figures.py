@@ -637,3 +637,12 @@ def test_a_worker_that_scores_may_die(many, monkeypatch):
     monkeypatch.setattr(finetuning, "FinetuneTransform", transform)
     with pytest.raises(BeitError, match="worker was killed by SIGKILL.*step 2 of 6 is saved"):
         fine(many, workers=1, checkpoint_every=100)
+
+
+def test_figures_outlive_the_log(top):
+    train_dvae(top)
+    train_body(top)
+    before = figures(top / "pre")
+    (top / "pre" / "log.jsonl").unlink()
+    train_body(top)
+    assert figures(top / "pre") == before and "loss" in before

@@ -53,7 +53,7 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
             raise
         raise BeitError(
             f"cannot write {path}: {refusal.strerror or 'the disk may be full'}; make room, or "
-            "choose another --out; the checkpoint before it is intact"
+            "choose another --out; what was there before is intact"
         ) from e
 
 # %% ../../nbs/22_engine_files.ipynb #whole-file
