@@ -46,7 +46,7 @@ def attention_maps(
             module.training = mode
     return maps
 
-# %% ../nbs/15_attention.ipynb #rows
+# %% ../nbs/15_attention.ipynb #patch-attention
 def patch_attention(probs: Tensor, patch: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
     """What the patch at (row, column) gives to every patch, (B, heads, h, w).
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import BeitError
 from .vit import VisionTransformer
 
-# %% ../nbs/44_checkpoints.ipynb #stretch
+# %% ../nbs/44_checkpoints.ipynb #geometric-offsets
 def geometric_offsets(src: int, dst: int) -> np.ndarray:
     """Where the 2*src-1 known offsets lie among the 2*dst-1 wanted ones, (2*src-1,).
 

@@ -40,7 +40,7 @@ class Recipe:
     "What every command with a recipe needs to know."
 
     data: Place = "digits"  # a known data set, or a folder of pictures
-    out: Place = ""  # where everything goes (default: runs/<command>-<recipe>)
+    out: Place = ""  # where everything goes
 
     def conflicts(self) -> Iterator[str]:
         "What does not go together, and a way out; asked when every field alone is sound."
@@ -168,7 +168,9 @@ class TokenizerRecipe(Run):
 class PretrainRecipe(Backbone, Run):
     "How BEiT is pre-trained: guess the visual tokens of masked patches."
 
-    tokenizer: Place = ""  # a trained tokenizer (a checkpoint file)
+    # a run of `beit tokenizer`, or a checkpoint of it; or DALL-E's encoder.pkl and decoder.pkl
+    # (their folder, or one of them), or its .safetensors
+    tokenizer: Place = ""
     vocab_size: Vocabulary = 8192  # tokens of that tokenizer
     token_size: Size = 112  # pixels a side of what the tokenizer sees: the same crop, smaller
 
@@ -216,7 +218,8 @@ class PretrainRecipe(Backbone, Run):
 class FinetuneRecipe(Backbone, Run):
     "How a (pre-trained) body learns to classify."
 
-    init: Place = ""  # a checkpoint of pretrain or finetune to start from; empty: from scratch
+    # a run of `beit pretrain` or `beit finetune`, or a checkpoint of it; empty: from scratch
+    init: Place = ""
     labels_per_class: Count | None = None  # labelled pictures a class (drawn by seed); none: all
 
     layer_decay: Share | None = 0.65  # learning rate of a block over that of the next
@@ -249,7 +252,7 @@ class FinetuneRecipe(Backbone, Run):
 class ProbeRecipe(Recipe):
     "A linear classifier on the frozen features of every block (the paper's Table 9)."
 
-    init: Place = ""  # the checkpoint to probe
+    init: Place = ""  # a run of `beit pretrain` or `beit finetune`, or a checkpoint of it
     labels_per_class: Count | None = 20  # labelled pictures a class (drawn by seed); none: all
     draws: Count = 3  # repeat with other labels
     seed: Seed = 0  # of the draws

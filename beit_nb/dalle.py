@@ -67,7 +67,7 @@ class DalleBlock(nn.Module):
         out = residual if reuse else None
         return torch.add(self.id_path(x), residual, alpha=self.post_gain, out=out)
 
-# %% ../nbs/05_dalle.ipynb #tower
+# %% ../nbs/05_dalle.ipynb #build-blocks
 def build_blocks(
     first: nn.Module,
     last: nn.Module,

@@ -228,7 +228,7 @@ def open_data(
         warn_once(line)
     return pictures
 
-# %% ../nbs/36_data.ipynb #few-labels
+# %% ../nbs/36_data.ipynb #sample-labels
 def labels_in(pictures: ImageDataset) -> np.ndarray:
     "The class number of every picture, (N,). Raises BeitError where there are none."
     if pictures.labels is None:

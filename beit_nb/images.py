@@ -45,7 +45,7 @@ def show_image(x, title: str | None = None, ax=None, **imshow_options: Any):
         ax.set_title(title, fontsize=9)
     return ax
 
-# %% ../nbs/00_images.ipynb #show-many
+# %% ../nbs/00_images.ipynb #show-images
 def show_images(
     images,  # a sequence of pictures, or a (B, 3, H, W) tensor
     titles=None,  # one for each picture
@@ -142,7 +142,7 @@ def denormalize(x: Tensor, mean_std=BEIT_MEAN_STD) -> Tensor:
     mean, std = _mean_and_std(mean_std, x.dtype, x.device)
     return x * std + mean
 
-# %% ../nbs/00_images.ipynb #to-input
+# %% ../nbs/00_images.ipynb #preprocess
 def preprocess(x: Tensor, mean_std: str) -> Tensor:
     """Pictures as they are stored to what a network reads.
 

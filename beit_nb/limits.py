@@ -4,17 +4,21 @@
 
 # %% auto #0
 __all__ = ['Count', 'Size', 'Vocabulary', 'Natural', 'Workers', 'Seed', 'Positive', 'NonNegative', 'BelowOne', 'Share',
-           'PositiveShare', 'CropScale', 'PATH', 'Place', 'Places', 'KINDS', 'Limit', 'at_least', 'spelt_out',
-           'limit_of', 'has_type', 'wrong_fields', 'expand_paths']
+           'PositiveShare', 'CropScale', 'PATH', 'Place', 'Places', 'NOUNS', 'KINDS', 'Limit', 'at_least', 'spelt_out',
+           'plain_type', 'limit_of', 'asked_for', 'has_type', 'wrong_fields', 'nearest', 'no_such', 'expand_paths']
 
 # %% ../nbs/18_limits.ipynb #imports
 import os
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from difflib import get_close_matches
 from math import inf
 from numbers import Integral, Real
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
+
+from . import BeitError
 
 # %% ../nbs/18_limits.ipynb #limits
 class Limit(NamedTuple):
@@ -33,7 +37,7 @@ class Limit(NamedTuple):
 
 def at_least(low: int, most: float = inf) -> Limit:
     "The limit of numbers that have a lower end, and perhaps an upper one."
-    words = f"at least {low}" if low else "a finite number, 0 or more"
+    words = f"at least {low}" if low else "0 or more"
     return Limit(lambda x: low <= x < inf, words, most)
 
 
@@ -45,7 +49,7 @@ Natural = Annotated[int, at_least(0, most=10**9)]
 Workers = Annotated[int, at_least(0, most=1024)]
 Seed = Annotated[int, Limit(lambda x: 0 <= x < 2**32, "from 0 to 4294967295")]
 Positive = Annotated[float, Limit(lambda x: 0 < x < inf, "a finite number above 0")]
-NonNegative = Annotated[float, at_least(0)]
+NonNegative = Annotated[float, Limit(lambda x: 0 <= x < inf, "a finite number, 0 or more")]
 BelowOne = Annotated[float, Limit(lambda x: 0 <= x < 1, "at least 0 and below 1")]
 Share = Annotated[float, Limit(lambda x: 0 <= x <= 1, "from 0 to 1")]
 PositiveShare = Annotated[float, Limit(lambda x: 0 < x <= 1, "above 0 and at most 1")]
@@ -71,6 +75,16 @@ Place = Annotated[str, PATH]
 Places = Annotated[tuple[str, ...], PATH]
 
 # %% ../nbs/18_limits.ipynb #wrong-fields
+def plain_type(hint: Any) -> Any:
+    "The type of a field's values, without its limits and without None."
+    parts = get_args(hint)
+    if get_origin(hint) is Annotated:
+        return plain_type(parts[0])
+    if get_origin(hint) in (Union, UnionType):
+        return plain_type(next(part for part in parts if part is not type(None)))
+    return hint
+
+
 def limit_of(hint: Any) -> Limit | None:
     "What the type of a field says of its values; None where anything goes."
     parts = get_args(hint) if get_origin(hint) is Union else (hint,)
@@ -86,6 +100,22 @@ def limit_of(hint: Any) -> Limit | None:
     return None
 
 
+NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+
+
+def asked_for(hint: Any) -> str:
+    "What the type of a field asks for, in words."
+    kind = plain_type(hint)
+    limit = limit_of(hint)
+    if limit:
+        return f"{NOUNS[int]}, {limit.words}" if kind is int else limit.words
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
+        many = "values" if ... in parts else f"{len(parts)} values"
+        return f"{many}, each {asked_for(parts[0])}"
+    return NOUNS[kind]
+
+
 KINDS = {int: Integral, float: Real}  # those of numpy are numbers too; True and False are none
 
 
@@ -98,7 +128,7 @@ def has_type(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(has_type(value, part) for part in parts)
     if origin is Literal:
-        return type(value) in map(type, parts)
+        return any(type(value) is type(part) and value == part for part in parts)
     if origin is tuple and isinstance(value, tuple):
         kinds = parts[:1] * len(value) if parts[-1] is ... else parts
         return len(value) == len(kinds) and all(map(has_type, value, kinds))
@@ -106,19 +136,33 @@ def has_type(value: Any, hint: Any) -> bool:
     return isinstance(value, kind) and isinstance(value, bool) == (hint is bool)
 
 
-def wrong_fields(options: Any) -> list[str]:
-    "What is wrong with the fields of a dataclass, each by itself: a sentence a field."
+def wrong_fields(options: Any, spelt: Callable[[str], str] = str) -> list[str]:
+    """What is wrong with the fields of a dataclass, each by itself: a sentence a field.
+
+    `spelt`: how whoever reads it writes the name of a field.
+    """
     faults = []
     hints = get_type_hints(type(options), include_extras=True)
     for field, value in vars(options).items():
         hint = hints[field]
         limit = limit_of(hint)
         if not has_type(value, hint):
-            words = limit.words if limit else str(hint) if get_origin(hint) else hint.__name__
-            faults.append(f"{field} {value!r} must be {words}")
+            faults.append(f"{spelt(field)} {value!r} must be {asked_for(hint)}")
         elif limit and value is not None and (wanted := limit.asks(value)):
-            faults.append(f"{field} {value} must be {wanted}")
+            faults.append(f"{spelt(field)} {value} must be {wanted}")
     return faults
+
+# %% ../nbs/18_limits.ipynb #no-such
+def nearest(word: str, names: Iterable[str]) -> str:
+    "A question after the name that looks most like a word; empty where none does."
+    return "".join(f" (do you mean {name}?)" for name in get_close_matches(word, names, 1))
+
+
+def no_such(kind: str, word: str, names: Iterable[str]) -> BeitError:
+    "The refusal of a name that nothing has: with its nearest, and with all that there are."
+    names = list(names)
+    listed = ", ".join(names)
+    return BeitError(f"unknown {kind} {word!r}{nearest(word, names)}; there are: {listed}")
 
 # %% ../nbs/18_limits.ipynb #expand-paths
 def expand_paths(options: Any) -> Any:

@@ -54,7 +54,7 @@ def load_mim(path: str | Path) -> tuple[BeitForMaskedImageModeling, PretrainReci
     model = build_model(partial(build_mim, r), state["model"], path, r.depth)
     return model.eval(), r
 
-# %% ../nbs/43_pretraining.ipynb #mask-of
+# %% ../nbs/43_pretraining.ipynb #mask-maker
 def mask_maker(r: PretrainRecipe) -> Callable[..., np.ndarray]:
     "rng -> a mask (h, w) bool of the recipe's kind."
     side = r.img_size // r.patch_size
@@ -86,7 +86,7 @@ class PretrainTransform:
         mask = torch.from_numpy(self.mask(rng=rng))
         return PretrainBatch(views.patch_view, views.token_view, mask, number, views.jitter)
 
-# %% ../nbs/43_pretraining.ipynb #with-cells
+# %% ../nbs/43_pretraining.ipynb #add-masked-indices
 def add_masked_indices(batch: PretrainBatch) -> tuple[PretrainBatch, int]:
     """A batch with its hidden cells (n,), and how many they are: its loss is a mean over them.
 
@@ -144,7 +144,7 @@ def evaluate_mim(
     metrics = {"masked_top1": hits / total, "masked_loss": loss / total}
     return metrics if best is None else metrics | {"best_constant_top1": constant / total}
 
-# %% ../nbs/43_pretraining.ipynb #watch-some
+# %% ../nbs/43_pretraining.ipynb #watch-reconstructions
 def watch_reconstructions(
     r: PretrainRecipe,
     out: Path,

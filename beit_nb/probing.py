@@ -32,7 +32,7 @@ from .images import preprocess, to_float
 from .recipes import from_config
 from .vit import VisionTransformer
 
-# %% ../nbs/46_probing.ipynb #views-of
+# %% ../nbs/46_probing.ipynb #whole-picture
 class WholePicture:
     "A picture to its centre square, without any augmentation."
 

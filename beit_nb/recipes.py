@@ -28,6 +28,7 @@ from beit_nb.configs import (
     check_recipe,
     check_same_run,
 )
+from .limits import no_such
 
 _all_ = ["Backbone", "Run", "FREE", "as_config", "check_recipe", "check_same_run"]  # handed on
 
@@ -257,7 +258,7 @@ COMMANDS = {
 def command_named(name: str) -> Command:
     "An entry of COMMANDS; BeitError where there is none."
     if name not in COMMANDS:
-        raise BeitError(f"no recipes for the command {name!r}; there are: {', '.join(COMMANDS)}")
+        raise no_such("training", name, COMMANDS)
     return COMMANDS[name]
 
 
@@ -278,11 +279,9 @@ def recipe_named(command: str, name: str, **changes) -> Any:
     "The preset `name` of a command with some fields changed; BeitError where there is none."
     presets = command_named(command).presets
     if name not in presets:
-        raise BeitError(f"unknown {command} recipe {name!r}; there are: {', '.join(presets)}")
+        raise no_such(f"{command} recipe", name, presets)
     recipe = presets[name][1]
     known = [f.name for f in fields(recipe)]
     if strange := sorted(changes.keys() - set(known)):
-        raise BeitError(
-            f"a {command} recipe has no field {strange[0]!r}; its fields are: {', '.join(known)}"
-        )
+        raise no_such(f"field of a {command} recipe", strange[0], known)
     return replace(recipe, **changes)

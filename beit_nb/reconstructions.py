@@ -27,7 +27,7 @@ from .engine.training import Trainer
 from .images import preprocess, show_images, to_float, to_pil
 from .tokens import Tokenizer
 
-# %% ../nbs/41_reconstructions.ipynb #hide-and-paint
+# %% ../nbs/41_reconstructions.ipynb #decode-tokens
 def gray_out(pictures: Tensor, masks: Tensor) -> Tensor:
     "Pictures (n, 3, S, S) in [0, 1], gray where the masks (n, h, w) are true."
     side = pictures.shape[-1] // masks.shape[-1]
@@ -72,7 +72,7 @@ def picture_strip(rows: dict[str, Tensor]) -> np.ndarray:
         pen.text((6, middle), name, "black", anchor="lm", font_size=15)
     return np.asarray(picture)
 
-# %% ../nbs/41_reconstructions.ipynb #watch
+# %% ../nbs/41_reconstructions.ipynb #reconstruction-callback
 class ReconstructionCallback:
     """What the model fills in at the hidden places of a few fixed pictures, every so many steps.
 

@@ -44,7 +44,7 @@ from .targets import decoder_of
 from .tokenizer import first_pictures, load_tokenizer
 from .tokens import Tokenizer
 
-# %% ../nbs/71_report.ipynb #progress
+# %% ../nbs/71_report.ipynb #run-status
 def number_in(data: dict, key: str) -> int | float:
     "The number under a key, from 0 to 2^53; 0 where something else stands there, or nothing."
     value: Any = data.get(key)

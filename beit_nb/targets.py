@@ -51,7 +51,7 @@ def check_tokenizer(r: PretrainRecipe, tokenizer: Tokenizer) -> None:
             f"set --vocab-size {tokenizer.vocab_size}"
         )
 
-# %% ../nbs/42_targets.ipynb #token-table
+# %% ../nbs/42_targets.ipynb #tokenize-dataset
 def tokenize_dataset(
     tokenizer: Tokenizer,
     pictures: ImageDataset,

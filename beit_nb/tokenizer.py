@@ -241,7 +241,7 @@ def network_from_state(state: dict[str, Tensor]) -> DalleEncoder | DalleDecoder:
     net.load_state_dict({k: v.float() for k, v in state.items()}, assign=True)
     return net
 
-# %% ../nbs/40_tokenizer.ipynb #load-dalle
+# %% ../nbs/40_tokenizer.ipynb #networks-in
 DALLE_KEY = re.compile(
     r"(.*?)"  # whatever a wrapper put in front
     r"(blocks\.(?:input|output\.conv|group_\d+\.block_\d+\.(?:id_path|res_path\.conv_\d))\.[wb])"
@@ -272,7 +272,7 @@ def networks_in(file: Path) -> list[DalleEncoder | DalleDecoder]:
         what = " ".join(str(e).split())[:150]
         raise BeitError(f"{file} is not a whole DALL-E network: {what}; download it again") from e
 
-# %% ../nbs/40_tokenizer.ipynb #load-dalle-halves
+# %% ../nbs/40_tokenizer.ipynb #load-dalle
 def load_dalle(path: str | Path) -> DalleVAE:
     """DALL-E's tokenizer, ready for inference, one half or both.
 

@@ -40,7 +40,7 @@ class Demo:
     Tokenizer, pre-training, fine-tuning against scratch, report.
     """
 
-    # where everything goes (default: runs/demo, or runs/demo-quick); the same command continues
+    # where everything goes; none: runs/demo, or runs/demo-quick; the same command continues
     out: Place | None = None
     seed: Seed = 0  # of everything
     quick: bool = False  # a minute's rehearsal: every stage runs, nothing is learnt well
@@ -178,7 +178,7 @@ class AttentionMaps:
                 "columns are counted from 0"
             )
 
-# %% ../nbs/78_tools.ipynb #data-tools
+# %% ../nbs/78_tools.ipynb #tokenize
 @dataclass
 class Tokenize:
     """Write the token ids of a data set, in packed parts.
@@ -187,7 +187,9 @@ class Tokenize:
     """
 
     data: Positional[Place]  # a known data set, or a folder
-    tokenizer: Place  # a run of `beit tokenizer`, or DALL-E's files
+    # a run of `beit tokenizer`, or a checkpoint of it; or DALL-E's encoder.pkl and decoder.pkl
+    # (their folder, or one of them), or its .safetensors
+    tokenizer: Place
     out: Place = "runs/tokens"  # where the parts and tokens.json go
     # pixels of BEiT's view; none: as the tokenizer was trained (DALL-E: 224)
     img_size: Size | None = None
@@ -242,7 +244,7 @@ class Shard:
         words = [f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items()]
         say(f"{self.out}: {', '.join(words)}")
 
-# %% ../nbs/78_tools.ipynb #number-tools
+# %% ../nbs/78_tools.ipynb #plan
 @dataclass
 class Plan:
     """What a recipe will cost.
@@ -270,7 +272,7 @@ class Plan:
         )
         say(*page.splitlines())
 
-# %% ../nbs/78_tools.ipynb #look-tools
+# %% ../nbs/78_tools.ipynb #bench-and-report
 @dataclass
 class Bench:
     """Throughput of our code against the peers installed here, in one process, taking turns.

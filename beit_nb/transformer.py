@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import BeitError
 from .device import kernels_for
 
-# %% ../nbs/12_transformer.ipynb #attend
+# %% ../nbs/12_transformer.ipynb #attention-probs
 def attention_probs(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias): who listens to whom, in shares that sum to 1.
 
@@ -248,7 +248,7 @@ class Block(nn.Module):
         x = x + self.drop_path(self.mlp_branch(x))
         return x
 
-# %% ../nbs/12_transformer.ipynb #fast-forms
+# %% ../nbs/12_transformer.ipynb #forward-fast
 def add_branch(
     x: Tensor, branch: Callable[[Tensor], Tensor], drop_path: DropPath, keep: Tensor | None
 ) -> Tensor:

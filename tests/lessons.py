@@ -12,6 +12,7 @@ import base64
 import io
 import re
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
+WIDTH = 110  # columns of a saved text
 COLORS = (24, 32, 48, 64, 96, 128, 192, 256)  # sizes of palette for saved pictures, in turn
 PARTS = {  # number of the first lesson: the part of the book
     "00": "Words for pictures",
@@ -93,10 +95,28 @@ def small_png(data: str) -> str:
     return min(data, base64.b64encode(out.getvalue()).decode(), key=len)
 
 
+def narrow(text: str) -> str:
+    "A text whose lines are broken where a terminal of WIDTH columns is full; wider tables too."
+    lines = []
+    for line in text.split("\n"):
+        indent = line[: len(line) - len(line.lstrip())] + "    "
+        broken = textwrap.wrap(
+            line,
+            WIDTH,
+            subsequent_indent=indent,
+            break_on_hyphens=False,
+            replace_whitespace=False,
+            drop_whitespace=True,
+        )
+        lines += broken if len(line) > WIDTH else [line]
+    return "\n".join(lines)
+
+
 def tidy(nb):
     """Without what a full run leaves behind that nobody reads.
 
-    Widget views beside their pictures, progress on stderr, colors that nobody sees.
+    Widget views beside their pictures, progress on stderr, colors that nobody sees, lines that a
+    reader would have to scroll for.
     """
     nb.metadata.pop("widgets", None)
     for c in nb.cells:
@@ -104,6 +124,10 @@ def tidy(nb):
             if "image/png" in o.get("data", {}):
                 o["data"].pop(WIDGET, None)
                 o["data"]["image/png"] = small_png(o["data"]["image/png"])
+            if "text" in o:
+                o["text"] = narrow(o["text"])
+            elif "text/plain" in o.get("data", {}):
+                o["data"]["text/plain"] = narrow(o["data"]["text/plain"])
         if "outputs" in c:
             c.outputs = [o for o in c.outputs if o.get("name") != "stderr"]
     return nb

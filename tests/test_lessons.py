@@ -237,6 +237,9 @@ def test_notebook_is_tidy(path):
         for o in c.outputs:
             loud = o.output_type == "error" or o.get("name") == "stderr"
             assert not loud, f"cell {c.id} saved an error or stderr"
+            text = o.get("text") or o.get("data", {}).get("text/plain", "")
+            long = [x for x in text.splitlines() if len(x) > lessons.WIDTH]
+            assert not long, f"cell {c.id} saved a line of {len(long[0])} columns"
         lines = [x for x in c.source.splitlines() if x.strip() and not x.startswith("#|")]
         wide = [x for x in lines if len(x) > 100]
         assert not wide, f"cell {c.id} has a line of {len(wide[0])} columns"
@@ -272,6 +275,20 @@ def test_saved_pictures_get_small_palettes():
         assert lessons.small_png(data) == data, "tidied twice is tidied once"
     assert colors["drawing"] <= 24 < colors["photo"]
     assert not lessons.looks_like(drawing, Image.new("RGB", drawing.size, "white"))
+
+
+def test_saved_lines_are_broken_as_a_narrow_terminal_would():
+    words = "  a-b " + " ".join(["word"] * 40)
+    table = "x" * lessons.WIDTH
+
+    text = lessons.narrow(f"{words}\n\n{table}\n")
+
+    *broken, empty, same, end = text.split("\n")
+    assert len(broken) == 2 and max(map(len, broken)) <= lessons.WIDTH
+    assert broken[0].startswith("  a-b word") and broken[1].startswith("      word")
+    assert " ".join(text.split()) == " ".join([*words.split(), table])
+    assert (empty, same, end) == ("", table, "")
+    assert lessons.narrow(text) == text
 
 
 def test_links_between_lessons():

@@ -17,6 +17,8 @@ from beit_nb.limits import (
     expand_paths,
     has_type,
     limit_of,
+    nearest,
+    no_such,
     spelt_out,
     wrong_fields,
 )
@@ -39,20 +41,20 @@ WRONG = [
     (dict(side=0), "side 0 must be at least 1"),
     (dict(side=2**16 + 1), "side 65537 must be at most 65,536"),
     (dict(side=10**30), f"side {10**30} must be at most 65,536"),
-    (dict(side=8.0), "side 8.0 must be at least 1"),
-    (dict(side=math.nan), "side nan must be at least 1"),
-    (dict(side="8"), "side '8' must be at least 1"),
-    (dict(side=True), "side True must be at least 1"),
-    (dict(side=None), "side None must be at least 1"),
+    (dict(side=8.0), "side 8.0 must be a whole number, at least 1"),
+    (dict(side=math.nan), "side nan must be a whole number, at least 1"),
+    (dict(side="8"), "side '8' must be a whole number, at least 1"),
+    (dict(side=True), "side True must be a whole number, at least 1"),
+    (dict(side=None), "side None must be a whole number, at least 1"),
     (dict(share=math.nan), "share nan must be from 0 to 1"),
     (dict(share="half"), "share 'half' must be from 0 to 1"),
     (dict(stop=0), "stop 0 must be at least 1"),
-    (dict(order="spiral"), "order spiral must be one of rows, columns"),
+    (dict(order="spiral"), "order 'spiral' must be one of rows, columns"),
     (dict(order=["rows"]), "order ['rows'] must be one of rows, columns"),
-    (dict(loud=1), "loud 1 must be bool"),
-    (dict(name=b"x"), "name b'x' must be str"),
-    (dict(query=(1,)), "query (1,) must be tuple[int, int]"),
-    (dict(query=(1, "2")), "query (1, '2') must be tuple[int, int]"),
+    (dict(loud=1), "loud 1 must be True or False"),
+    (dict(name=b"x"), "name b'x' must be text"),
+    (dict(query=(1,)), "query (1,) must be 2 values, each a whole number"),
+    (dict(query=(1, "2")), "query (1, '2') must be 2 values, each a whole number"),
     (dict(out=3), "out 3 must be a path without ~ or $VARIABLE"),
     (dict(more=("a", 3)), "more ('a', 3) must be a path without ~ or $VARIABLE"),
 ]
@@ -68,6 +70,22 @@ def test_what_can():
     assert wrong_fields(Toy()) == []
     assert wrong_fields(Toy(side=np.int64(2**16), share=np.float32(1), stop=10**9)) == []
     assert wrong_fields(Toy(share=1, order="columns", more=("a", "b c"))) == []
+
+
+def test_faults_are_told_with_the_names_that_the_reader_writes():
+    [fault] = wrong_fields(Toy(side=0), "--{}".format)
+    assert fault == "--side 0 must be at least 1"
+
+
+def test_a_name_that_nothing_has_and_its_neighbor():
+    names = ("rows", "columns")
+
+    refusal = no_such("order", "colums", iter(names))
+
+    assert str(refusal) == (
+        "unknown order 'colums' (do you mean columns?); there are: rows, columns"
+    )
+    assert nearest("spiral", names) == ""
 
 
 def test_limits_are_read_off_the_types():

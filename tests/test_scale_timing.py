@@ -143,5 +143,5 @@ def test_a_table_with_memory():
 
     title, a, b = timing.results_table("baking", dict(rows=rows, items="cakes")).splitlines()
 
-    assert title.endswith("memory  of peak")
-    assert a.endswith("nan MB      50%") and b.endswith("123 MB      25%")
+    assert title.endswith("memory of peak")
+    assert a.endswith("nan MB     50%") and b.endswith("123 MB     25%")

@@ -113,25 +113,25 @@ def test_pictures_of_one_name_are_all_drawn(runs, white, tmp_path):
 @pytest.mark.parametrize(
     "words, field",
     [
-        ("predict --init x --images y --top -1", "top -1"),
-        ("predict --init x --images y --top 0", "top 0"),
-        ("tokenize digits --tokenizer x --token-size -32", "token_size -32"),
-        ("tokenize digits --tokenizer x --img-size 0", "img_size 0"),
-        ("tokenize digits --tokenizer x --per-part -1", "per_part -1"),
-        ("tokenize digits --tokenizer x --per-part 0", "per_part 0"),
-        ("tokenize digits --tokenizer x --batch-size 0", "batch_size 0"),
-        ("tokenize digits --tokenizer x --workers -1", "workers -1"),
-        ("tokenize digits --tokenizer x --workers 100000", "workers 100000"),
-        ("tokenize digits --tokenizer x --max-damaged 2", "max_damaged 2.0"),
-        ("shard x --out y --per-shard -4", "per_shard -4"),
-        ("demo --seed -1", "seed -1"),
-        ("bench masks --threads 0", "threads 0"),
-        ("plan nano --gpus 0", "gpus 0"),
-        ("plan nano --gpus 10000000000", "gpus 10000000000"),
-        ("plan nano --mfu 0", "mfu 0.0"),
-        ("plan nano --mfu nan", "mfu nan"),
-        ("plan nano --cores -1", "cores -1"),
-        ("plan nano --pictures -5", "pictures -5"),
+        ("predict --init x --images y --top -1", "--top -1"),
+        ("predict --init x --images y --top 0", "--top 0"),
+        ("tokenize digits --tokenizer x --token-size -32", "--token-size -32"),
+        ("tokenize digits --tokenizer x --img-size 0", "--img-size 0"),
+        ("tokenize digits --tokenizer x --per-part -1", "--per-part -1"),
+        ("tokenize digits --tokenizer x --per-part 0", "--per-part 0"),
+        ("tokenize digits --tokenizer x --batch-size 0", "--batch-size 0"),
+        ("tokenize digits --tokenizer x --workers -1", "--workers -1"),
+        ("tokenize digits --tokenizer x --workers 100000", "--workers 100000"),
+        ("tokenize digits --tokenizer x --max-damaged 2", "--max-damaged 2.0"),
+        ("shard x --out y --per-shard -4", "--per-shard -4"),
+        ("demo --seed -1", "--seed -1"),
+        ("bench masks --threads 0", "--threads 0"),
+        ("plan nano --gpus 0", "--gpus 0"),
+        ("plan nano --gpus 10000000000", "--gpus 10000000000"),
+        ("plan nano --mfu 0", "--mfu 0.0"),
+        ("plan nano --mfu nan", "--mfu nan"),
+        ("plan nano --cores -1", "--cores -1"),
+        ("plan nano --pictures -5", "--pictures -5"),
     ],
 )
 def test_every_number_of_a_tool_is_checked_before_anything_is_read(words, field):
@@ -180,7 +180,7 @@ def test_tokens_from_disk_give_the_same_training(runs, tmp_path):
     refused(*words, *missing, *out, says=["there are no tokens", "beit tokenize"])
     refused(*words, *tokens, "--flip", 0.5, *out, says="tokens")
     refused("tokenize", "digits", "--tokenizer", tmp_path, *out, says="no checkpoint")
-    refused(*made, "--per-part", 0, says="per_part 0 must be at least 1")
+    refused(*made, "--per-part", 0, says="--per-part 0 must be at least 1")
 
 
 def test_a_substitutes_tokens_are_never_learnt(runs, photos, tmp_path):

@@ -24,7 +24,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from ..images import to_float
 
-# %% ../../nbs/32_engine_augment.ipynb #random-box
+# %% ../../nbs/32_engine_augment.ipynb #resized-crop-box
 Box = tuple[int, int, int, int]  # top, left, height, width
 
 
@@ -58,7 +58,7 @@ def middle_box(height: int, width: int, longest: int = 20) -> Box:
     w = min(width, longest * height)
     return (height - h) // 2, (width - w) // 2, h, w
 
-# %% ../../nbs/32_engine_augment.ipynb #colours
+# %% ../../nbs/32_engine_augment.ipynb #sample-jitter
 JITTER_KINDS = ("brightness", "contrast", "saturation")
 LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)  # red, green and blue in gray, as PIL has them
 

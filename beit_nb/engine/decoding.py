@@ -26,7 +26,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 
 from .. import UnreadableImage, warn
 
-# %% ../../nbs/17_engine_decoding.ipynb #picture-parts
+# %% ../../nbs/17_engine_decoding.ipynb #take-apart
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # the kind of a JPEG segment
 # Kinds of JPEG segments, PNG chunks and TIFF fields that say nothing about the pixels.
 SCAN = b"\xda"
@@ -183,7 +183,7 @@ def _deep_gray_to_8_bit(image: Image.Image) -> tuple[Image.Image, list[str]]:
     levels[paper] = 255
     return Image.fromarray(levels.round(out=levels).astype(np.uint8)), remarks
 
-# %% ../../nbs/17_engine_decoding.ipynb #limits
+# %% ../../nbs/17_engine_decoding.ipynb #read-bytes
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM")  # no other decoder sees a file
 MAX_FILE_BYTES = 2**30
 

@@ -27,7 +27,7 @@ from torch import Tensor
 from .. import BeitError, UnreadableImage
 from .walks import LeftOut, image_names
 
-# %% ../../nbs/22_engine_files.ipynb #writing
+# %% ../../nbs/22_engine_files.ipynb #explain-write-errors
 def disk_error(e: BaseException | None) -> OSError | None:
     """The refusal of the disk behind an error; None if the disk has nothing to do with it.
 
@@ -56,7 +56,7 @@ def explain_write_errors(path: str | Path) -> Iterator[None]:
             "choose another --out; what was there before is intact"
         ) from e
 
-# %% ../../nbs/22_engine_files.ipynb #whole-file
+# %% ../../nbs/22_engine_files.ipynb #atomic-write
 def is_running(pid: int) -> bool:
     "Is there a process with that number on this machine?"
     try:

@@ -20,7 +20,8 @@ from torch.utils.data import Dataset, default_collate
 from .. import BeitError, UnreadableImage, warn
 from ..configs import Run
 from .augment import seeded
-from .processes import gather_over_ranks, rank, rank_0_first
+from .processes import gather_over_ranks, rank_0_first
+from .processes import rank as this_rank
 from .sources import ImageDataset
 from .steps import StepLoader, batch_indices, load_ahead, map_batch, split_batch
 
@@ -57,7 +58,7 @@ def collate(samples: list[tuple[tuple, int]]) -> tuple[Any, Tensor]:
     columns = [None if c[0] is None else default_collate(list(c)) for c in zip(*items)]
     return type(items[0])(*columns), torch.tensor(replaced)
 
-# %% ../../nbs/33_engine_loading.ipynb #samples
+# %% ../../nbs/33_engine_loading.ipynb #transformed-dataset
 Transform = Callable[[Any, int, np.random.Generator], tuple]  # picture, number, rng -> a NamedTuple
 
 
@@ -104,7 +105,7 @@ class TransformedDataset(Dataset):
             f"{why_unreadable(self.pictures, int(self.ids[i]))}"
         )
 
-# %% ../../nbs/33_engine_loading.ipynb #pass-over
+# %% ../../nbs/33_engine_loading.ipynb #report-unreadable
 def why_unreadable(pictures: ImageDataset, i: int) -> str | None:
     "Why picture i cannot be used, in one line; None if it can."
     if i in pictures.excluded:
@@ -175,7 +176,7 @@ def once(
         report_unreadable(dataset.pictures, unreadable)
         yield Walked(batch, (torch.tensor(mine) < n) & (replaced < 0), unreadable)
 
-# %% ../../nbs/33_engine_loading.ipynb #ledger
+# %% ../../nbs/33_engine_loading.ipynb #unreadable-log
 def check_damage(pictures: ImageDataset, damaged: list[int], total: int, share: float) -> None:
     """Raise BeitError when more of `total` pictures are unreadable than the share allows.
 
@@ -213,7 +214,7 @@ class UnreadableLog:
         new = sorted(everybody - set(self.damaged))
         self.damaged = sorted([*self.damaged, *new])
         self.found = set()
-        if rank() == 0:
+        if this_rank() == 0:
             report_unreadable(self.pictures, new)
         check_damage(self.pictures, self.damaged, self.total, self.share)
         paths = [self.pictures.path(i) for i in new]

@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .. import BeitError, exit_status
 
-# %% ../../nbs/24_engine_processes.ipynb #processes
+# %% ../../nbs/24_engine_processes.ipynb #rank-and-world-size
 def rank() -> int:
     "This process's number among all; 0 when alone."
     return dist.get_rank() if dist.is_initialized() else 0
@@ -66,7 +66,7 @@ def gather_over_ranks(x: Any) -> list:
     dist.all_gather_object(everybody, x)
     return everybody
 
-# %% ../../nbs/24_engine_processes.ipynb #rank-zero-first
+# %% ../../nbs/24_engine_processes.ipynb #rank-0-first
 def rank_0_first(work: Callable[[], Any]) -> Any:
     """What `work()` gives on rank 0, which alone does it; all others wait for it.
 
@@ -90,7 +90,7 @@ def rank_0_first(work: Callable[[], Any]) -> Any:
         raise SystemExit(status)
     return result
 
-# %% ../../nbs/24_engine_processes.ipynb #shards
+# %% ../../nbs/24_engine_processes.ipynb #full-tensors
 def full_tensors(x: Any) -> Any:
     """DTensors, which lie in shards, whole again on the CPU of rank 0 (None elsewhere).
 
@@ -236,7 +236,7 @@ def join_processes():
         # last message, for which it needs Python: if Python ends first, the process is aborted.
         time.sleep(0.1)
 
-# %% ../../nbs/24_engine_processes.ipynb #forward
+# %% ../../nbs/24_engine_processes.ipynb #model-with-loss
 class ModelWithLoss(nn.Module):
     """A model and its loss as one module: (micro_batch, step) -> loss, metrics.
 

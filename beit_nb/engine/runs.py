@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -101,7 +101,7 @@ def read_checkpoint(path: str | Path) -> dict:
     check_state(state, path)
     return state
 
-# %% ../../nbs/25_engine_runs.ipynb #keep-newest
+# %% ../../nbs/25_engine_runs.ipynb #prune-checkpoints
 def numbered_checkpoints(folder: str | Path) -> dict[int, Path]:
     "The files that a run has named after its steps, step -> file, in order; no others."
     numbered = {}
@@ -194,12 +194,14 @@ def run_config(out: Path) -> dict | None:
         what = "that file" if run_checkpoints(out) else "that folder"
         raise BeitError(f"{file} is damaged; choose another --out, or delete {what}") from e
 
-# %% ../../nbs/25_engine_runs.ipynb #own-folder
+# %% ../../nbs/25_engine_runs.ipynb #lock-run-folder
 def take_lock(lock, out: Path) -> None:
     "Lock an open file for this process until it is closed; refuses if another process has it."
     os.register_at_fork(after_in_child=lock.close)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(lock.fileno()).st_nlink:  # whoever had it took it away just now
+            raise BlockingIOError
     except BlockingIOError:
         raise BeitError(
             f"another run is at work in {out}; wait for it, or choose another --out"
@@ -218,13 +220,16 @@ def has_work(out: Path) -> bool:
 def lock_run_folder(command: str, recipe, resume: bool = True) -> Iterator[Path]:
     """The run's folder, ours alone while we are in it, with the resolved recipe in config.json.
 
-    Raises BeitError for a recipe that cannot work and a folder that holds another run.
+    It is `recipe.out` or, where that is empty, runs/COMMAND (the command `beit` fills in
+    runs/COMMAND-RECIPE). Raises BeitError for a recipe that cannot work and a folder that holds
+    another run. What fails before its first step leaves nothing behind.
     """
     check_recipe(recipe)
     out = Path(recipe.out or f"runs/{command}")
     config = as_config(command, recipe)
     if out.is_file():
         raise BeitError(f"--out {out} is a file; choose a folder")
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as lock:
         take_lock(lock, out)
@@ -244,7 +249,11 @@ def lock_run_folder(command: str, recipe, resume: bool = True) -> Iterator[Path]
         except BaseException:
             # it failed before its first step: leave the folder free for a corrected try
             if not old and not has_work(out):
-                (out / "config.json").unlink(missing_ok=True)
+                for name in ("config.json", "log.jsonl", ".lock"):
+                    (out / name).unlink(missing_ok=True)
+                with suppress(OSError):  # something else lies in it
+                    for folder in made:
+                        folder.rmdir()
             raise
 
 # %% ../../nbs/25_engine_runs.ipynb #open-run

@@ -93,7 +93,7 @@ def rebuild_parameter(data: Tensor, *_) -> Tensor:
     "What `torch._utils._rebuild_parameter` does, without the wish for gradients."
     return data
 
-# %% ../../nbs/23_engine_safeload.ipynb #read-old
+# %% ../../nbs/23_engine_safeload.ipynb #weights-unpickler
 class WeightsUnpickler(pickle._Unpickler):
     """Reads the pickles of torch, of any version; nothing that they say is run.
 
@@ -163,7 +163,7 @@ class WeightsUnpickler(pickle._Unpickler):
 
     dispatch: Any = pickle._Unpickler.dispatch | {pickle.BUILD[0]: load_build}
 
-# %% ../../nbs/23_engine_safeload.ipynb #read-layouts
+# %% ../../nbs/23_engine_safeload.ipynb #read-zip-file
 def read_into(storage: Tensor, file: Any) -> None:
     "The numbers of a storage from a binary file; EOFError where there are fewer."
     numbers = storage.view(torch.uint8).numpy()

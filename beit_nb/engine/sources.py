@@ -34,7 +34,7 @@ from .files import FileList, fingerprint, list_pictures
 from .walks import LeftOut, class_folders, list_entries
 from ..images import photos
 
-# %% ../../nbs/30_engine_sources.ipynb #picture-set
+# %% ../../nbs/30_engine_sources.ipynb #image-dataset
 class ImageDataset:
     """What every source of pictures looks like: pictures by number, and what is known of them.
 

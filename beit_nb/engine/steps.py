@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from .. import BeitError
 from .processes import end_with_parent, pack, unpack
 
-# %% ../../nbs/28_engine_steps.ipynb #order
+# %% ../../nbs/28_engine_steps.ipynb #batch-indices
 def shuffled(
     length: int,
     rng: np.random.Generator,
@@ -77,7 +77,7 @@ def batch_indices(
         batch = ids[b * batch_size : (b + 1) * batch_size]
         yield (epoch * length + batch[rank::world]).tolist()
 
-# %% ../../nbs/28_engine_steps.ipynb #batch-tools
+# %% ../../nbs/28_engine_steps.ipynb #split-batch
 def map_batch(f: Callable[[Tensor], Tensor], batch):
     "The same NamedTuple with `f` applied to every tensor in it; None stays None."
     return type(batch)(*(None if x is None else f(x) for x in batch))

@@ -102,7 +102,7 @@ def token_views(pictures: ImageDataset, views: TwoViews) -> TransformedDataset:
     "The tokenizer's view of every picture of a data set."
     return TransformedDataset(pictures, TokenTransform(views), pixels=True)
 
-# %% ../../nbs/35_engine_token_files.ipynb #tokenize-part
+# %% ../../nbs/35_engine_token_files.ipynb #write-part
 PACKED = 1100  # bytes that zip can make of one: deflate comes to 1032
 
 
@@ -182,7 +182,7 @@ def intact_part(
     damaged = found[1].tolist()
     return damaged if all(why_unreadable(pictures, i) for i in damaged) else None
 
-# %% ../../nbs/35_engine_token_files.ipynb #check-same-tokens
+# %% ../../nbs/35_engine_token_files.ipynb #open-token-folder
 COUNTS = ("pictures", "vocab_size", "img_size", "token_size", "per_part")  # in tokens.json
 
 

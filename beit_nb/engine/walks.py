@@ -154,7 +154,7 @@ def class_folders(root: str | Path) -> list[str]:
     folders = [entry.name for entry in found if kind_of(entry, linked=False) == "folder"]
     return [name for name in folders if not is_no_data(f"{root}/{name}")]
 
-# %% ../../nbs/19_engine_walks.ipynb #members
+# %% ../../nbs/19_engine_walks.ipynb #why-left-out
 # Why members of a tar are left out; an index names these reasons by their place here.
 WHY_LEFT_OUT = (
     "members with other endings",

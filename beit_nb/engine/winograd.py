@@ -105,7 +105,7 @@ def is_wide(conv: DalleConv) -> bool:
     _, n_in, _, kernel = conv.w.shape
     return kernel == 3 and n_in >= 128 and not isinstance(conv, WinogradConv)
 
-# %% ../../nbs/34_engine_winograd.ipynb #arrange
+# %% ../../nbs/34_engine_winograd.ipynb #optimize-for-inference
 def optimize_for_inference(dvae: DalleVAE, dtype: torch.dtype | None = None) -> DalleVAE:
     """Freeze a tokenizer and arrange it for speed, with the same tokens; returns the same object.
 

@@ -52,7 +52,7 @@ def interpolate_posterior(t: float) -> tuple[Tensor, Tensor, Tensor]:
     q = torch.lerp(STAMPS.new_tensor([0.04, 0.92, 0.04]), goal, t)
     return q, elbo(log_joint, q), kl_categorical(q, goal)
 
-# %% ../../nbs/66_explorers_elbo.ipynb #gap-figure
+# %% ../../nbs/66_explorers_elbo.ipynb #draw-thumbnails
 FRAMED = 11  # the picture whose belief is shown
 
 
@@ -74,7 +74,7 @@ def _draw_thumbnails(ax: Axes) -> None:
         )
         ax.add_artist(box)
 
-# %% ../../nbs/66_explorers_elbo.ipynb #gap-class
+# %% ../../nbs/66_explorers_elbo.ipynb #gap-figure
 class GapFigure:
     "t -> (picture, words): the belief about one picture, and ELBO + gap of all sixteen."
 

@@ -122,7 +122,7 @@ def small_copy(data: bytes) -> Image.Image | UnreadableImage:
     except UnreadableImage as e:
         return e
 
-# %% ../../nbs/60_explorers_pad.ipynb #paint
+# %% ../../nbs/60_explorers_pad.ipynb #draw-boxes
 HIDDEN = "#6b7078"  # the colour of a covered cell; explorers.css has it too
 
 

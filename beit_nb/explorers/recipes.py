@@ -115,7 +115,7 @@ def schedule_panels(recipes: list[dict[str, Curve]], percent: float) -> str:
     )
     return words_html(f'<div style="{style}">{"".join(panels)}</div>')
 
-# %% ../../nbs/69_explorers_recipes.ipynb #paper
+# %% ../../nbs/69_explorers_recipes.ipynb #schedule-figure
 @rc_context(FIGURE_STYLE)
 def schedule_figure(recipes: list[dict[str, Curve]]) -> Image.Image:
     "The curves of one or two recipes as a picture."

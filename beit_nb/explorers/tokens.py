@@ -50,7 +50,7 @@ def some_digits(n: int = 16) -> Tensor:
     "Test digits, which no network of ours has learnt from: (n, 3, 32, 32) in [0, 1]."
     return to_float(Digits("test").images[:n])
 
-# %% ../../nbs/67_explorers_tokens.ipynb #questions
+# %% ../../nbs/67_explorers_tokens.ipynb #token-probs
 @torch.no_grad()
 def token_probs(tokenizer: Tokenizer, image: Tensor) -> Tensor:
     "The probability of every token at every cell, (V, h, w) float64, of a picture (3, H, W)."
@@ -76,7 +76,7 @@ def saliency(tokenizer: Tokenizer, image: Tensor, cell: tuple[int, int]) -> Tens
     slope = torch.autograd.grad(best, x)[0][0].abs().sum(0)
     return slope / slope.max().clamp_min(1e-12)
 
-# %% ../../nbs/67_explorers_tokens.ipynb #drawings
+# %% ../../nbs/67_explorers_tokens.ipynb #token-bars
 def overlay_heat(image: Tensor, heat: Tensor, size: tuple[int, int]) -> Image.Image:
     "A picture (3, H, W) with a heat (H, W) over it in orange, enlarged to (width, height) pixels."
     share = 0.6 * heat.sqrt()

@@ -35,7 +35,7 @@ from .timing import clock_for, compare, time_in_turns
 from ..tokenizer import network_from_state
 from ..vit import VisionTransformer
 
-# %% ../../nbs/58_scale_bench_parts.ipynb #bench-small
+# %% ../../nbs/58_scale_bench_parts.ipynb #small-models
 SMALL_SHAPE: dict[str, Any] = dict(img_size=32, patch_size=4, embed_dim=192, depth=6, num_heads=3)
 
 
@@ -60,7 +60,7 @@ def small_models(shape: dict) -> dict[str, nn.Module]:
     models["ours, BEiT+"] = VisionTransformer(**shape, **BEIT_PLUS)
     return models
 
-# %% ../../nbs/58_scale_bench_parts.ipynb #bench-small-run
+# %% ../../nbs/58_scale_bench_parts.ipynb #bench-small
 def forward_backward(model: nn.Module, images: Tensor, bf16: bool) -> None:
     "A training pass without an optimizer; gradients are dropped."
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):

@@ -234,7 +234,7 @@ def floor_seconds(s: OfficialStep, flops: tuple[int, int], peaks: dict[str, floa
     of_model = "fp32" if s.mode == "fp32" else "bf16"
     return len(s.mask) * timing.roofline_seconds(flops, [peaks[of_tokenizer], peaks[of_model]])
 
-# %% ../../nbs/57_scale_bench_step.ipynb #competitors
+# %% ../../nbs/57_scale_bench_step.ipynb #build-steps
 def build_steps(shape: dict, batch: int, device: torch.device, clock) -> dict[str, OfficialStep]:
     "All competitors that are installed, warmed up: one model each, in the modes that it runs in."
     models = {}

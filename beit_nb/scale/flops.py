@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from ..configs import Backbone, FinetuneRecipe, PretrainRecipe, Run, TokenizerRecipe
 from ..recipes import COMMANDS
 
-# %% ../../nbs/50_scale_flops.ipynb #product
+# %% ../../nbs/50_scale_flops.ipynb #matmul
 @dataclass(frozen=True)
 class MatMul:
     "A matrix product that a picture goes through: (rows, n_in) @ (n_in, n_out), `times` times."
@@ -56,7 +56,7 @@ def total_parameters(products: list[MatMul]) -> int:
     "What is learnt in all products, and beside them."
     return sum(p.parameters for p in products)
 
-# %% ../../nbs/50_scale_flops.ipynb #transformer
+# %% ../../nbs/50_scale_flops.ipynb #vit-products
 NO_HEAD = MatMul("head", 0, 0, 0)
 
 
@@ -218,7 +218,7 @@ def dvae_products(r: TokenizerRecipe) -> list[MatMul]:
     decoder = dalle_decoder_products(r) if r.arch == "dalle" else small_decoder_products(r)
     return [*encoder_products(r), *decoder]
 
-# %% ../../nbs/50_scale_flops.ipynb #work
+# %% ../../nbs/50_scale_flops.ipynb #tokenizer-of
 def tokenizer_of(r: PretrainRecipe) -> TokenizerRecipe:
     """The tokenizer that a pre-training reads.
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .. import BeitError
 from ..configs import Backbone, FinetuneRecipe, PretrainRecipe, Run, TokenizerRecipe
+from ..limits import no_such
 from ..recipes import DATASETS, known_set, recipe_named
 from .flops import flops_per_image
 
@@ -50,7 +51,7 @@ def dataset_size(r: Run, pictures: int | None = None) -> tuple[int, int]:
         known = classes * r.labels_per_class
     return known, classes
 
-# %% ../../nbs/52_scale_hours.ipynb #length
+# %% ../../nbs/52_scale_hours.ipynb #num-steps
 def num_steps(r: Run, pictures: int) -> int:
     "Steps of a training; an incomplete last batch of an epoch is dropped."
     if not r.steps and pictures < r.batch_size:
@@ -92,7 +93,7 @@ HARDWARE = {  # NVIDIA's data sheets, SXM modules; H100: half of the figure "wit
 def check_machine(gpus: int, hardware: str, mfu: float, cores: int) -> None:
     "Refuse a machine that cannot be: so many GPUs of a kind, with `cores` for each."
     if hardware not in HARDWARE:
-        raise BeitError(f"unknown hardware {hardware!r}; there are: {', '.join(HARDWARE)}")
+        raise no_such("hardware", hardware, HARDWARE)
     if not 0 < mfu <= 1 or gpus < 1 or cores < 1:
         raise BeitError(
             f"mfu {mfu} must be a share above 0, gpus {gpus} and cores {cores} at least 1"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import BeitError
 
-# %% ../../nbs/54_scale_launching.ipynb #launch
+# %% ../../nbs/54_scale_launching.ipynb #torchrun
 def last_words(stderr: str) -> str:
     "What a process said last, without what torchrun says about it."
     own = stderr.split("torch/distributed/elastic/")[0]
@@ -69,7 +69,7 @@ def torchrun(
         )
     return out
 
-# %% ../../nbs/54_scale_launching.ipynb #in-processes
+# %% ../../nbs/54_scale_launching.ipynb #run-distributed
 JOB_HEAD = """
 import os, signal, sys, time
 import torch, torch.distributed as dist, torch.nn.functional as F
@@ -116,7 +116,7 @@ def bytes_on_the_wire(
     trips = {"ddp": 2, "fsdp": 3}[parallel]
     return trips * (world - 1) / world * size
 
-# %% ../../nbs/54_scale_launching.ipynb #held
+# %% ../../nbs/54_scale_launching.ipynb #memory-breakdown
 def local_bytes(tensors: list[Tensor]) -> int:
     "Bytes that this process holds of some tensors; of those in shards, its own part."
     from torch.distributed.tensor import DTensor

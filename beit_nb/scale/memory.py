@@ -134,7 +134,7 @@ def layouts(r: Run, gpus: int) -> tuple[Layout, list[Layout]]:
     ways = ("ddp", "fsdp") if gpus > 1 else ("ddp",)
     return own, [Layout(way, checkpointing) for way in ways for checkpointing in (False, True)]
 
-# %% ../../nbs/51_scale_memory.ipynb #split-batch
+# %% ../../nbs/51_scale_memory.ipynb #batch-per-gpu
 def batch_per_gpu(r: Run, gpus: int) -> tuple[int, int]:
     "Pictures of a step for each GPU, and how many of them it takes at once."
     if r.batch_size % gpus:

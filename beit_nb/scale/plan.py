@@ -8,6 +8,7 @@ __all__ = ['TrainingPlan', 'plan_training', 'largest_divisor', 'options_to', 'ad
 
 # %% ../../nbs/53_scale_plan.ipynb #imports
 from dataclasses import dataclass, replace
+from textwrap import wrap
 
 from .. import BeitError
 from ..configs import PretrainRecipe, Run, check_recipe
@@ -179,9 +180,9 @@ def memory_lines(p: TrainingPlan) -> list[str]:
         slower = f"checkpointing, {slowdown(p):.2f} x the time" if layout.checkpointing else ""
         gigabytes = sum(parts.values()) / 1e9
         most = f"up to {p.largest_batch(layout):,} pictures"
-        text = f"{mark} {layout.parallel:4} {slower:31} {gigabytes:7.2f}, {most}"
+        lines.append(f"{mark} {layout.parallel:4} {slower:31} {gigabytes:7.2f}, {most}")
         addends = " + ".join(f"{part} {size / 1e9:.2f}" for part, size in parts.items())
-        lines.append(f"{text:67} = {addends}")
+        lines += wrap(addends, 86, initial_indent="    = ", subsequent_indent="      ")
     if not p.fits:
         lines.append(f"{p.micro_batch:,} pictures at once do not fit: {advice(p)}")
     return lines

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from .. import __version__
 
-# %% ../../nbs/55_scale_timing.ipynb #race
+# %% ../../nbs/55_scale_timing.ipynb #time-in-turns
 def gpu_clock() -> float:
     "Seconds on the wall, once the GPU has done all that it was given."
     torch.cuda.synchronize()
@@ -136,20 +136,20 @@ def row_text(name: str, row: dict, with_memory: bool) -> str:
     "One row of a table, as `compare` makes it, with memory and share of the peak if there are any."
     spread = f"({row['low']:.3g} .. {row['high']:.3g})"
     ratios = f"({row['ratio_low']:.2f} .. {row['ratio_high']:.2f})"
-    text = f"{name:26}{row['seconds']:9.3g}{spread:>22}{row['per_second']:12.3g}"
-    text += f"{row['ratio']:15.2f}{ratios:>16}"
+    text = f"{name:26}{row['seconds']:9.3g}{spread:>19}{row['per_second']:11.3g}"
+    text += f"{row['ratio']:14.2f}{ratios:>15}"
     if with_memory:
-        text += f"{row.get('memory_mb', float('nan')):6.0f} MB{row['share_of_peak']:9.0%}"
+        text += f"{row.get('memory_mb', float('nan')):5.0f} MB{row['share_of_peak']:8.0%}"
     return text
 
 
 def results_table(name: str, result: dict) -> str:
     "A benchmark's result as text."
     with_memory = any("memory_mb" in row for row in result["rows"].values())
-    title = f"{name:26}{'seconds':>9}{'(min .. max)':>22}{result['items'] + '/s':>12}"
-    title += f"{'times as fast':>15}{'(min .. max)':>16}"
+    title = f"{name:26}{'seconds':>9}{'(min .. max)':>19}{result['items'] + '/s':>11}"
+    title += f"{'times as fast':>14}{'(min .. max)':>15}"
     if with_memory:
-        title += f"{'memory':>9}{'of peak':>9}"
+        title += f"{'memory':>8}{'of peak':>8}"
     rows = [row_text(key, row, with_memory) for key, row in result["rows"].items()]
     others = []
     for key, x in result.items():
