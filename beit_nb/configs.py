@@ -18,6 +18,7 @@ from beit_nb.limits import (
     BelowOne,
     Count,
     CropScale,
+    Few,
     Natural,
     NonNegative,
     Place,
@@ -102,7 +103,7 @@ class Backbone:
     img_size: Size = 224  # pixels a side
     patch_size: Size = 16  # pixels a side of a patch
     embed_dim: Size = 768  # width
-    depth: Size = 12  # blocks
+    depth: Few = 12  # blocks
     num_heads: Size = 12  # attention heads
     mlp_ratio: Positive = 4.0  # hidden width of the MLP over embed_dim
     drop_path_rate: BelowOne = 0.1  # stochastic depth of the last block, linear from 0
@@ -117,6 +118,8 @@ class Backbone:
             yield not_divisible("img_size", self.img_size, "patch_size", self.patch_size)
         if self.embed_dim % self.num_heads:
             yield not_divisible("embed_dim", self.embed_dim, "num_heads", self.num_heads)
+        if self.embed_dim * self.mlp_ratio < 1:
+            yield f"mlp_ratio {self.mlp_ratio} leaves no hidden unit: raise it"
         if pos_embed_init == "sincos" and self.use_abs_pos_emb and self.embed_dim % 4:
             yield not_divisible("embed_dim", self.embed_dim, "the 4 waves of sincos positions,", 4)
 
@@ -254,7 +257,7 @@ class ProbeRecipe(Recipe):
 
     init: Place = ""  # a run of `beit pretrain` or `beit finetune`, or a checkpoint of it
     labels_per_class: Count | None = 20  # labelled pictures a class (drawn by seed); none: all
-    draws: Count = 3  # repeat with other labels
+    draws: Few = 3  # repeat with other labels
     seed: Seed = 0  # of the draws
     batch_size: Count = 256  # pictures at once
     workers: Workers = 0  # loader processes

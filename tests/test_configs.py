@@ -120,13 +120,28 @@ TOO_MUCH = dict(
     checkpoint_every=(10**12,),
     batch_size=(10**12,),
     labels_per_class=(10**12,),
-    draws=(10**12,),
+    draws=(10**12, 1001),
     workers=(10**4,),
     img_size=(10**6,),
     patch_size=(10**6,),
     token_size=(10**6,),
     embed_dim=(10**6,),
-    depth=(10**6,),
+    depth=(10**6, 1001),
+    lr=(1e300, 1e-320),
+    min_lr=(1e300,),
+    warmup_epochs=(1e300,),
+    weight_decay=(1e300,),
+    clip_grad=(1e300,),
+    mlp_ratio=(1e300, 1e-13),
+    init_values=(1e300,),
+    init_scale=(1e300,),
+    color_jitter=(1e300,),
+    mixup=(1e300,),
+    cutmix=(1e300,),
+    kl_weight=(1e300,),
+    usage_weight=(1e300,),
+    tau_start=(1e300, 1e-300),
+    tau_end=(1e300, 1e-300),
     num_heads=(10**6,),
     width=(10**6,),
     code_dim=(10**6,),
@@ -140,7 +155,8 @@ def test_slips_of_a_finger_are_refused(command):
     for field, values in TOO_MUCH.items():
         for value in values if field in asdict(nano) else ():
             line = refusal(replace(nano, **{field: value}))
-            assert re.fullmatch(rf"{field} {value} must be at (most|least) [\d,]+", line), line
+            limit = r"(a finite number, )?at (most [\d,]+|least [\de-]+)"
+            assert re.fullmatch(rf"{field} {re.escape(str(value))} must be {limit}", line), line
 
 
 TYPES = dict(
@@ -336,3 +352,8 @@ def test_two_spellings_of_a_known_set_are_one_run():
     for other in ("photos", "embedded:photos", "./digits"):
         with pytest.raises(BeitError, match="holds another run .data 'digits' there"):
             check_same_run(old, old | {"data": other}, "runs/x")
+
+
+def test_a_block_needs_a_hidden_unit():
+    line = refusal(replace(NANOS["pretrain"], mlp_ratio=1e-9))
+    assert line == "mlp_ratio 1e-09 leaves no hidden unit: raise it"
