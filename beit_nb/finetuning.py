@@ -20,7 +20,7 @@ from .checkpoints import load_backbone
 from .configs import FinetuneRecipe
 from .data import labels_in, open_data, sample_labels
 from .device import default_device, pick_precision, set_matmul_precision
-from .engine.loading import TrainLoader, TransformedDataset, once
+from .engine.loading import TrainLoader, TransformedDataset, sequential_batches
 from .engine.log import read_log, read_metrics, warn_unfinished, write_metrics
 from .engine.processes import rank, sum_over_ranks, world_size
 from beit_nb.engine.runs import (
@@ -145,7 +145,7 @@ def score_share(
     device = next(model.parameters()).device
     dtype = pick_precision(r.precision, device)
     sums = torch.zeros(3, dtype=torch.float64)
-    for batch, valid, _ in once(samples, batch_size, r.workers, rank(), world_size()):
+    for batch, valid, _ in sequential_batches(samples, batch_size, r.workers, rank(), world_size()):
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             logits = model(preprocess(batch.image.to(device), r.mean_std)).float().cpu()
         right = (logits.argmax(1) == batch.label)[valid]

@@ -20,7 +20,12 @@ from .configs import PretrainRecipe
 from .data import open_data
 from .device import default_device, set_matmul_precision
 from .engine.augment import TwoViews
-from .engine.loading import PretrainBatch, TrainLoader, TransformedDataset, once
+from beit_nb.engine.loading import (
+    PretrainBatch,
+    TrainLoader,
+    TransformedDataset,
+    sequential_batches,
+)
 from .engine.log import read_log, read_metrics, warn_unfinished, write_metrics
 from .engine.processes import rank, world_size
 from .engine.runs import load_checkpoint, open_run, record_inputs
@@ -129,7 +134,7 @@ def evaluate_mim(
     best = None if prior is None else torch.mode(prior.flatten(1), 0).values.to(device)  # (h*w,)
     hits = constant = total = loss = 0
     model.eval()
-    for walked in once(samples, batch_size):
+    for walked in sequential_batches(samples, batch_size):
         batch = walked.batch
         ids = tokenizer.get_codebook_indices(to_float(batch.token_view.to(device))).flatten(1)
         masks = batch.mask.to(device).flatten(1)

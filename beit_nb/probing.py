@@ -22,7 +22,7 @@ from .configs import FinetuneRecipe, ProbeRecipe
 from .data import labels_in, open_data, sample_labels
 from .device import default_device, pick_precision
 from .engine.augment import TwoViews
-from .engine.loading import ImageBatch, TransformedDataset, once
+from .engine.loading import ImageBatch, TransformedDataset, sequential_batches
 from .engine.log import forget_metrics, warn_unfinished, write_metrics
 from .engine.runs import fingerprint_weights, load_checkpoint, open_run, record_inputs
 from .engine.sources import ImageDataset
@@ -152,7 +152,7 @@ def all_features(
     features: dict[str, list[np.ndarray]] = {name: [] for name in arms}
     seen = []
     samples = TransformedDataset(pictures, WholePicture(size), ids=ids)
-    for walked in once(samples, batch_size, workers):
+    for walked in sequential_batches(samples, batch_size, workers):
         for name, arm in arms.items():
             features[name].append(arm(walked.batch.image))
         seen.append(walked.batch.number)

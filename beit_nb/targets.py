@@ -18,7 +18,7 @@ from .dalle import DalleVAE
 from .device import default_device, kernels_for
 from .engine.augment import TwoViews, jitter_batch
 from .engine.files import fingerprint
-from .engine.loading import PretrainBatch, exclude, once
+from .engine.loading import PretrainBatch, exclude, sequential_batches
 from .engine.log import warn_unfinished
 from .engine.runs import merge_records
 from .engine.sources import ImageDataset
@@ -65,7 +65,7 @@ def tokenize_dataset(
     """
     device = next(tokenizer.parameters()).device
     table = []
-    for walked in once(token_views(pictures, views), batch_size, workers):
+    for walked in sequential_batches(token_views(pictures, views), batch_size, workers):
         exclude(pictures, walked.unreadable)
         images = to_float(walked.batch.image.to(device))
         table.append(tokenizer.get_codebook_indices(images))

@@ -26,7 +26,7 @@ from beit_nb.engine.loading import (
     TransformedDataset,
     collate,
     exclude,
-    once,
+    sequential_batches,
 )
 from beit_nb.engine.log import read_log
 from beit_nb.engine.packing import shard_folder
@@ -432,7 +432,7 @@ def test_once_is_every_picture_one_time(tmp_path, workers, world, capfd):
 
     def walk(rank):
         samples = TransformedDataset(ImageFolder(tmp_path), numbered)
-        return list(once(samples, 3, workers, rank, world))
+        return list(sequential_batches(samples, 3, workers, rank, world))
 
     shares = [walk(rank) for rank in range(world)]
 
@@ -474,5 +474,5 @@ def test_image_batches_collate():
     pictures = TransformedDataset(
         Photos(1), lambda p, n, g: ImageBatch(TwoViews(8)(p).patch_view, n)
     )
-    [walked] = once(pictures, 11)
+    [walked] = sequential_batches(pictures, 11)
     assert walked.batch.image.shape == (11, 3, 8, 8) and walked.valid.all()

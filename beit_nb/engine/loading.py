@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Transform', 'ImageBatch', 'PretrainBatch', 'LabelledBatch', 'collate', 'TransformedDataset', 'why_unreadable',
-           'report_unreadable', 'exclude', 'load_batch', 'load_batches', 'Walked', 'once', 'check_damage',
-           'UnreadableLog', 'whole_batch', 'check_batch', 'TrainLoader']
+           'report_unreadable', 'exclude', 'load_batch', 'load_batches', 'SequentialBatch', 'sequential_batches',
+           'check_damage', 'UnreadableLog', 'whole_batch', 'check_batch', 'TrainLoader']
 
 # %% ../../nbs/33_engine_loading.ipynb #imports
 from collections.abc import Callable, Iterable, Iterator
@@ -146,22 +146,22 @@ def load_batches(samples: TransformedDataset, keys: Iterable, workers: int) -> I
         yield map_batch(Tensor.pin_memory, batch) if torch.cuda.is_available() else batch, replaced
 
 
-class Walked(NamedTuple):
-    "A batch of `once`."
+class SequentialBatch(NamedTuple):
+    "A batch of `sequential_batches`."
 
     batch: Any  # as the transform's NamedTuple
     valid: Tensor  # (B,) bool: False for a row that is there twice or stands in for another
     unreadable: list[int]  # pictures that others stand in for
 
 
-def once(
+def sequential_batches(
     dataset: TransformedDataset,
     batch_size: int,
     workers: int = 0,
     rank: int = 0,  # this process
     world: int = 1,  # of how many
     part: range | None = None,  # only these samples
-) -> Iterator[Walked]:
+) -> Iterator[SequentialBatch]:
     """Every picture of a data set one time, in order; this process's share of it.
 
     Unreadable pictures are named on stderr.
@@ -174,7 +174,7 @@ def once(
     for mine, (batch, replaced) in zip(batches, load_batches(dataset, keys, workers)):
         unreadable = replaced[replaced >= 0].tolist()
         report_unreadable(dataset.pictures, unreadable)
-        yield Walked(batch, (torch.tensor(mine) < n) & (replaced < 0), unreadable)
+        yield SequentialBatch(batch, (torch.tensor(mine) < n) & (replaced < 0), unreadable)
 
 # %% ../../nbs/33_engine_loading.ipynb #unreadable-log
 def check_damage(pictures: ImageDataset, damaged: list[int], total: int, share: float) -> None:

@@ -27,8 +27,8 @@ from beit_nb.engine.loading import (
     ImageBatch,
     TransformedDataset,
     check_damage,
-    once,
     report_unreadable,
+    sequential_batches,
     why_unreadable,
 )
 from .processes import join_processes, rank, rank_0_first, world_size
@@ -159,7 +159,7 @@ def write_part(
     smallest = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     ids = []
     damaged = []
-    for walked in once(samples, batch_size, workers, part=part):
+    for walked in sequential_batches(samples, batch_size, workers, part=part):
         images = to_float(walked.batch.image.to(device, non_blocking=True))
         ids.append(tokenizer.get_codebook_indices(images).cpu().numpy().astype(smallest))
         damaged += walked.unreadable
