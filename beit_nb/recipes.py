@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BASE', 'LARGE', 'PLUS', 'SMALL', 'NANO', 'TINY', 'LAPTOP', 'GPU', 'TOKENIZER', 'PAPER', 'IN1K', 'IN22K', 'PRETRAIN',
            'FINETUNE', 'PROBE', 'DATASETS', 'COMMANDS', 'shared', 'DatasetInfo', 'known_set', 'data_source', 'Command',
-           'command_named', 'from_config', 'recipe_named', 'Backbone', 'Run', 'FREE', 'as_config', 'check_recipe',
-           'check_same_run']
+           'command_named', 'from_config', 'recipe_named', 'Backbone', 'Run', 'CHANGEABLE_FIELDS', 'as_config',
+           'check_recipe', 'check_same_run']
 
 # %% ../nbs/21_recipes.ipynb #imports
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from . import BeitError
 from beit_nb.configs import (
-    FREE,
+    CHANGEABLE_FIELDS,
     Backbone,
     FinetuneRecipe,
     PretrainRecipe,
@@ -30,7 +30,14 @@ from beit_nb.configs import (
 )
 from .limits import no_such
 
-_all_ = ["Backbone", "Run", "FREE", "as_config", "check_recipe", "check_same_run"]  # handed on
+_all_ = [
+    "Backbone",
+    "Run",
+    "CHANGEABLE_FIELDS",
+    "as_config",
+    "check_recipe",
+    "check_same_run",
+]  # handed on
 
 # %% ../nbs/21_recipes.ipynb #presets
 def shared(**fields: Any) -> dict[str, Any]:

@@ -275,7 +275,7 @@ def test_the_recipe_of_a_folder(recipe):
     assert run_config(out) == config  # the checkpoint knows it too
     with pytest.raises(BeitError, match="holds another run .lr 0.001 there, 0.002 now"):
         enter(replace(recipe, lr=2e-3))
-    enter(replace(recipe, workers=2))  # a FREE field: welcome
+    enter(replace(recipe, workers=2))  # one of CHANGEABLE_FIELDS: welcome
     (out / "config.json").write_text('{"comma')
     with pytest.raises(BeitError, match="config.json is damaged; .* or delete that file"):
         enter(recipe)
