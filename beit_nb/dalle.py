@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import BeitError
-from .dvae import TokenModel, check_images, map_pixels
+from .dvae import BaseDiscreteVAE, check_images, map_pixels
 
 # %% ../nbs/05_dalle.ipynb #conv
 class DalleConv(nn.Module):
@@ -186,7 +186,7 @@ class DalleDecoder(nn.Module):
         return self.blocks[1:](rows.permute(0, 3, 1, 2))
 
 # %% ../nbs/05_dalle.ipynb #dalle-vae
-class DalleVAE(TokenModel):
+class DalleVAE(BaseDiscreteVAE):
     """DALL-E's dVAE: pictures (B, 3, H, W) in [0, 1] <-> token ids (B, H/8, W/8).
 
     The interface of `DiscreteVAE`; `map_pixels` happens inside. Either half may be missing. Raises

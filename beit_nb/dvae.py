@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EPS', 'SIGMA', 'ResBlock', 'encoder', 'decoder', 'map_pixels', 'unmap_pixels', 'logit_laplace_nll', 'normal_nll',
-           'TokenModel', 'distance_logits', 'check_images', 'DiscreteVAE', 'dvae_loss', 'init_codes']
+           'BaseDiscreteVAE', 'distance_logits', 'check_images', 'DiscreteVAE', 'dvae_loss', 'init_codes']
 
 # %% ../nbs/04_dvae.ipynb #imports
 import math
@@ -103,7 +103,7 @@ def normal_nll(x: Tensor, mu: Tensor, sigma: float = SIGMA) -> Tensor:
     return (x - mu) ** 2 / (2 * sigma**2) + math.log(sigma * math.sqrt(2 * math.pi))
 
 # %% ../nbs/04_dvae.ipynb #token-model
-class TokenModel(nn.Module):
+class BaseDiscreteVAE(nn.Module):
     """What every dVAE can do, given `logits`, `decode_stats` and a `likelihood` by a subclass.
 
     likelihood: 'normal', where the decoder's statistics (B, 3, H, W) are means of pixels in
@@ -178,7 +178,7 @@ def check_images(images: Tensor, downsample: int) -> None:
         )
 
 # %% ../nbs/04_dvae.ipynb #dvae
-class DiscreteVAE(TokenModel):
+class DiscreteVAE(BaseDiscreteVAE):
     """Our small dVAE: pictures (B, 3, H, W) in [0, 1] <-> token ids (B, h, w).
 
     V tokens with codebook rows of width D = code_dim, each for downsample x downsample pixels (2,
@@ -230,7 +230,7 @@ class DiscreteVAE(TokenModel):
 
 # %% ../nbs/04_dvae.ipynb #dvae-loss
 def dvae_loss(
-    model: TokenModel,
+    model: BaseDiscreteVAE,
     images: Tensor,
     tau: float = 1.0,
     kl_weight: float = 1.0,

@@ -25,7 +25,7 @@ from .configs import TokenizerRecipe
 from .dalle import DalleDecoder, DalleEncoder, DalleVAE
 from .data import open_data
 from .device import default_device
-from .dvae import DiscreteVAE, TokenModel, dvae_loss, init_codes
+from .dvae import BaseDiscreteVAE, DiscreteVAE, dvae_loss, init_codes
 from .engine.augment import TwoViews
 from .engine.loading import ImageBatch, TrainLoader, TransformedDataset
 from .engine.log import write_metrics
@@ -43,7 +43,7 @@ from .recipes import from_config
 from .tokens import Tokenizer, codebook_usage
 
 # %% ../nbs/40_tokenizer.ipynb #build-dvae
-def build_dvae(r: TokenizerRecipe) -> TokenModel:
+def build_dvae(r: TokenizerRecipe) -> BaseDiscreteVAE:
     """The network of a recipe, untrained.
 
     Ours, or DALL-E's with `width` channels and codebook rows of `code_dim`.
@@ -65,7 +65,7 @@ def first_pictures(samples: TransformedDataset, n: int) -> Tensor:
 # %% ../nbs/40_tokenizer.ipynb #evaluate-tokenizer
 @torch.no_grad()
 def evaluate_tokenizer(
-    tokenizer: Tokenizer | TokenModel,  # in use, or in training
+    tokenizer: Tokenizer | BaseDiscreteVAE,  # in use, or in training
     images: Tensor,  # (N, 3, H, W) in [0, 1]
     chunk: int | None = None,  # pictures at once; none: as many as keep the scores below 256 MB
 ) -> dict:
@@ -118,7 +118,7 @@ class TokenizerLoss:
         self.schedules = schedules
         self.usage_weight = usage_weight
 
-    def __call__(self, model: TokenModel, batch: ImageBatch, step: int):
+    def __call__(self, model: BaseDiscreteVAE, batch: ImageBatch, step: int):
         tau = self.schedules["tau"][step]
         beta = self.schedules["beta"][step]
         return dvae_loss(model, to_float(batch.image), tau, beta, self.usage_weight)
@@ -141,7 +141,7 @@ class HardMetrics:
         if trainer.step % self.every:
             return None
         model = trainer.model if self.ema is None else self.ema.module
-        metrics = evaluate_tokenizer(cast(TokenModel, model), self.images)
+        metrics = evaluate_tokenizer(cast(BaseDiscreteVAE, model), self.images)
         return {f"hard_{k}": v for k, v in metrics.items() if k != "pixel_variance"}
 
 # %% ../nbs/40_tokenizer.ipynb #train-tokenizer
@@ -183,7 +183,7 @@ def train_tokenizer(r: TokenizerRecipe, quiet: bool = False) -> Tokenizer:
         compute_loss = TokenizerLoss(schedules, r.usage_weight)
         hard = HardMetrics(images[:64], r.log_every, ema)
         fit(trainer, loader, compute_loss, [hard], [hard.follow])
-        trained = dvae if ema is None else cast(TokenModel, ema.module)
+        trained = dvae if ema is None else cast(BaseDiscreteVAE, ema.module)
         tokenizer = Tokenizer(trained, r.img_size)
         metrics = evaluate_tokenizer(tokenizer, images)
         metrics |= {"steps": trainer.step, "damaged": len(trainer.data["damaged"])}

@@ -9,7 +9,7 @@ __all__ = ['Tokenizer', 'codebook_usage']
 import torch
 from torch import Tensor, nn
 
-from .dvae import TokenModel
+from .dvae import BaseDiscreteVAE
 
 # %% ../nbs/06_tokens.ipynb #check-input
 def _check_images(images: Tensor) -> None:
@@ -41,7 +41,7 @@ class Tokenizer(nn.Module):
     known. Raises ValueError for pictures or ids of a wrong type, shape or range.
     """
 
-    def __init__(self, dvae: TokenModel, img_size: int | None = None):
+    def __init__(self, dvae: BaseDiscreteVAE, img_size: int | None = None):
         super().__init__()
         self.dvae = dvae.eval().requires_grad_(False)
         self.vocab_size = dvae.vocab_size

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers_dalle import published, random_images, refusal, small_dalle
 
 from beit_nb.dalle import DalleBlock, DalleDecoder, DalleEncoder, DalleVAE
-from beit_nb.dvae import DiscreteVAE, TokenModel, dvae_loss, map_pixels
+from beit_nb.dvae import BaseDiscreteVAE, DiscreteVAE, dvae_loss, map_pixels
 from beit_nb.engine.winograd import optimize_for_inference
 
 
@@ -121,8 +121,8 @@ def test_the_head_runs_only_where_it_is_asked():
 
 
 def test_it_has_the_interface_of_our_own_dvae():
-    public = [name for name in vars(TokenModel) if not name.startswith("_")]
-    methods = [n for n in public if inspect.isfunction(getattr(TokenModel, n))]
+    public = [name for name in vars(BaseDiscreteVAE) if not name.startswith("_")]
+    methods = [n for n in public if inspect.isfunction(getattr(BaseDiscreteVAE, n))]
     model = small_dalle()
 
     assert {"logits", "decode_stats", "indices_at", "nll"} <= set(methods)
