@@ -24,9 +24,8 @@ from beit_nb.configs import (
     as_config,
     check_recipe,
     check_same_run,
-    limit_of,
-    wrong_fields,
 )
+from beit_nb.limits import limit_of, wrong_fields
 from beit_nb.recipes import COMMANDS, from_config
 from beit_nb.tools import TOOLS
 

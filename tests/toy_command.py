@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import torch.nn.functional as F
 from torch import nn
 
-from beit_nb.configs import Count, Run
+from beit_nb.configs import Run
 from beit_nb.data import open_data
 from beit_nb.engine.augment import TwoViews
 from beit_nb.engine.loading import TrainLoader
@@ -18,6 +18,7 @@ from beit_nb.engine.runs import open_run
 from beit_nb.engine.token_files import token_views
 from beit_nb.engine.training import Trainer, fit
 from beit_nb.images import to_float
+from beit_nb.limits import Count
 from beit_nb.recipes import Command
 
 

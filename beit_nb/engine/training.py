@@ -41,7 +41,7 @@ from .steps import GracefulStop, StepLoader, map_batch, update_weights
 from .trainer import Trainer
 from ..recipes import COMMANDS
 
-_all_ = ["StepLoader", "Trainer"]  # handed on
+_all_ = ["StepLoader", "Trainer"]  # handed on; nbdev adds them to __all__
 
 # %% ../../nbs/37_engine_training.ipynb #protocols
 class Callback(Protocol):
