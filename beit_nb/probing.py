@@ -24,6 +24,7 @@ from .device import default_device, pick_precision
 from .engine.augment import TwoViews
 from .engine.loading import ImageBatch, TransformedDataset, sequential_batches
 from .engine.log import forget_metrics, warn_unfinished, write_metrics
+from .engine.processes import rank
 from .engine.runs import fingerprint_weights, load_checkpoint, open_run, record_inputs
 from .engine.sources import ImageDataset
 from .engine.token_files import picture_records
@@ -238,7 +239,7 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
             ]
             best = score_arm(train, held_out, rows)
             result[name] = best
-            if not quiet:
+            if not quiet and rank() == 0:
                 say(
                     f"{name}: {best['mean']:.3f} ± {best['std']:.3f} "
                     f"(best of {len(best['layers'])}: {best['layer']})"

@@ -74,7 +74,8 @@ def test_probe_of_a_folder(folder, tmp_path, capsys):
     )
 
 
-def test_a_set_that_chooses_and_is_reported_is_read_once(folder, tmp_path, monkeypatch):
+def test_a_set_that_chooses_and_is_reported_is_read_once(folder, tmp_path, monkeypatch, capsys):
+    "By the second process of two, which says nothing."
     pre = recipe_named("pretrain", "nano", tokenizer="none", embed_dim=32, depth=1, num_heads=2)
     state = dict(model=build_mim(pre).state_dict(), config=as_config("pretrain", pre))
     save_checkpoint(tmp_path / "pre.pt", state)
@@ -86,8 +87,11 @@ def test_a_set_that_chooses_and_is_reported_is_read_once(folder, tmp_path, monke
 
     monkeypatch.setattr(probing, "open_data", noted)
     options = dict(data=str(folder), init=str(tmp_path / "pre.pt"), labels_per_class=4)
-    m = probe(ProbeRecipe(out=str(tmp_path / "probe"), draws=1, **options), quiet=True)
+    monkeypatch.setattr(probing, "rank", lambda: 1)
 
+    m = probe(ProbeRecipe(out=str(tmp_path / "probe"), draws=1, **options))
+
+    assert capsys.readouterr().out == ""
     assert opened == ["train", "val"] and m["split"] == "val"
 
 
