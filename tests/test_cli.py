@@ -117,7 +117,7 @@ def test_every_option_of_a_recipe_refuses_a_word_that_it_cannot_mean(command):
     "line, says",
     [
         ("plan nano --gpus x", "--gpus 'x' must be a whole number, at least 1"),
-        ("plan nano --lr x", "--lr 'x' must be a finite number above 0"),
+        ("plan nano --lr x", "--lr 'x' must be a finite number"),
         ("plan nanno", "(do you mean nano?)"),
         ("plan nano --hardware a10", "(do you mean a100?)"),
         ("plan nano --command pretran", "(do you mean pretrain?)"),
