@@ -281,7 +281,7 @@ def test_damaged_pictures_are_counted(photos, tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        "pretrain nano --depth 60000 --embed-dim 8192 --num-heads 8",
+        "pretrain nano --depth 1000 --embed-dim 8192 --num-heads 8",
         "tokenizer nano --width 60000",
         "finetune nano --img-size 60000",
         "pretrain nano --device-batch-size 100000000 --batch-size 100000000",
