@@ -172,8 +172,8 @@ def test_every_module_has_its_notebook(module):
 
 
 OF_MANY = set(
-    "browser_explorers browser_map browser_masks browser_saving explorers faults faults_continued lessons "
-    "strangers tokenizer_dalle whose_figures".split()
+    "browser_explorers browser_map browser_masks browser_saving explorers faults faults_continued "
+    "lessons strangers tokenizer_dalle whose_figures".split()
 )
 
 
