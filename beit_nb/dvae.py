@@ -102,7 +102,7 @@ def normal_nll(x: Tensor, mu: Tensor, sigma: float = SIGMA) -> Tensor:
     "-log N(x | mu, sigma) in nats, elementwise: the squared error with its constant."
     return (x - mu) ** 2 / (2 * sigma**2) + math.log(sigma * math.sqrt(2 * math.pi))
 
-# %% ../nbs/04_dvae.ipynb #token-model
+# %% ../nbs/04_dvae.ipynb #base-discrete-vae
 class BaseDiscreteVAE(nn.Module):
     """What every dVAE can do, given `logits`, `decode_stats` and a `likelihood` by a subclass.
 

@@ -134,7 +134,7 @@ def exclude(pictures: ImageDataset, numbers: Iterable[int]) -> None:
         path = pictures.path(i)
         pictures.excluded[i] = f"cannot read the picture {path} when its tokens were made"
 
-# %% ../../nbs/33_engine_loading.ipynb #once
+# %% ../../nbs/33_engine_loading.ipynb #sequential-batches
 def load_batch(samples: TransformedDataset, keys: list[int]) -> tuple[Any, Tensor]:
     "The batch of some samples, and what they stand in for."
     return collate([samples[key] for key in keys])
