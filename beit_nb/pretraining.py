@@ -203,7 +203,7 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
             quiet=quiet,
         )
         callbacks = []
-        if not trainer.finished:  # else nobody would read the table
+        if (total - trainer.step) * r.batch_size > len(pictures):  # else few would read the table
             targets = tabulate(targets, pictures, transform.views)
         if r.watch_every and not (trainer.finished and read_metrics(out)):
             callbacks.append(watch_reconstructions(r, out, r.watch_every, pictures, targets))

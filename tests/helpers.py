@@ -53,7 +53,7 @@ FEW_STEPS = "--precision fp32 --steps 4 --log-every 2 --checkpoint-every 2".spli
 
 def few_steps_of_each(top: Path) -> Path:
     "A folder with a tokenizer, a pre-training and a fine-tuning of four steps: tok, pre, fine."
-    beit("tokenizer", "nano", *FEW_STEPS, "--out", top / "tok")
+    beit("tokenizer", "nano", *FEW_STEPS, "--width", 16, "--out", top / "tok")
     from_tokens = ["--tokenizer", top / "tok", "--watch-every", 2]
     beit("pretrain", "nano", *FEW_STEPS, *from_tokens, "--out", top / "pre")
     from_body = ["--init", top / "pre", "--eval-every", 2]

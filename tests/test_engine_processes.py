@@ -44,7 +44,7 @@ from beit_nb.scale.launching import run_distributed
 from beit_nb.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
-STEPS = 20
+STEPS = 12
 TINY = dict(
     embed_dim=64,
     depth=2,
@@ -53,7 +53,7 @@ TINY = dict(
     warmup_steps=2,
     precision="fp32",
     log_every=1,
-    checkpoint_every=10,
+    checkpoint_every=STEPS // 2,
     watch_every=None,
     # views change, so the tokenizer works in every step; masks differ in size, so that
     # means of means would not do
@@ -65,12 +65,12 @@ SMALL_TOKENIZER = dict(width=16, batch_size=16, precision="fp32")
 CLASSIFY = dict(
     embed_dim=64,
     depth=2,
-    steps=10,
+    steps=6,
     batch_size=16,
     warmup_steps=2,
     precision="fp32",
     log_every=1,
-    eval_every=10,
+    eval_every=6,
     drop_path_rate=0.0,
     labels_per_class=4,
 )
@@ -272,11 +272,11 @@ def run_alone(top, name, **changes):
 def top(tmp_path_factory):
     "A folder with a small tokenizer, the runs of one process, and those of two."
     top = tmp_path_factory.mktemp("processes")
-    tokenizer = SMALL_TOKENIZER | dict(steps=30, log_every=10)
+    tokenizer = SMALL_TOKENIZER | dict(steps=10, log_every=10)
     train_tokenizer(recipe_named("tokenizer", "nano", out=f"{top}/tokenizer", **tokenizer), True)
     run_alone(top, "one")
     run_alone(top, "micro-batches", device_batch_size=4)
-    run_alone(top, "half", max_steps=10)
+    run_alone(top, "half", max_steps=STEPS // 2)
     shutil.copytree(top / "half", top / "half-to-two")
     run_alone(top, "half")
     classify = CLASSIFY | dict(init=f"{top}/one")
@@ -288,7 +288,7 @@ def top(tmp_path_factory):
         "ddp-workers": dict(workers=2),
         "fsdp": dict(parallel="fsdp", grad_checkpointing=True),
         "fsdp-micro-batches": dict(parallel="fsdp", device_batch_size=4),
-        "two-to-one": dict(parallel="fsdp", max_steps=10),
+        "two-to-one": dict(parallel="fsdp", max_steps=STEPS // 2),
         "half-to-two": dict(parallel="fsdp"),
         "process": dict(loss_mean="process"),
     }
@@ -411,7 +411,7 @@ def test_a_batch_that_cannot_be_divided(top):
 
 
 def killed_once(folder, changes):
-    "The real pre-training, in which rank 1 kills itself after step 13 of its first life."
+    "The real pre-training, in which rank 1 kills itself after step 8 of its first life."
     from beit_nb.engine import training
     from beit_nb.pretraining import pretrain
     from beit_nb.recipes import recipe_named
@@ -420,7 +420,7 @@ def killed_once(folder, changes):
     first_life = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 
     def deadly(trainer, *args):
-        if first_life and trainer.step == 13 and rank() == 1:
+        if first_life and trainer.step == 8 and rank() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return train_step(trainer, *args)
 
@@ -431,7 +431,7 @@ def killed_once(folder, changes):
 
 @pytest.mark.slow
 def test_a_killed_process_comes_back(top):
-    """--max-restarts: the second life goes on from the checkpoint of step 10, and ends with the
+    """--max-restarts: the second life goes on from the checkpoint of step 6, and ends with the
     very weights of the run that nobody killed."""
     changes = TINY | dict(tokenizer=str(top / "tokenizer"))
 

@@ -557,7 +557,7 @@ def test_a_small_shared_memory_is_enough(tmp_path, start):
     if not may_mount():
         pytest.skip("needs the right to mount")
     script = SMALL_MEMORY.format(size="64k", python=sys.executable, start=start)
-    words = ["tokenizer", "nano", "--steps", "4", "--width", "16", "--workers", "2"]
+    words = ["tokenizer", "nano", "--steps", "4", "--width", "16", "--workers", "1"]
     run = subprocess.run(
         ["unshare", "-m", "sh", "-c", script, "sh", *words, "--out", str(tmp_path / "run")],
         capture_output=True,

@@ -234,6 +234,7 @@ import json, multiprocessing, sys
 from beit_nb.cli import main
 if __name__ == "__main__":
     multiprocessing.set_start_method(sys.argv[1])
+    multiprocessing.set_forkserver_preload(["beit_nb.finetuning", "beit_nb.pretraining"])
     sys.exit(max(main(line) for line in json.loads(sys.argv[2])))
 """
 
@@ -249,6 +250,8 @@ def test_workers_of_every_kind_load_the_same(tmp_path, ground):
     commands = {
         name: words(name, ground, "")[:-2] for name in ("tokenizer", "finetune", "tokenize")
     }
+    commands["finetune"] += ["--steps", "3", "--eval-every", "3"]  # a walk starts its workers anew
+    commands["tokenizer"] += ["--steps", "3"]
     commands["tokenize"] += ["--workers", "1"]
     commands["pretrain"] = ["pretrain", "nano", *FEW, *SMALL, "--steps", "3", *from_tokens]
 

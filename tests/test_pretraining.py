@@ -287,6 +287,22 @@ def test_a_run_watches_the_same_pictures_each_time(tokenizer, tmp_path):
     assert not torch.equal(one.masks[0], training[0][0].mask)
 
 
+@pytest.mark.parametrize("steps, tables", [(5, 0), (6, 1)])
+def test_a_table_is_made_where_it_will_be_read(tmp_path, monkeypatch, steps, tables):
+    "Forty pictures in steps of eight: up to the fifth, each is asked for once at most."
+    small = dict(width=16, vocab_size=32, steps=1, batch_size=8)
+    train_tokenizer(recipe_named("tokenizer", "nano", out=f"{tmp_path}/tok", **small), quiet=True)
+    r = recipe(out=f"{tmp_path}/run", tokenizer=f"{tmp_path}/tok", steps=steps, batch_size=8)
+    made = []
+    tabulate = pretraining.tabulate
+    monkeypatch.setattr(pretraining, "open_data", lambda data: few_digits(40))
+    monkeypatch.setattr(pretraining, "tabulate", lambda *a: made.append(tabulate(*a)) or made[-1])
+
+    pretrain(r, quiet=True)
+
+    assert len(made) == tables
+
+
 def test_a_finished_run_makes_no_table_and_draws_nothing(tmp_path, monkeypatch):
     "The same command again has nothing to learn from, and nothing to watch."
     small = dict(width=16, vocab_size=32, steps=2, batch_size=8)
