@@ -292,7 +292,7 @@ def check_same_run(old: dict, new: dict, where: str | Path) -> None:
     def plain(value: Any) -> Any:  # a known set has two spellings
         return value.removeprefix("embedded:") if isinstance(value, str) else value
 
-    free = CHANGEABLE_FIELDS.union(old.get("inputs", ()))
+    free = CHANGEABLE_FIELDS.union(old.get("inputs", ())) - {"split"}  # a name, no path
     other = [
         f"{k} {old.get(k)!r} there, {v!r} now"
         for k, v in new.items()

@@ -214,6 +214,8 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
         held_out = open_data(r.data, r.split, labels=True)
         scored_on = picture_records(held_out)
         record_inputs(out, r, {"data": picture_records(pictures)})
+        # a curve is of one set; a finished run may be scored on another
+        record_inputs(out, r, {"split": scored_on}, redo=read_metrics(out) is not None)
         labels = labels_in(pictures)
         ids = sample_labels(labels, r.labels_per_class, r.seed)
         transform = FinetuneTransform(r, labels, training=True)

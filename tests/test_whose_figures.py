@@ -646,3 +646,17 @@ def test_figures_outlive_the_log(top):
     (top / "pre" / "log.jsonl").unlink()
     train_body(top)
     assert figures(top / "pre") == before and "loss" in before
+
+
+def test_a_curve_is_of_one_set(many):
+    "A run that goes on is scored on the pictures that it was scored on."
+    fine(many, max_steps=3)
+    victim = sorted((many / "pics" / "val").rglob("*.png"))[1]
+    sound = victim.read_bytes()
+    draw_another(victim)
+    with pytest.raises(BeitError, match="holds another run .split 'val' has changed since"):
+        fine(many)
+    victim.write_bytes(sound)
+    assert fine(many)["steps"] == 6
+    with pytest.raises(BeitError, match="split 'val' there, 'test' now"):
+        fine(many, split="test")
