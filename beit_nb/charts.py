@@ -9,6 +9,7 @@ __all__ = ['PAGE_STYLE', 'PAGE_POLICY', 'Html', 'cell_text', 'as_html', 'fill', 
 # %% ../nbs/70_charts.ipynb #imports
 import base64
 import io
+import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -157,8 +158,10 @@ def write_page(path: Path, title: str, lead: str, parts: Sequence[str], footer: 
 
 # %% ../nbs/70_charts.ipynb #plot-log
 def is_number(value: object) -> TypeGuard[int | float]:
-    "Can it be drawn? Texts, lists, truths and integers beyond all floats cannot."
-    return type(value) is float or (type(value) is int and abs(value) < 2**63)
+    "Can it be drawn? Texts, lists, truths and numbers near the end of all floats cannot."
+    if type(value) is float:
+        return not 1e100 < abs(value) < math.inf
+    return type(value) is int and abs(value) < 2**63
 
 
 def plot_log(rows: list[dict], curves: dict[str, str]) -> Figure:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, fields, replace
@@ -149,6 +150,8 @@ def run_tool(name: str, words: list[str]) -> int:
         wanted = [as_option(field) if field in options else field.upper() for field in missing]
         raise BeitError(f"beit {name} needs {' and '.join(wanted)}; see beit {name} --help")
     tool: Any = check_options(kind(**values))
+    if empty := [f"{name} is empty: name a path" for name, x in vars(tool).items() if x == ""]:
+        raise BeitError("; ".join(empty))
     if kind is Plan:
         tool.run(read_recipe(tool.command, [tool.recipe, *strange], options))
         return 0
@@ -268,6 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     keep_streams()
+    warnings.filterwarnings("ignore", module="PIL")  # we say ourselves what is odd in a picture
     SAID.clear()  # a process may run several commands
     with stop_once():
         try:

@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['TORCHVISION_SETS', 'download_set', 'labels_of', 'read_from', 'torchvision_set', 'loose_files', 'folder_or_shards',
-           'class_names', 'labelled_folder', 'remarks', 'open_known', 'open_folder', 'open_data', 'labels_in',
-           'sample_labels']
+           'class_names', 'labelled_folder', 'alike', 'remarks', 'open_known', 'open_folder', 'open_data',
+           'pictures_of_run', 'labels_in', 'sample_labels']
 
 # %% ../nbs/36_data.ipynb #imports
+from collections import defaultdict
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 from torchvision import datasets as tv
 
 from . import BeitError, warn_once
 from .engine.processes import rank, rank_0_first
+from .engine.runs import run_config
 from .engine.shards import ImageShards, read_names, shard_index, tar_files
 from beit_nb.engine.sources import (
     SPLITS,
@@ -27,6 +30,7 @@ from beit_nb.engine.sources import (
     beside_parts,
     split_ids,
 )
+from .engine.token_files import picture_records
 from beit_nb.engine.walks import (
     OTHER,
     LeftOut,
@@ -151,6 +155,14 @@ def labelled_folder(root: Path, split: str) -> ImageDataset:
     return folder_or_shards(part, labels=True, classes=classes)
 
 # %% ../nbs/36_data.ipynb #remarks
+def alike(names: list[str]) -> list[list[str]]:
+    "Groups of names that differ only in case, in spaces or in how an accent is written."
+    groups = defaultdict(list)
+    for name in names:
+        groups["".join(normalize("NFKC", name).casefold().split())].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
 def remarks(pictures: ImageDataset, training: bool) -> list[str]:
     "What a person should know of a data set before anything is trained, or scored, on it."
     lines = []
@@ -165,6 +177,11 @@ def remarks(pictures: ImageDataset, training: bool) -> list[str]:
         lines.append(
             f"{len(empty):,} of {len(pictures.classes):,} classes of {pictures.name} have no "
             f"picture ({some}{', ...' if len(empty) > 3 else ''})"
+        )
+    for group in alike(pictures.classes)[:3]:
+        lines.append(
+            f"the classes {', '.join(map(repr, group))} of {pictures.name} are told apart; if they "
+            "are one, put their pictures together"
         )
     if len(present) == 1:
         lines.append(
@@ -226,6 +243,19 @@ def open_data(
         pictures = open_known(name, split, labels)
     for line in remarks(pictures, split.startswith("train")) if rank() == 0 else ():
         warn_once(line)
+    return pictures
+
+# %% ../nbs/36_data.ipynb #of-run
+def pictures_of_run(data: str, out: Path) -> ImageDataset:
+    """The training pictures of the run in a folder, for a page about it.
+
+    Raises BeitError where the folder `data` holds others than the run recorded, or it recorded
+    none.
+    """
+    pictures = open_data(data)
+    recorded = (run_config(out) or {}).get("inputs", {}).get("data")
+    if known_set(data) is None and picture_records(pictures) != recorded:
+        raise BeitError(f"the pictures in {data} are not those that the run recorded as its own")
     return pictures
 
 # %% ../nbs/36_data.ipynb #sample-labels

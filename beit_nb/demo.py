@@ -25,9 +25,9 @@ from tqdm import tqdm
 
 from . import BeitError, __version__, say
 from .configs import FinetuneRecipe, PretrainRecipe, Run
-from .demo_report import ARMS, demo_report
+from .demo_report import ARMS, FIGURES, demo_report, is_stage
 from .engine.augment import TwoViews
-from .engine.files import read_json, write_json
+from .engine.files import make_folder, read_json, write_json
 from .engine.log import read_log, write_metrics
 from .engine.processes import end_with_parent, memory_mb
 from .engine.sources import Digits
@@ -67,7 +67,7 @@ def digits_recipe(command: str, **changes: Any) -> Any:
 # %% ../nbs/75_demo.ipynb #stage
 def settings_of(plan: DemoPlan) -> dict:
     "All that decides the figures of a stage, as plain data: the plan, seed included, and version."
-    settings = asdict(plan) | {"lrs": list(plan.lrs), "version": __version__}
+    settings = {"version": __version__} | asdict(plan) | {"lrs": list(plan.lrs)}
     del settings["out"]
     return settings
 
@@ -81,11 +81,12 @@ def read_stage(plan: DemoPlan, name: str) -> dict | None:
     if not file.exists():
         return None
     kept = read_json(file)
-    there = kept.get("settings", {"version": "an earlier one"})
+    there = kept.get("settings")
+    there = there if isinstance(there, dict) else {"version": "an earlier one"}
     other = [
-        f"{key} {there[key]} there, {now} now"
+        f"{key} {there.get(key)} there, {now} now"
         for key, now in settings_of(plan).items()
-        if key in there and there[key] != now
+        if there.get(key) != now
     ]
     if other:
         free = next(f"{plan.out}-{i}" for i in count(2) if not Path(f"{plan.out}-{i}").exists())
@@ -93,7 +94,9 @@ def read_stage(plan: DemoPlan, name: str) -> dict | None:
             f"{plan.out} holds another demo ({'; '.join(other[:3])}); give this one a folder of "
             f"its own, such as --out {free}"
         )
-    return kept["result"]
+    if name in FIGURES and not is_stage(name, kept.get("result")):
+        raise BeitError(f"{file} holds no figures of that stage; delete it, to make them again")
+    return kept.get("result")
 
 
 def stage(plan: DemoPlan, name: str, work: Callable[[DemoPlan], dict]) -> dict:
@@ -288,8 +291,7 @@ def demo(plan: DemoPlan | None = None) -> dict:
     demo of another plan.
     """
     plan = plan or DemoPlan()
-    out = Path(plan.out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(plan.out)
     for name in ("plan", *STAGES):  # before any work
         read_stage(plan, name)
     # from the first moment on, long before the first stage is done

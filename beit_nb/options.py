@@ -7,6 +7,7 @@ __all__ = ['is_positional', 'room_for_words', 'named_option', 'sort_words', 'val
            'read_options', 'check_options', 'wants_help']
 
 # %% ../nbs/77_options.ipynb #imports
+import os
 from collections.abc import Iterable
 from math import inf
 from typing import Any, get_args, get_origin, get_type_hints
@@ -93,6 +94,8 @@ def unknown_option(who: str, word: str, names: Iterable[str]) -> BeitError:
     options = [as_option(name) for name in names]
     has_no = f"has no option {word}" if word.startswith("-") else f"has no use for {word!r}"
     near = nearest(word.split("=")[0], options)
+    if os.path.lexists(word):
+        near = f" (the file of that name is ./{word})"
     return BeitError(f"{who} {has_no}{near}; its options are: {' '.join(options) or 'none'}")
 
 # %% ../nbs/77_options.ipynb #read-options

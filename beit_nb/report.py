@@ -31,7 +31,7 @@ from beit_nb.charts import (
     write_page,
 )
 from .configs import PretrainRecipe, ProbeRecipe, TokenizerRecipe
-from .data import open_data
+from .data import pictures_of_run
 from .engine.augment import TwoViews
 from .engine.files import read_json
 from .engine.log import read_log, read_metrics
@@ -196,7 +196,7 @@ Pictures = list[tuple[Figure, str]]  # figures and what they show
 
 def tokenizer_pictures(out: Path, recipe: TokenizerRecipe, metrics: dict) -> Pictures:
     "Six pictures of its data set as the newest checkpoint names and repaints them."
-    samples = token_views(open_data(recipe.data), TwoViews(recipe.img_size))
+    samples = token_views(pictures_of_run(recipe.data, out), TwoViews(recipe.img_size))
     return [
         (
             tokens_figure(load_tokenizer(out), first_pictures(samples, 6)),

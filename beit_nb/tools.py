@@ -62,6 +62,8 @@ def each_picture(paths: tuple[str, ...], answer: Callable[[str, Any], None]) -> 
     """
     from beit_nb.engine.decoding import load_image
 
+    if not paths:
+        raise BeitError("no pictures given; name files of pictures after --images")
     unread = 0
     for number, path in enumerate(paths, 1):
         try:
@@ -137,7 +139,7 @@ class AttentionMaps:
 
         from beit_nb.attention import attention_maps, patch_attention, show_attention
         from beit_nb.engine.augment import TwoViews
-        from beit_nb.engine.files import atomic_write
+        from beit_nb.engine.files import atomic_write, make_folder
         from beit_nb.engine.runs import load_checkpoint
         from beit_nb.finetuning import load_classifier
         from beit_nb.images import preprocess, to_float
@@ -149,9 +151,12 @@ class AttentionMaps:
         grid = model.patch_embed.patch_shape
         self.check(recipe.depth, grid)
         views = TwoViews(recipe.img_size)
-        out = Path(self.out)
-        out.mkdir(parents=True, exist_ok=True)
-        targets = picture_names(self.images, out)
+        if Path(os.path.realpath(self.out)).is_relative_to(os.path.realpath(recipe.data)):
+            raise BeitError(
+                f"--out {self.out} lies in {recipe.data}, and the next training there would take "
+                "these drawings for data; choose a folder outside of it"
+            )
+        targets = picture_names(self.images, make_folder(self.out))
 
         def answer(path: str, image) -> None:
             x = views(image).patch_view
@@ -202,6 +207,7 @@ class Tokenize:
 
     def run(self) -> None:
         from beit_nb.data import open_data
+        from beit_nb.engine.log import warn_unfinished
         from beit_nb.engine.processes import join_processes, rank
         from beit_nb.engine.token_files import tokenize_files
         from beit_nb.tokenizer import load_tokenizer
@@ -209,6 +215,7 @@ class Tokenize:
         with join_processes():  # of a data set that must be downloaded, one process does it
             if rank() == 0:
                 say(f"data: {data_source(self.data)}")
+            warn_unfinished(self.tokenizer)
             written = tokenize_files(
                 open_data(self.data),
                 load_tokenizer(self.tokenizer),

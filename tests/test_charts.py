@@ -140,7 +140,7 @@ def test_plot_log_draws_what_is_there():
     plt.close(fig)
 
 
-@pytest.mark.parametrize("strange", ["3", [1, 2], None, {"a": 1}, True, 10**400])
+@pytest.mark.parametrize("strange", ["3", [1, 2], None, {"a": 1}, True, 10**400, -1e308])
 def test_plot_log_draws_numbers_only(strange):
     rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": strange}, {"step": 3, "loss": 1.0}]
 

@@ -391,6 +391,17 @@ def test_classes_without_pictures_are_said(tmp_path, capfd):
     assert said_of(capfd, str(tmp_path), "val", labels=True) == []  # val may lack some
 
 
+@pytest.mark.parametrize("names", [("Cat", "cat"), ("caf\u00e9", "cafe\u0301"), ("dog", "dog ")])
+def test_classes_of_nearly_one_name_are_said(tmp_path, capfd, names):
+    for c in (*names, "other"):
+        save_gray(tmp_path / "train" / c / "1.png", 7)
+
+    [line] = said_of(capfd, str(tmp_path), labels=True)
+
+    assert "are told apart" in line
+    assert all(repr(name) in line for name in names)
+
+
 def test_one_class_is_said(tmp_path, capfd):
     for split in ("train", "val"):
         save_gray(tmp_path / split / "images" / "1.png", 7)

@@ -23,13 +23,24 @@ from beit_nb.demo import (
     demo,
     pretrain_recipe,
     read_stage,
+    settings_of,
     spread,
     stage,
 )
 from beit_nb.demo_report import ARMS
+from beit_nb.engine.files import write_json
 from beit_nb.engine.log import read_log
 from beit_nb.tools import Demo
 
+ARM = {"mean": 0.5, "std": 0.1, "lr": 0.1, "steps": 9, "runs": [0.5], "curves": [[[9, 0.5]]]}
+PROBED = {"mean": 0.5, "std": 0.1, "layer": 1, "layers": [0.5, 0.4]}
+STAGE_FIGURES = {
+    "dvae": dict(seconds=1, mse=0.1, pixel_variance=0.2, perplexity=9, codes_used=9),
+    "mim": dict(seconds=1, masked_top1=0.5, best_constant_top1=0.4, images=99),
+    "finetune": dict(seconds=1, labels_per_class=9, steps=9, peak_mb=99) | dict.fromkeys(ARMS, ARM),
+    "probe": dict(seconds=1, labels=9, pretrained=0.5, random=0.5, pixels=0.5)
+    | {"spread": dict.fromkeys(("pretrained", "random", "pixels"), PROBED)},
+}
 ENV = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
 
@@ -112,8 +123,8 @@ def test_a_rehearsal_that_was_stopped_is_nobody_elses(tmp_path, monkeypatch, sto
     def stop(plan):
         raise KeyboardInterrupt
 
-    stages = {name: lambda plan: {} for name in STAGES} | {stopped_in: stop}
-    monkeypatch.setattr("beit_nb.demo.STAGES", stages)
+    stages = {name: lambda plan: dict(STAGE_FIGURES["dvae"]) for name in STAGES}
+    monkeypatch.setattr("beit_nb.demo.STAGES", stages | {stopped_in: stop})
     with pytest.raises(KeyboardInterrupt):
         demo(DemoPlan(str(tmp_path), **QUICK))
 
@@ -211,6 +222,30 @@ def check_metrics(metrics):
     assert {"labels", "pretrained", "random", "pixels"} <= set(metrics["probe"])
     assert metrics["finished"] is True
     assert metrics["rehearsal"] is True
+
+
+WRONG = [None, [], {}, "1", -1, float("nan"), True, 10**400, {"mean": "<script>"}]
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_strangers_stage_is_one_line(tmp_path, name):
+    "Every figure in turn is of another kind; settings may be anything as well."
+    plan = DemoPlan(out=str(tmp_path))
+    settings = settings_of(plan)
+    sound = STAGE_FIGURES[name]
+    others = [sound | {key: wrong} for key in sound for wrong in WRONG]
+    others += [{key: sound[key] for key in sound if key != missing} for missing in sound]
+
+    write_json(tmp_path / f"{name}.json", {"settings": settings, "result": sound})
+    assert read_stage(plan, name) == sound
+    for result in [*WRONG, *others]:
+        write_json(tmp_path / f"{name}.json", {"settings": settings, "result": result})
+        with pytest.raises(BeitError, match="holds no figures of that stage; delete it"):
+            read_stage(plan, name)
+    for wrong in WRONG[:5]:
+        write_json(tmp_path / f"{name}.json", {"settings": wrong, "result": sound})
+        with pytest.raises(BeitError, match="holds another demo"):
+            read_stage(plan, name)
 
 
 def test_a_damaged_stage_is_one_line(tmp_path):

@@ -23,6 +23,7 @@ from beit_nb.engine.files import (
     explain_write_errors,
     fingerprint,
     is_running,
+    make_folder,
     read_file,
     read_json,
     remove_leftovers,
@@ -120,7 +121,9 @@ def test_only_what_dead_writers_left_is_taken_away(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == sorted(stay)
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe\x00", b"[1, 2]", b"7"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"a": ', b"\xff\xfe\x00", b"[1, 2]", b"7", rb'{"\ud800": 1}']
+)
 def test_damaged_json_is_one_line(tmp_path, content):
     file = tmp_path / "page.json"
     file.write_bytes(content)
@@ -128,6 +131,15 @@ def test_damaged_json_is_one_line(tmp_path, content):
     with pytest.raises(BeitError, match=rf"^{file} is damaged \(.*\); delete it") as e:
         read_json(file)
     assert "\n" not in str(e.value)
+
+
+def test_a_file_in_the_place_of_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+
+    assert make_folder(tmp_path / "a" / "b").is_dir()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(BeitError, match=f"--out {out} is a file, or lies in one"):
+            make_folder(out)
 
 
 def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):

@@ -286,7 +286,7 @@ def test_folders_that_are_refused(recipe, tmp_path):
     with pytest.raises(BeitError, match="holds a run already, and --no-resume was given"):
         enter(recipe, resume=False)
     (tmp_path / "letter.txt").write_text("no folder")
-    with pytest.raises(BeitError, match="--out .*letter.txt is a file; choose a folder"):
+    with pytest.raises(BeitError, match="--out .*letter.txt is a file, or lies in one; choose"):
         enter(replace(recipe, out=str(tmp_path / "letter.txt")))
     with pytest.raises(BeitError, match="batch_size 0 must be at least 1"):
         enter(replace(recipe, out=str(tmp_path / "new"), batch_size=0))

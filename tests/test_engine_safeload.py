@@ -18,6 +18,7 @@ from beit_nb.engine.safeload import (
     flatten,
     load_tensors,
     read_legacy_file,
+    read_weights_file,
     read_zip_file,
 )
 
@@ -114,7 +115,9 @@ def test_text_instead_of_weights(tmp_path, text):
 def test_an_empty_file(tmp_path):
     (tmp_path / "encoder.pkl").write_text("")
 
-    assert "is empty" in refusal(load_tensors, tmp_path / "encoder.pkl")
+    assert "is empty; download it" in refusal(load_tensors, tmp_path / "encoder.pkl")
+    with pytest.raises(BeitError, match="is empty; delete it"):
+        read_weights_file(tmp_path / "encoder.pkl", "delete it")
 
 
 def test_stand_ins_are_lent_for_the_moment_only(tmp_path):

@@ -51,18 +51,19 @@ def test_unknown_name_is_an_attribute_error():
         explorers.Explorers  # noqa: B018
 
 
-def test_library_needs_no_widgets_and_explorers_say_what_they_need():
+@pytest.mark.parametrize("module", ["beit_nb", "beit_nb.explorers", "beit_nb.explorers.masks"])
+def test_library_needs_no_widgets_and_explorers_say_what_they_need(module):
     code = (
         "import sys; sys.modules['anywidget'] = sys.modules['ipywidgets'] = None\n"
         "from beit_nb.masking import blockwise_mask; print(blockwise_mask().shape)\n"
-        "from beit_nb import MaskExplorer"
+        "from {module} import MaskExplorer"
     )
 
-    run = run_here(code)
+    run = run_here(code.format(module=module))
 
     assert run.stdout.strip() == "(14, 14)" and run.returncode == 1
     last = run.stderr.splitlines()[-1]
-    assert "MaskExplorer needs" in last and "pip install ipywidgets anywidget" in last
+    assert "the explorers need" in last and "pip install ipywidgets anywidget" in last
     assert 'pip install -e ".[dev]"' in last
 
 

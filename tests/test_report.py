@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 from helpers import FETCHES
+from PIL import Image
 
 from beit_nb import BeitError
+from beit_nb.data import open_data
 from beit_nb.engine.log import read_log
+from beit_nb.engine.token_files import picture_records
 from beit_nb.finetuning import finetune
 from beit_nb.pretraining import pretrain
 from beit_nb.probing import probe
@@ -153,6 +156,27 @@ def test_tokenizer(runs, tmp_path):
     (moved / "config.json").write_text(json.dumps(config | dict(data="/nowhere")))
     html = report(moved)
     assert html.count("<img") == 3 and "<p>No pictures: " in html and "/nowhere" in html
+
+
+def test_a_strangers_run_shows_no_picture_of_ours(runs, tmp_path):
+    "Its config.json names a folder of ours: what the run recorded of its pictures must be of it."
+    ours = tmp_path / "ours"
+    ours.mkdir()
+    for i in range(3):
+        Image.new("RGB", (32, 32), (90 * i, 0, 0)).save(ours / f"{i}.png")
+    run = Path(shutil.copytree(runs / "tok", tmp_path / "tok"))
+    config = json.loads((run / "config.json").read_text()) | dict(data=str(ours))
+    images = {}
+
+    for what, record in (
+        ("none", None),
+        ("unreadable", [None] * 5),
+        ("right", picture_records(open_data(str(ours)))),
+    ):
+        (run / "config.json").write_text(json.dumps(config | {"inputs": {"data": record}}))
+        images[what] = report(run).count("<img")
+
+    assert images == {"none": 3, "unreadable": 3, "right": 4}
 
 
 def test_probe(runs):

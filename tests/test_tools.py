@@ -110,6 +110,58 @@ def test_pictures_of_one_name_are_all_drawn(runs, white, tmp_path):
     assert {f"white-{i}.png" for i in (2, 3, 4)} <= {file.name for file in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize("place", ["", "below"])
+def test_no_drawing_becomes_data(runs, white, tmp_path, place):
+    "The next training there would learn from it."
+    path = tmp_path / "pre.pt"
+    state = torch.load(runs / "pre" / "checkpoints" / "last.pt", weights_only=True)
+    state["config"]["data"] = str(tmp_path)
+    torch.save(state, path)
+    out = tmp_path / place
+
+    refused("attention", "--init", path, "--images", white, "--out", out, says=f"{out} lies in")
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        (["predict", "--init", "", "--images", "x"], "init is empty"),
+        (["shard", "x", "--out", ""], "out is empty"),
+        (["tokenize", "", "--tokenizer", "x"], "data is empty"),
+        (["report", ""], "out is empty"),
+    ],
+)
+def test_an_empty_path_is_not_the_folder_where_one_stands(words, says):
+    refused(*words, says=says)
+
+
+def test_no_pictures_and_a_picture_that_looks_like_an_option(runs, white, monkeypatch):
+    monkeypatch.chdir(white.parent)
+    shutil.copy(white, white.parent / "-white.png")
+
+    refused("predict", "--init", runs / "fine", "--images", says="no pictures given")
+    refused("predict", "--init", "x", "--images", "-white.png", says="file of that name is ./-white.png")
+
+
+def test_tokens_of_an_unfinished_tokenizer_are_no_secret(runs, tmp_path):
+    shutil.copytree(runs / "tok", tmp_path / "tok")
+    (tmp_path / "tok" / "metrics.json").unlink()
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+
+    said = beit("tokenize", tmp_path, "--tokenizer", tmp_path / "tok", "--out", tmp_path / "ids")
+
+    assert "has not finished; its weights are taken as they are" in said.stderr
+
+
+@pytest.mark.parametrize("tool", ["tokenize digits --tokenizer {runs}/tok", "bench masks"])
+def test_a_file_in_the_place_of_the_folder(runs, white, tool):
+    words = tool.format(runs=runs).split()
+
+    said = beit(*words, "--out", white, ok=2).stderr.splitlines()
+
+    assert said[-1] == f"beit: error: --out {white} is a file, or lies in one; choose a folder"
+
+
 @pytest.mark.parametrize(
     "words, field",
     [

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import BeitError, UnreadableImage, warn
-from .files import atomic_write, list_pictures, read_json, write_json
+from .files import atomic_write, list_pictures, make_folder, read_json, write_json
 from .shards import shard_index, tar_files
 from .sources import PARTS, ImageFolder, beside_parts, decode_image
 from .token_files import picture_records
@@ -73,7 +73,7 @@ def write_plan(out: Path, plan: dict, classes: list[str]) -> None:
             raise BeitError(
                 f"{out} holds shards of something else; choose another --out, or delete that folder"
             )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_json(file, plan)
     write_json(out / "classes.json", classes)
 

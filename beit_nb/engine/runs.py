@@ -27,6 +27,7 @@ from beit_nb.engine.files import (
     atomic_write,
     explain_write_errors,
     fingerprint,
+    make_folder,
     read_json,
     write_json,
 )
@@ -225,12 +226,10 @@ def lock_run_folder(command: str, recipe, resume: bool = True) -> Iterator[Path]
     another run. What fails before its first step leaves nothing behind.
     """
     check_recipe(recipe)
-    out = Path(recipe.out or f"runs/{command}")
     config = as_config(command, recipe)
-    if out.is_file():
-        raise BeitError(f"--out {out} is a file; choose a folder")
+    out = Path(recipe.out or f"runs/{command}")
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     with open(out / ".lock", "w") as lock:
         take_lock(lock, out)
         old = run_config(out) or {}

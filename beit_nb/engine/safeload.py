@@ -232,8 +232,6 @@ PAGE_STARTS = (b"<!doctype", b"<html", b"<head", b"<?xml")  # in small letters
 
 def what_else(head: bytes) -> str | None:
     "What a file is that begins with these bytes and holds no weights; None if it may hold some."
-    if not head:
-        return "empty: download it again"
     for start, what in OTHER_FILES.items():
         if head.startswith(start):
             return what
@@ -259,6 +257,8 @@ def read_weights_file(path: str | Path, remedy: str = "download it again") -> An
         raise BeitError(f"{path} is no file; give a file of weights")
     with open(path, "rb") as f:
         head = f.read(80)
+    if not head:
+        raise BeitError(f"{path} is empty; {remedy}")
     if what := what_else(head):
         raise BeitError(f"{path} is {what}")
     try:

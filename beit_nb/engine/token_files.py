@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .. import BeitError
 from ..device import default_device
 from .augment import TwoViews
-from .files import atomic_write, fingerprint, read_json, write_json
+from .files import atomic_write, fingerprint, make_folder, read_json, write_json
 from beit_nb.engine.loading import (
     ImageBatch,
     TransformedDataset,
@@ -222,7 +222,7 @@ def open_token_folder(out: Path, described: dict) -> None:
             f"{out} holds other tokens ({'; '.join(other[:3]) or 'of other pictures'}); choose "
             "another --out, or delete that folder"
         )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_json(file, described | merged)
 
 # %% ../../nbs/35_engine_token_files.ipynb #tokenize

@@ -3,10 +3,19 @@
 Written by hand, as beit_nb/__init__.py is; the modules of this package are exported from the
 notebooks nbs/60 to nbs/69, and pad.js and explorers.css, the part that runs in the browser, are
 plain files beside them. Each explorer can be imported from here and is loaded when it is first
-asked for, so that `import beit_nb.explorers` imports neither torch nor ipywidgets.
+asked for, so that `import beit_nb.explorers` imports neither torch nor ipywidgets. It only looks
+whether they are installed: here is the one place that every import of an explorer passes.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
+
+for widgets in ("ipywidgets", "anywidget"):  # needed here and nowhere else in beit_nb
+    if find_spec(widgets) is None:
+        raise ImportError(
+            f'the explorers need {widgets}: pip install -e ".[dev]" in the folder of the '
+            "repository (or: pip install ipywidgets anywidget)"
+        )
 
 HOMES = {
     "pad": "PatchPad",
@@ -20,22 +29,12 @@ HOMES = {
     "recipes": "ScheduleExplorer",
 }
 _HOME_OF = {name: module for module, names in HOMES.items() for name in names.split()}
-_WIDGETS = ("ipywidgets", "anywidget")  # needed here and nowhere else in beit_nb
 
 
 def __getattr__(name: str):
     if name not in _HOME_OF:
         raise AttributeError(f"module 'beit_nb.explorers' has no attribute {name!r}")
-    try:
-        home = import_module(f"beit_nb.explorers.{_HOME_OF[name]}")
-    except ModuleNotFoundError as e:
-        if e.name not in _WIDGETS:
-            raise
-        raise ImportError(
-            f'{name} needs {e.name}: pip install -e ".[dev]" in the folder of the repository '
-            f"(or: pip install {' '.join(_WIDGETS)})"
-        ) from e
-    return getattr(home, name)
+    return getattr(import_module(f"beit_nb.explorers.{_HOME_OF[name]}"), name)
 
 
 def __dir__() -> list[str]:

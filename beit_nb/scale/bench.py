@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .. import BeitError, say
-from ..engine.files import atomic_write
+from ..engine.files import atomic_write, make_folder
 from .bench_parts import bench_loader, bench_masks, bench_small, bench_tokenizer
 from .bench_step import bench_step
 from .timing import machine, results_table
@@ -56,8 +56,7 @@ def bench(
             raise BeitError(f"there is no benchmark {name!r}; choose from {', '.join(BENCHES)}")
     if threads is not None and threads < 1:
         raise BeitError(f"threads {threads} must be 1 or more")
-    file = Path(out) / "bench.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = make_folder(out) / "bench.json"
     results = read_results(file)
     threads_before = torch.get_num_threads()
     precision_before = torch.get_float32_matmul_precision()
