@@ -62,8 +62,6 @@ def each_picture(paths: tuple[str, ...], answer: Callable[[str, Any], None]) -> 
     """
     from beit_nb.engine.decoding import load_image
 
-    if not paths:
-        raise BeitError("no pictures given; name files of pictures after --images")
     unread = 0
     for number, path in enumerate(paths, 1):
         try:

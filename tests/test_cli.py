@@ -200,7 +200,7 @@ def test_bad_checkpoints(runs, tmp_path):
 
 
 def test_other_run_in_the_folder(runs):
-    words = ["tokenizer", "nano", *FEW_STEPS, "--out", runs / "tok"]
+    words = ["tokenizer", "nano", *FEW_STEPS, "--width", 16, "--out", runs / "tok"]
 
     refused(*words, "--lr", 0.1, says=["another run", "lr"])
     refused(*words, "--no-resume", says="--no-resume")

@@ -137,10 +137,13 @@ def test_an_empty_path_is_not_the_folder_where_one_stands(words, says):
 
 def test_no_pictures_and_a_picture_that_looks_like_an_option(runs, white, monkeypatch):
     monkeypatch.chdir(white.parent)
-    shutil.copy(white, white.parent / "-white.png")
+    for name in ("-white.png", "--white.png"):
+        shutil.copy(white, white.parent / name)
 
-    refused("predict", "--init", runs / "fine", "--images", says="no pictures given")
-    refused("predict", "--init", "x", "--images", "-white.png", says="file of that name is ./-white.png")
+    refused("predict", "--init", runs / "fine", "--images", says="--images needs a value")
+    refused(
+        "predict", "--init", "x", "--images", "-white.png", says="file of that name is ./-white.png"
+    )
 
 
 def test_tokens_of_an_unfinished_tokenizer_are_no_secret(runs, tmp_path):
