@@ -135,15 +135,16 @@ def test_an_empty_path_is_not_the_folder_where_one_stands(words, says):
     refused(*words, says=says)
 
 
-def test_no_pictures_and_a_picture_that_looks_like_an_option(runs, white, monkeypatch):
+def test_no_pictures_and_pictures_that_look_like_options(runs, white, monkeypatch):
     monkeypatch.chdir(white.parent)
     for name in ("-white.png", "--white.png"):
         shutil.copy(white, white.parent / name)
+    words = ["predict", "--init", runs / "fine", "--images"]
 
-    refused("predict", "--init", runs / "fine", "--images", says="--images needs a value")
-    refused(
-        "predict", "--init", "x", "--images", "-white.png", says="file of that name is ./-white.png"
-    )
+    refused(*words, says="--images needs a value")
+    refused(*words, "--white.png", says="--images needs a value")
+    refused(*words, white, "--white.png", says="the file of that name is ./--white.png")
+    assert beit(*words, "-white.png", "./--white.png").stdout.count("white.png: ") == 2
 
 
 def test_tokens_of_an_unfinished_tokenizer_are_no_secret(runs, tmp_path):
