@@ -344,7 +344,16 @@ def test_a_broken_page_does_not_hide_why_a_run_ended(monkeypatch, tmp_path):
     assert said == "\nbeit: saved after step 3\n"
 
 
+@pytest.fixture
+def hears_hangups():
+    "Who runs the tests under `nohup` has SIGHUP ignored, in this process and in its children."
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("hears_hangups")
 def test_a_second_signal_finds_the_run_leaving(monkeypatch, tmp_path, number):
     "torchrun passes on what its workers have got already: it must not strike the page or the word."
     pages = []
@@ -467,6 +476,7 @@ def test_a_file_never_gets_the_number_of_a_closed_stream():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("hears_hangups")
 def test_a_terminal_that_closes_stops_a_training_as_sigterm_does(tmp_path):
     import pty
     import subprocess
@@ -488,7 +498,10 @@ def test_a_terminal_that_closes_stops_a_training_as_sigterm_does(tmp_path):
 
     os.close(master)  # the kernel sends SIGHUP, and every later word meets an EIO
 
-    assert child.wait(60) == 130
+    try:
+        assert child.wait(60) == 130
+    finally:
+        child.kill()
     assert "Traceback" not in (tmp_path / "run" / "report.html").read_text()
     state = torch.load(last, weights_only=True)
     assert state["step"] >= 2
@@ -628,6 +641,7 @@ def test_a_tilde_that_is_a_letter_stays_one(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.usefixtures("hears_hangups")
 def test_a_tool_that_is_stopped_puts_all_in_order(photos, tmp_path, monkeypatch, how):
     "Python would end on the spot, without a word, and leave half a shard behind."
     from beit_nb.engine import packing
