@@ -1,5 +1,7 @@
 "A demo of a few seconds: every stage of `beit demo --quick`, with small networks and few steps."
 
+from multiprocessing import forkserver
+
 from beit_nb import demo
 from beit_nb.cli import main
 
@@ -10,6 +12,8 @@ SMALLER = {"tokenizer": dict(width=16), "pretrain": BODY, "finetune": BODY}
 
 def small_demo(out, **steps):
     "The command, in this process, which serves for nothing else afterwards; its exit status."
+    # A forked process inherits the knowledge of a fork server that is its parent's child, not its.
+    forkserver._forkserver.__init__()
     digits_recipe = demo.digits_recipe
 
     def smaller(command, **changes):

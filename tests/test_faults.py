@@ -291,7 +291,7 @@ def test_one_refusal_stops_all(tmp_path):
 
     cases = {
         "odd": (15, "batch_size 15 is not divisible by 2 processes"),
-        "bad": (0, "batch_size 0"),
+        "bad": (0, "--batch-size 0 must be at least 1"),
     }
     for name, (batch_size, words_of_refusal) in cases.items():
         out = tmp_path / name
@@ -679,7 +679,8 @@ def fails_to_score():
         raise BeitError("this share cannot be read; repair it")
 
     if os.environ["RANK"] == "1":
-        finetuning.once = unreadable
+        assert hasattr(finetuning, "sequential_batches")
+        finetuning.sequential_batches = unreadable
 
 
 @pytest.mark.slow
