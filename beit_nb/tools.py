@@ -18,17 +18,7 @@ from tyro.conf import Positional, arg
 
 from . import BeitError, UnreadableImage, say, warn
 from .configs import Run
-from beit_nb.limits import (
-    Count,
-    Natural,
-    Place,
-    Places,
-    PositiveShare,
-    Seed,
-    Share,
-    Size,
-    Workers,
-)
+from .limits import Count, Natural, Place, Places, PositiveShare, Seed, Share, Size, Workers
 from .recipes import data_source
 from .scale.hours import HARDWARE
 
@@ -46,7 +36,8 @@ class Demo:
     quick: bool = False  # a minute's rehearsal: every stage runs, nothing is learnt well
 
     def run(self) -> None:
-        from beit_nb.demo import QUICK, DemoPlan, demo
+        from beit_nb.demo import demo
+        from beit_nb.demo_stages import QUICK, DemoPlan
 
         if self.quick:
             demo(DemoPlan(self.out or "runs/demo-quick", self.seed, **QUICK))

@@ -16,9 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from . import BeitError
 from .patches import PatchEmbed
-from .transformer import Attention as Attention  # for those who look for it here
-from .transformer import Block, RelativePositionBias
-from .transformer import DropPath as DropPath  # likewise
+from beit_nb.transformer import (
+    Attention as Attention,  # for those who look for it here
+    Block,
+    DropPath as DropPath,  # likewise
+    RelativePositionBias,
+)
 
 # %% ../nbs/13_vit.ipynb #embeddings
 class Embeddings(nn.Module):

@@ -7,7 +7,6 @@ import pytest
 from helpers import FETCHES
 
 from beit_nb.demo_report import (
-    ARMS,
     attention_figure,
     compare_figure,
     demo_report,
@@ -15,6 +14,7 @@ from beit_nb.demo_report import (
     labels_section,
     probe_section,
 )
+from beit_nb.demo_stages import ARMS
 from beit_nb.pretraining import load_mim
 
 

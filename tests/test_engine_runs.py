@@ -317,7 +317,7 @@ def test_two_runs_at_once(recipe, ending):
     other.start()
     assert entered.wait(30)
 
-    with pytest.raises(BeitError, match="another run is at work in .*; wait for it, or choose"):
+    with pytest.raises(BeitError, match="another run is at work in .*; wait, or choose"):
         enter(recipe)
     if ending == "leaves":
         leave.set()

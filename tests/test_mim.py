@@ -91,8 +91,7 @@ def to_hf_names(state):
 
 def hugging_face_twin(ours, args, folder):
     "The same model in transformers, loaded from a file that holds our weights."
-    from transformers import BeitConfig
-    from transformers import BeitForMaskedImageModeling as HfBeit
+    from transformers import BeitConfig, BeitForMaskedImageModeling as HfBeit
 
     config = BeitConfig(
         vocab_size=50,

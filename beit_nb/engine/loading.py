@@ -20,8 +20,7 @@ from torch.utils.data import Dataset, default_collate
 from .. import BeitError, UnreadableImage, warn
 from ..configs import Run
 from .augment import seeded
-from .processes import gather_over_ranks, rank_0_first
-from .processes import rank as this_rank
+from .processes import gather_over_ranks, rank as this_rank, rank_0_first
 from .sources import ImageDataset
 from .steps import StepLoader, batch_indices, load_ahead, map_batch, split_batch
 

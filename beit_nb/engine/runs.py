@@ -204,9 +204,7 @@ def take_lock(lock, out: Path) -> None:
         if not os.fstat(lock.fileno()).st_nlink:  # whoever had it took it away just now
             raise BlockingIOError
     except BlockingIOError:
-        raise BeitError(
-            f"another run is at work in {out}; wait for it, or choose another --out"
-        ) from None
+        raise BeitError(f"another run is at work in {out}; wait, or choose another --out") from None
     except OSError:
         warn(f"the file system of {out} knows no locks; nothing stops a second run there")
 

@@ -13,8 +13,7 @@ from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
-from numpy.random import Generator as Rng
-from numpy.random import default_rng
+from numpy.random import Generator as Rng, default_rng
 
 from .figures import chart, gallery, heat_map, words_html
 from .pad import Box

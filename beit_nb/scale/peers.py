@@ -169,8 +169,7 @@ def hugging_face(
     Raises BeitError where transformers is not installed.
     """
     try:
-        from transformers import BeitConfig
-        from transformers import BeitForMaskedImageModeling as HuggingFaceBeit
+        from transformers import BeitConfig, BeitForMaskedImageModeling as HuggingFaceBeit
     except ImportError as e:
         raise BeitError(
             "Hugging Face's model is not installed here; pip install transformers"
