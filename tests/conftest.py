@@ -34,6 +34,8 @@ def browser_is_required() -> bool:
 
 def pytest_configure(config):
     browser_is_required()  # a mistyped value is refused before anything runs
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a script
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def kind(nodeid: str) -> str:

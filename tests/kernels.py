@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from functools import cache
 
 from jupyter_client import AsyncKernelManager
@@ -46,6 +47,10 @@ class ForkedKernel:
 
     def wait(self) -> int | None:
         return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):  # it may end at any moment
+            os.kill(self.pid, number)
 
 
 class ForkedProvisioner(LocalProvisioner):
