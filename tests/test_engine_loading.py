@@ -254,7 +254,7 @@ from typing import NamedTuple
 
 import torch
 
-from beit_nb import BeitError
+from beit_nb import BeitError, say
 from beit_nb.configs import PretrainRecipe
 from beit_nb.engine.loading import TrainLoader, TransformedDataset
 from beit_nb.engine.processes import join_processes, rank, sum_over_ranks, world_size
@@ -275,9 +275,9 @@ with join_processes():
             if sum_over_ranks(torch.tensor(load.new_unreadable)):
                 rows.append(load.agree())
         told = sum(len(row.get("passed_over", [])) for row in rows)
-        print(rank(), "went through", told, load.unreadable.damaged)
+        say(f"{rank()} went through {told} {load.unreadable.damaged}")
     except BeitError as e:
-        print(rank(), "stopped:", e)
+        say(f"{rank()} stopped: {e}")
 """
 
 
