@@ -17,18 +17,15 @@ c.LabApp.extension_manager = "readonly"
 # A photograph of a phone comes in one message, and the server's own limit is 10 MiB.
 c.ServerApp.tornado_settings = {"websocket_max_message_size": 100 * 2**20}
 
-KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
+# The metadata of a lesson. Once a reader has edited it, they hold what Lab adds: so they tell whose
+# the outputs are.
+LESSON = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 def sources(notebook):
     "What the author or the reader wrote."
     return [(cell["cell_type"], cell["source"]) for cell in notebook["cells"]]
-
-
-def was_edited(notebook):
-    "Lessons have no execution counts; a copy that a reader has edited and run keeps them."
-    return any(cell.get("execution_count") for cell in notebook["cells"])
 
 
 def drop_dead_widgets(notebook):
@@ -45,7 +42,7 @@ def before_save(model, path, contents_manager, **_):
     """What goes into the file, changed in place.
 
     A lesson that somebody has only run stays what it was: its outputs come from the authors' run.
-    Once a cell has been edited, everything is the reader's own, outputs included.
+    Once a cell has been edited, all is the reader's own, outputs included; so are other notebooks.
     """
     notebook = model["content"]
     if model["type"] != "notebook" or notebook["nbformat"] != 4:
@@ -54,10 +51,8 @@ def before_save(model, path, contents_manager, **_):
     file = Path(contents_manager.root_dir, path.lstrip("/"))
     if file.exists():
         before = nbformat.read(file, as_version=4)
-        if not was_edited(before) and sources(before) == sources(notebook):
+        if before["metadata"] == LESSON and sources(before) == sources(notebook):
             model["content"] = before
-            return
-    notebook["metadata"] = nbformat.from_dict({"kernelspec": KERNEL})
 
 
 c.FileContentsManager.pre_save_hook = before_save

@@ -1,6 +1,5 @@
 """What JupyterLab saves of a reading: lessons stay what they are, edits stay the reader's."""
 
-import json
 import shutil
 import subprocess
 
@@ -78,6 +77,7 @@ def test_who_edits_keeps_the_edit_and_its_outputs(clone):
     file = repository / "nbs" / PAGE
     page = open_lesson(PAGE)
     page.evaluate(ADD_CELL, "print('mine')")
+    page.evaluate(SAVE)  # edited and not yet run: what it prints later is the reader's as well
     page.evaluate(RUN_ALL)
     page.evaluate(SAVE)
     page.evaluate(RUN_ALL)
@@ -90,7 +90,6 @@ def test_who_edits_keeps_the_edit_and_its_outputs(clone):
     assert counted and mine.cells[0].outputs[0].text == "mine\n"
     assert sum("image/png" in kind for kind in kinds) >= 8
     assert not any("application/vnd.jupyter.widget-view+json" in kind for kind in kinds)
-    assert mine.metadata == json.loads((ROOT / "nbs" / PAGE).read_text())["metadata"]
 
     page = open_lesson(PAGE, kernel=False)
     page.locator(".jp-Notebook").wait_for()
