@@ -31,7 +31,7 @@ MODULES = {dotted(p): p for p in sorted(LIBRARY.rglob("*.py")) if not p.stem.sta
 
 
 def notebook_of(module: str) -> str:
-    "The stem of the notebook that a module was exported from, such as 25_engine_runs."
+    "The stem of the notebook that a module was exported from, such as 26_engine_runs."
     found = re.search(r"File to edit: (?:\.\./)+nbs/(\S+)\.ipynb", MODULES[module].read_text())
     assert found, f"{MODULES[module]} was not exported from a notebook"
     return found[1]
