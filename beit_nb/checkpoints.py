@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BIAS_TABLE', 'SHARED_TABLE', 'geometric_offsets', 'resize_rel_pos_bias', 'resize_pos_embed', 'check_body',
-           'other_shape', 'load_backbone']
+           'load_backbone']
 
 # %% ../nbs/45_checkpoints.ipynb #imports
 from typing import cast
@@ -94,7 +94,7 @@ def resize_pos_embed(
     grid = F.interpolate(grid, dst_grid, mode="bicubic", align_corners=False)  # (1, D, H, W)
     return torch.cat([cls, grid.flatten(2).transpose(1, 2)], 1)
 
-# %% ../nbs/45_checkpoints.ipynb #load-backbone
+# %% ../nbs/45_checkpoints.ipynb #check-body
 BIAS_TABLE = "relative_position_bias_table"
 SHARED_TABLE = f"rel_pos_bias.{BIAS_TABLE}"
 
@@ -117,8 +117,8 @@ def check_body(own: dict, weights: dict) -> None:
         if any(part in n for n in weights) and not any(part in n for n in own):
             raise BeitError(f"the checkpoint's {part} has no place in this model; set {field}")
 
-
-def other_shape(name: str, there: Tensor, here: Tensor) -> BeitError:
+# %% ../nbs/45_checkpoints.ipynb #load-backbone
+def _other_shape(name: str, there: Tensor, here: Tensor) -> BeitError:
     "The refusal of a tensor of another shape."
     return BeitError(
         f"{name} has shape {tuple(there.shape)} in the checkpoint, but {tuple(here.shape)} is "
@@ -149,13 +149,13 @@ def load_backbone(
         if value is None or (is_head and value.shape != old.shape):
             continue
         if value.shape[2:] != old.shape[2:] or value.shape[-1:] != old.shape[-1:]:
-            raise other_shape(name, value, old)
+            raise _other_shape(name, value, old)
         if is_table:
             value = resize_rel_pos_bias(value, src_grid, grid)
         if name == "pos_embed":
             value = resize_pos_embed(value, src_grid, grid)
         if value.shape != old.shape:
-            raise other_shape(name, value, old)
+            raise _other_shape(name, value, old)
         new[name] = value
     without_memory = model.cls_token.is_meta  # then these tensors become its own
     model.load_state_dict(new, strict=False, assign=without_memory)

@@ -190,7 +190,7 @@ def remarks(pictures: ImageDataset, training: bool) -> list[str]:
         )
     return lines
 
-# %% ../nbs/37_data.ipynb #open-data
+# %% ../nbs/37_data.ipynb #open-known
 def open_known(name: str, split: str, labels: bool) -> ImageDataset:
     "One of DATASETS by its name."
     if name == "digits":
@@ -217,7 +217,7 @@ def open_folder(root: Path, split: str, labels: bool) -> ImageDataset:
         pictures.left_out.merge(beside_parts(root))
     return pictures
 
-
+# %% ../nbs/37_data.ipynb #open-data
 def open_data(
     data: str,  # a known set, or a folder
     split: str = "train",  # one of SPLITS

@@ -159,7 +159,7 @@ def all_features(
         seen.append(walked.batch.number)
     return {k: np.concatenate(v, 1) for k, v in features.items()}, torch.cat(seen).numpy()
 
-# %% ../nbs/47_probing.ipynb #probe
+# %% ../nbs/47_probing.ipynb #score-arm
 def score_arm(
     train: tuple[np.ndarray, np.ndarray],  # features (layers, n, D), labels (n,)
     held_out: list[tuple[np.ndarray, np.ndarray]],  # of val, and of the set that is reported
@@ -178,7 +178,7 @@ def score_arm(
     ]
     return best_on_val(np.array(scores))
 
-
+# %% ../nbs/47_probing.ipynb #probe-arms
 def load_probed(r: ProbeRecipe) -> dict:
     "The checkpoint that a recipe probes. Raises BeitError where there is none."
     if not r.init:
@@ -203,7 +203,7 @@ def probe_arms(
     }
     return arms, shape.img_size
 
-
+# %% ../nbs/47_probing.ipynb #probe
 def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
     """Probe a checkpoint, a network of its shape with random weights, and raw pixels.
 

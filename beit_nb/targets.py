@@ -119,7 +119,7 @@ def colored(view: Tensor, batch: PretrainBatch) -> Tensor:
     "A view (B, 3, S, S) uint8 of a batch in [0, 1], its colors jittered where that is still to do."
     return to_float(view) if batch.jitter is None else jitter_batch(view, batch.jitter)
 
-# %% ../nbs/43_targets.ipynb #build-targets
+# %% ../nbs/43_targets.ipynb #check-tokens
 def check_tokens(
     r: PretrainRecipe, described: dict, pictures: ImageDataset, views: TwoViews
 ) -> None:
@@ -153,7 +153,7 @@ def check_tokens(
             "again with `beit tokenize`"
         )
 
-
+# %% ../nbs/43_targets.ipynb #check-same-tokenizer
 def check_same_tokenizer(r: PretrainRecipe, described: dict) -> None:
     """Of a recipe with ids and a tokenizer, which then only decodes, both must belong together.
 
@@ -183,7 +183,7 @@ def decoder_of(r: PretrainRecipe) -> Tokenizer | None:
         return None
     return tokenizer if tokenizer.has_decoder else None
 
-
+# %% ../nbs/43_targets.ipynb #build-targets
 def build_targets(r: PretrainRecipe, pictures: ImageDataset, views: TwoViews) -> Targets:
     """The targets of a recipe, on this process's device.
 

@@ -86,7 +86,7 @@ def refuse_inside(source: Path, out: Path) -> None:
             "outside of it"
         )
 
-# %% ../../nbs/39_engine_packing.ipynb #shard-folder
+# %% ../../nbs/39_engine_packing.ipynb #pack-part
 def pack_part(
     source: Path,
     out: Path,
@@ -111,7 +111,7 @@ def pack_part(
     others = pictures.left_out.get(OTHER, [0])[0]
     return {"pictures": kept, "shards": shards, "damaged": total - kept, "others": others}
 
-
+# %% ../../nbs/39_engine_packing.ipynb #shard-folder
 def shard_folder(
     source: str | Path,
     out: str | Path,

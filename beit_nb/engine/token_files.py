@@ -102,7 +102,7 @@ def token_views(pictures: ImageDataset, views: TwoViews) -> TransformedDataset:
     "The tokenizer's view of every picture of a data set."
     return TransformedDataset(pictures, TokenTransform(views), pixels=True)
 
-# %% ../../nbs/36_engine_token_files.ipynb #write-part
+# %% ../../nbs/36_engine_token_files.ipynb #read-part
 PACKED = 1100  # bytes that zip can make of one: deflate comes to 1032
 
 
@@ -145,7 +145,7 @@ def read_part(
     known = ((start <= damaged) & (damaged < start + shape[0])).all() and damaged.ndim == 1
     return (ids, damaged) if ids.shape == shape and ids.max() < vocab_size and known else None
 
-
+# %% ../../nbs/36_engine_token_files.ipynb #write-part
 def write_part(
     file: Path,
     tokenizer: Tokenizer,
