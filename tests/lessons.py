@@ -30,7 +30,7 @@ COLORS = (24, 32, 48, 64, 96, 128, 192, 256)  # sizes of palette for saved pictu
 PARTS = {  # number of the first lesson: the part of the book
     "00": "Words for pictures",
     "10": "Hide and guess",
-    "18": "The engine: what a run is",
+    "17": "The engine: what a run is",
     "31": "The engine: where pictures come from",
     "40": "Train it, and put it to work",
     "60": "What it costs, and is it fast",

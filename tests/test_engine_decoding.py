@@ -1,4 +1,4 @@
-"""beit_nb.engine.decoding away from its lesson: odd files, odd notes, bombs, errors by class."""
+"""beit_nb.engine.decoding away from its lesson: odd files, odd notes, bombs, two decoders."""
 
 import io
 import os
@@ -6,19 +6,24 @@ import resource
 import signal
 import struct
 import time
+import warnings
 import zlib
 from contextlib import suppress
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import EpsImagePlugin, Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
+import beit_nb.engine.decoding as decoding
 from beit_nb import BeitError, UnreadableImage
-from beit_nb.engine.decoding import load_image, take_apart
-from beit_nb.engine.sources import decode_image
+from beit_nb.engine.decoding import NamedBytes, decode_image, load_image, turned
+from beit_nb.engine.notes import take_apart
 from beit_nb.engine.walks import EXTENSIONS
 from beit_nb.explorers.pad import read_picture
+from beit_nb.images import photos
 
 
 def refused(path):
@@ -212,17 +217,6 @@ def test_notes_on_colors_that_are_cut_short_say_nothing(segment):
 
     assert np.array_equal(load_image(io.BytesIO(data)), LOADED)
     assert np.array_equal(decode_image(data, lambda: "x").permute(1, 2, 0), LOADED)
-
-
-@pytest.mark.parametrize(
-    "kept", [(0xE0, b"JFIF\0\1\1\0\0\1\0\1\0\0"), (0xEE, b"Adobe" + b"\0" * 7)]
-)
-def test_whole_notes_on_colors_stay(kept):
-    file, notes = take_apart(in_front(kept, (0xE1, b"a note")))
-
-    assert kept[1] in file
-    assert b"a note" not in file
-    assert len(notes) == 1
 
 
 SCANS = saved(Image.new("L", (64, 64)), "JPEG", progressive=True)
@@ -463,3 +457,206 @@ def test_no_file_starts_a_program(tmp_path, monkeypatch):
     with suppress(Exception), Image.open(io.BytesIO(files["EPS RGB"])) as careless:
         careless.load()
     assert started.exists(), "the careless way does start it: this test can fail"
+
+
+def jpeg(image, **more) -> bytes:
+    with io.BytesIO() as f:
+        image.save(f, "JPEG", **more)
+        return f.getvalue()
+
+
+def by_pil(data: bytes) -> torch.Tensor:
+    return torch.from_numpy(np.array(load_image(io.BytesIO(data)))).permute(2, 0, 1)
+
+
+def cat() -> Image.Image:
+    return photos()["chelsea"]
+
+
+def name() -> str:
+    return "cat.jpg"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"quality": 10}],
+    ids=str,
+)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_jpegs_are_decoded_as_pil_does(mode, more):
+    data = jpeg(cat().convert(mode), **more)
+
+    assert torch.equal(decode_image(data, name), by_pil(data))
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_all_eight_orientations(turn):
+    exif = Image.Exif()
+    exif[0x0112] = turn
+    data = jpeg(cat(), exif=exif)
+
+    x = decode_image(data, name)
+
+    assert torch.equal(x, by_pil(data))
+    assert x.shape == ((3, 451, 300) if turn > 4 else (3, 300, 451))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM"])
+def test_other_kinds_of_files(kind):
+    with io.BytesIO() as f:
+        cat().save(f, kind)
+        data = f.getvalue()
+
+    assert torch.equal(decode_image(data, name), by_pil(data))
+
+
+def damaged_jpegs():
+    "A JPEG cut at seven places, and sixty times with a few wrong bytes."
+    whole = jpeg(cat())
+    for length in (0, 1, 2, 10, 700, len(whole) // 2, len(whole) - 1):
+        yield whole[:length]
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        data = bytearray(whole)
+        for place in rng.integers(2, len(data), rng.choice([1, 5, 20])):
+            data[place] = rng.integers(256)
+        yield bytes(data)
+
+
+def test_damage_is_what_pil_calls_damage():
+    refused = 0
+    for data in damaged_jpegs():
+        try:
+            want = by_pil(data)
+        except UnreadableImage:
+            refused += 1
+            with pytest.raises(UnreadableImage, match="^cannot read the picture cat.jpg"):
+                decode_image(data, name)
+        else:
+            assert torch.equal(decode_image(data, name), want)
+    assert 7 <= refused < 67
+
+
+def test_who_lifts_pils_limit_lifts_ours(monkeypatch):
+    data = jpeg(cat())
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+
+    assert torch.equal(decode_image(data, name), by_pil(data))
+
+
+def test_without_torchvisions_decoder(monkeypatch):
+    "It is to leave torchvision one day: the same pixels by PIL, and no warning while it is there."
+    files = [jpeg(cat()), jpeg(cat().convert("L")), jpeg(cat().convert("CMYK"))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        want = [decode_image(data, name) for data in files]
+    asked = []
+    monkeypatch.setattr(decoding, "load_image", lambda f, said: asked.append(f) or load_image(f))
+    monkeypatch.setattr(torch.ops, "image", None)
+
+    got = [decode_image(data, name) for data in files]
+
+    assert all(map(torch.equal, got, want))
+    assert len(asked) == 3
+    with pytest.raises(UnreadableImage, match="^cannot read the picture cat.jpg"):
+        decode_image(files[0][:900], name)
+
+
+def test_bytes_print_as_their_file():
+    data = NamedBytes(b"abc", lambda: "zoo/cat.jpg")
+
+    assert str(data) == "zoo/cat.jpg"
+    assert data.read() == b"abc"
+
+
+def with_segments(data: bytes, *segments: tuple[int, bytes], junk: bytes = b"") -> bytes:
+    "A JPEG with segments (kind, content) in front of all others, and `junk` after each."
+    made = b"".join(
+        bytes([0xFF, kind]) + (len(inside) + 2).to_bytes(2) + inside + junk
+        for kind, inside in segments
+    )
+    return data[:2] + made + data[2:]
+
+
+def exif_of(value: bytes, kind: int = 3, count: int = 1, order: str = "<") -> bytes:
+    "EXIF of one field, the orientation."
+    head = b"II*\0" if order == "<" else b"MM\0*"
+    field = struct.pack(order + "HHI", 0x0112, kind, count) + value.ljust(4, b"\0")
+    return b"Exif\0\0" + head + struct.pack(order + "IH", 8, 1) + field + b"\0" * 4
+
+
+XMP_OF_8 = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="8"/>'
+ODD_NOTES = {  # segments, and how the picture then stands
+    "upright": ([], 1),
+    "as usual": ([(0xE1, exif_of(b"\6\0"))], 6),
+    "big-endian": ([(0xE1, exif_of(b"\0\6", order=">"))], 6),
+    "32 bits": ([(0xE1, exif_of(b"\6\0\0\0", 4))], 6),
+    "8 bits": ([(0xE1, exif_of(b"\6", 1))], 6),
+    "zero": ([(0xE1, exif_of(b"\0\0"))], 1),
+    "nine": ([(0xE1, exif_of(b"\x09\0"))], 1),
+    "many": ([(0xE1, exif_of(b"\6\0\6\0", count=2))], 1),
+    "text": ([(0xE1, exif_of(b"6\0", 2))], 1),
+    "cut": ([(0xE1, exif_of(b"\6\0")[:-9])], 1),
+    "empty": ([(0xE1, b"Exif\0\0")], 1),
+    "offset into nowhere": ([(0xE1, b"Exif\0\0II*\0\xff\xff\xff\xff")], 1),
+    "another order": ([(0xE1, b"Exif\0\0IIU\0" + exif_of(b"\6\0")[10:])], 1),
+    "XMP alone": ([(0xE1, XMP_OF_8)], 8),
+    "XMP against EXIF": ([(0xE1, XMP_OF_8), (0xE1, exif_of(b"\6\0"))], 6),
+    "twice": ([(0xE1, exif_of(b"\6\0")), (0xE1, exif_of(b"\3\0"))], 6),
+    "broken, then sound": ([(0xE1, b"Exif\0\0MM"), (0xE1, exif_of(b"\6\0"))], 6),
+    "pages that are none": ([(0xE2, b"MPF\0II*\0\x08\0\0\0\xff\xff" + b"\1" * 40)], 1),
+    "EXIF in a comment": ([(0xFE, exif_of(b"\6\0"))], 1),
+    "a frame in a comment": ([(0xFE, b"\xff\xc0\0\x11\x08\0\x10\0\x10")], 1),
+}
+
+
+@pytest.mark.parametrize("junk", [b"", b"\xff\xff", b"\0rubbish"], ids=("", "filled", "rubbish"))
+@pytest.mark.parametrize("what", ODD_NOTES)
+@pytest.mark.parametrize("mode", ["RGB", "CMYK"])
+def test_both_roads_turn_a_jpeg_alike(what, mode, junk):
+    segments, turn = ODD_NOTES[what]
+    plain = jpeg(cat().resize((48, 32)).convert(mode))
+    data = with_segments(plain, *segments, (0xFE, b"end"), junk=junk)
+
+    x = decode_image(data, name)
+
+    assert torch.equal(x, by_pil(data))
+    assert torch.equal(x, turned(by_pil(plain), turn))
+
+
+@pytest.mark.parametrize("junk", [b"", b"\xff", b"\0", b"\xff\xd0"], ids=repr)
+def test_nothing_in_front_of_the_frame_hides_its_size(junk):
+    "A comment with a small frame in it, filling, rubbish: 256 million pixels stay that many."
+    bomb = bytearray(jpeg(cat().resize((16, 16))))
+    at = bomb.index(b"\xff\xc0") + 5
+    bomb[at : at + 4] = (16_000).to_bytes(2) * 2
+    small = b"\xff\xc0\0\x11\x08\0\x10\0\x10\3" + b"\1" * 9
+    data = with_segments(bytes(bomb), (0xFE, small), (0xE5, small), (0xFE, b""), junk=junk)
+
+    assert take_apart(data).claimed_pixels == 256_000_000
+    with pytest.raises(UnreadableImage, match="decompression bomb"):
+        decode_image(data, name)
+
+
+def test_between_the_limits_of_pillow_nothing_is_read(monkeypatch):
+    "Pillow itself warns at its limit, and refuses at twice as much."
+    data = jpeg(cat())  # 135,300 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    monkeypatch.setattr(torch.ops.image, "decode_jpeg", None)  # it would not be asked
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for read in (lambda: decode_image(data, name), lambda: load_image(io.BytesIO(data))):
+            with pytest.raises(UnreadableImage, match="135,300 pixels, more than 100,000"):
+                read()
+
+
+@pytest.mark.parametrize("error", [RuntimeError(), MemoryError(), ValueError(), OverflowError()])
+def test_what_the_fast_decoder_raises_is_left_to_the_other(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    data = jpeg(cat())
+    monkeypatch.setattr(torch.ops, "image", SimpleNamespace(decode_jpeg=fail))
+
+    assert torch.equal(decode_image(data, name), by_pil(data))

@@ -17,9 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from .. import BeitError, UnreadableImage, warn
+from .decoding import decode_image
 from .files import atomic_write, list_pictures, make_folder, read_json, write_json
 from .shards import shard_index, tar_files
-from .sources import PARTS, ImageFolder, beside_parts, decode_image
+from .sources import PARTS, ImageFolder, beside_parts
 from .token_files import picture_records
 from .walks import OTHER, class_folders
 

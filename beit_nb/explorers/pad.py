@@ -23,13 +23,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .. import UnreadableImage
-from beit_nb.engine.decoding import (
-    load_image,
-    max_pixels,
-    open_picture,
-    read_bytes,
-    take_apart,
-)
+from ..engine.decoding import load_image, max_pixels, open_picture, read_bytes
+from ..engine.notes import take_apart
 from ..images import PALETTE, photos, to_pil
 
 # %% ../../nbs/70_explorers_pad.ipynb #png
@@ -68,7 +63,7 @@ def embedded_photos() -> dict[str, Image.Image]:
 def _count_pixels(file: str | Path | io.BytesIO, name: str) -> int:
     "Width times height, from the file's header."
     try:
-        data, _ = take_apart(read_bytes(file))
+        data = take_apart(read_bytes(file)).data
         with warnings.catch_warnings(action="ignore"), open_picture(data) as image:
             return image.width * image.height
     except Image.DecompressionBombError:
