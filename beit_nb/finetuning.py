@@ -33,7 +33,7 @@ from beit_nb.engine.runs import (
 from .engine.sources import ImageDataset
 from .engine.token_files import picture_records
 from .engine.trainer import build_model
-from .engine.training import Trainer, all_or_none, fit, training_length
+from .engine.training import Trainer, all_or_none, check_shares, fit
 from .images import preprocess
 from .labelled_views import FinetuneLoss, FinetuneTransform
 from .recipes import from_config
@@ -220,7 +220,8 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
         ids = sample_labels(labels, r.labels_per_class, r.seed)
         transform = FinetuneTransform(r, labels, training=True)
         samples = TransformedDataset(pictures, transform, r.seed, ids)
-        total, per_epoch = training_length(r, len(samples))
+        length = r.length(len(samples))
+        check_shares(len(samples), r.batch_size, r.device_batch_size)
         init = load_init(r)
         weights = fingerprint_weights(init["model"]) if init else ""
         inputs = record_inputs(out, r, {"init": weights})
@@ -232,8 +233,7 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
             r,
             out,
             model,
-            total,
-            per_epoch,
+            length,
             layer_decay=r.layer_decay,
             metadata={"classes": classes},
             inputs=inputs,
@@ -244,7 +244,7 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
             return metrics  # nothing is left to do
         loader = TrainLoader(samples, r, trainer.micro_batch_size, rank=rank(), world=world_size())
         compute_loss = FinetuneLoss(r, len(classes), trainer.micro_batch_size)
-        evaluate = EvaluateCallback(r, held_out, r.eval_every or per_epoch)
+        evaluate = EvaluateCallback(r, held_out, r.eval_every or length.per_epoch)
         fit(trainer, loader, compute_loss, [evaluate])
         curve = [(row["step"], row["accuracy"]) for row in read_log(out) if "accuracy" in row]
         curve = curve[-1:] if metrics else curve  # the others are of other pictures

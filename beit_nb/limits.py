@@ -10,7 +10,7 @@ __all__ = ['Count', 'Size', 'Few', 'Vocabulary', 'Natural', 'Workers', 'Seed', '
 # %% ../nbs/20_limits.ipynb #imports
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 from math import inf
@@ -142,14 +142,16 @@ def has_type(value: Any, hint: Any) -> bool:
     return isinstance(value, kind) and isinstance(value, bool) == (hint is bool)
 
 
-def wrong_fields(options: Any, spelt: Callable[[str], str] = str) -> list[str]:
-    """What is wrong with the fields of a dataclass, each by itself: a sentence a field.
+def wrong_fields(
+    kind: type, values: Mapping[str, Any], spelt: Callable[[str], str] = str
+) -> list[str]:
+    """What is wrong with values for the fields of a dataclass, each by itself: a sentence a field.
 
     `spelt`: how whoever reads it writes the name of a field.
     """
     faults = []
-    hints = get_type_hints(type(options), include_extras=True)
-    for field, value in vars(options).items():
+    hints = get_type_hints(kind, include_extras=True)
+    for field, value in values.items():
         hint = hints[field]
         limit = limit_of(hint)
         if not has_type(value, hint):

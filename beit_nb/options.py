@@ -120,7 +120,7 @@ def check_options(options: Any) -> Any:
         return field.upper() if is_positional(hints[field]) else as_option(field)
 
     options = expand_paths(options)
-    if faults := wrong_fields(options, spelt):
+    if faults := wrong_fields(type(options), vars(options), spelt):
         raise BeitError("; ".join(faults))
     return options
 

@@ -32,7 +32,7 @@ from .engine.runs import load_checkpoint, open_run, record_inputs
 from .engine.sources import ImageDataset
 from .engine.token_files import picture_records
 from .engine.trainer import build_model
-from .engine.training import Trainer, fit, training_length
+from .engine.training import Trainer, check_shares, fit
 from .images import MEAN_STD, normalize, preprocess, to_float
 from .masking import blockwise_mask, random_mask
 from .mim import BeitForMaskedImageModeling, masked_indices, mim_accuracy, mim_loss
@@ -184,9 +184,10 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
     with open_run("pretrain", r, r.resume) as out:
         set_matmul_precision(default_device(), r.embed_dim)
         pictures = open_data(r.data)
+        length = r.length(len(pictures))
+        check_shares(len(pictures), r.batch_size, r.device_batch_size)
         transform = PretrainTransform(r)
         samples = TransformedDataset(pictures, transform, r.seed, pixels=True)
-        total, per_epoch = training_length(r, len(samples))
         targets = build_targets(r, pictures, transform.views)
         inputs = record_inputs(out, r, {"data": picture_records(pictures)} | targets.inputs)
         torch.manual_seed(r.seed)
@@ -196,14 +197,14 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
             r,
             out,
             model,
-            total,
-            per_epoch,
+            length,
             loss_mean=r.loss_mean,
             inputs=inputs,
             quiet=quiet,
         )
         callbacks = []
-        if (total - trainer.step) * r.batch_size > len(pictures):  # else few would read the table
+        ahead = (length.total - trainer.step) * r.batch_size
+        if ahead > len(pictures):  # else few would read the table
             targets = tabulate(targets, pictures, transform.views)
         if r.watch_every and not (trainer.finished and read_metrics(out)):
             callbacks.append(watch_reconstructions(r, out, r.watch_every, pictures, targets))

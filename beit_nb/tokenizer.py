@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from . import BeitError
-from .configs import TokenizerRecipe
+from .configs import Length, TokenizerRecipe
 from .dalle import DalleDecoder, DalleEncoder, DalleVAE
 from .data import open_data
 from .device import default_device
@@ -29,13 +29,13 @@ from .dvae import BaseDiscreteVAE, DiscreteVAE, dvae_loss, init_codes
 from .engine.augment import TwoViews
 from .engine.loading import ImageBatch, TrainLoader, TransformedDataset
 from .engine.log import write_metrics
-from .engine.optim import Ema, Schedule, cosine_values, warmup_of
+from .engine.optim import Ema, Schedule, cosine_values, warmup_length
 from .engine.processes import rank, world_size
 from .engine.runs import load_checkpoint, open_run, record_inputs
 from .engine.safeload import load_tensors
 from .engine.token_files import TokenTransform, picture_records
 from .engine.trainer import build_model, misfits
-from .engine.training import Trainer, fit, training_length
+from .engine.training import Trainer, check_shares, fit
 from .engine.winograd import optimize_for_inference
 from .gumbel import temperature
 from .images import to_float
@@ -91,9 +91,10 @@ def evaluate_tokenizer(
     }
 
 # %% ../nbs/41_tokenizer.ipynb #schedules
-def tokenizer_schedules(r: TokenizerRecipe, total: int, per_epoch: int) -> dict[str, Schedule]:
-    "Learning rate, temperature and KL weight of every step, each of `total` values."
-    warm = warmup_of(r, per_epoch)
+def tokenizer_schedules(r: TokenizerRecipe, length: Length) -> dict[str, Schedule]:
+    "Learning rate, temperature and KL weight of every step of the whole training."
+    total = length.total
+    warm = warmup_length(r.warmup_steps, r.warmup_epochs, length.per_epoch)
     lr_steps = min(total, r.lr_steps or total)
     tau_steps = min(total, r.tau_steps or max(1, int(r.tau_share * total)))
 
@@ -155,8 +156,9 @@ def train_tokenizer(r: TokenizerRecipe, quiet: bool = False) -> Tokenizer:
         pictures = open_data(r.data)
         inputs = record_inputs(out, r, {"data": picture_records(pictures)})
         samples = TransformedDataset(pictures, TokenTransform(views), r.seed, pixels=True)
-        total, per_epoch = training_length(r, len(samples))
-        schedules = tokenizer_schedules(r, total, per_epoch)
+        length = r.length(len(samples))
+        check_shares(len(samples), r.batch_size, r.device_batch_size)
+        schedules = tokenizer_schedules(r, length)
         torch.manual_seed(r.seed)
         dvae = build_dvae(r)
         images = first_pictures(samples, 512)
@@ -172,8 +174,7 @@ def train_tokenizer(r: TokenizerRecipe, quiet: bool = False) -> Tokenizer:
             r,
             out,
             dvae,
-            total,
-            per_epoch,
+            length,
             lr=schedules["lr"],
             state={} if ema is None else {"ema": ema},
             inputs=inputs,

@@ -291,7 +291,7 @@ def test_a_recipe_of_tomorrow_brings_its_own_rules():
 
     check_recipe(Tomorrow())
     assert refusal(Tomorrow(draws=2)) == "draws 2 of val: take test"
-    assert wrong_fields(Tomorrow(draws=2)) == []
+    assert wrong_fields(Tomorrow, {"draws": 2}) == []
 
 
 @pytest.mark.parametrize("command", ["tokenizer", "pretrain", "finetune"])
@@ -356,3 +356,19 @@ def test_two_spellings_of_a_known_set_are_one_run():
 def test_a_block_needs_a_hidden_unit():
     line = refusal(replace(NANOS["pretrain"], mlp_ratio=1e-9))
     assert line == "mlp_ratio 1e-09 leaves no hidden unit: raise it"
+
+
+@pytest.mark.parametrize(
+    "changes, length",
+    [
+        (dict(epochs=3), (15, 5, 15)),
+        (dict(epochs=3, steps=7), (7, 5, 7)),
+        (dict(epochs=3, max_steps=4), (15, 5, 4)),
+        (dict(epochs=3, max_steps=40), (15, 5, 15)),
+        (dict(steps=1, dry_run=True), (1, 5, 1)),
+        (dict(epochs=3, max_steps=9, dry_run=True), (15, 5, 2)),
+    ],
+)
+def test_length_is_that_of_whole_batches_and_of_what_was_asked(changes, length):
+    "Of 23 pictures in batches of 4, five batches are full."
+    assert Run(batch_size=4, **changes).length(23) == length

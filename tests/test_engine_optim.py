@@ -1,7 +1,5 @@
 "Schedules, parameter groups, micro-batches and averages, against numbers from outside."
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,6 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from beit_nb import BeitError
-from beit_nb.configs import Run
 from beit_nb.engine.optim import (
     Ema,
     cosine_schedule,
@@ -18,8 +15,8 @@ from beit_nb.engine.optim import (
     loss_weights,
     micro_batch_size,
     param_groups,
-    recipe_schedule,
     step_schedule,
+    warmup_length,
 )
 
 
@@ -59,17 +56,17 @@ def test_schedules_of_short_trainings(steps, warm):
     assert lr[0] == (0 if warm else 1)
 
 
-def test_a_recipes_schedule():
-    r = Run(lr=2e-3, min_lr=1e-5, warmup_epochs=2)
-    by_epochs = recipe_schedule(r, total=100, per_epoch=10)
-    by_steps = recipe_schedule(replace(r, warmup_steps=20), total=100, per_epoch=10)
-    assert (by_epochs == cosine_schedule(2e-3, 1e-5, 10, 10, 2)).all()
-    assert (by_epochs == by_steps).all()
+def test_a_warm_up_in_steps_wins_over_one_in_epochs():
+    by_epochs = warmup_length(None, 2.04, steps_per_epoch=10)
+    by_steps = warmup_length(7, 2.04, steps_per_epoch=10)
+    none = warmup_length(0, 2.04, steps_per_epoch=10)
+
+    assert (by_epochs, by_steps, none) == (20, 7, 0)
 
 
 @pytest.mark.parametrize("warm, said", [(101, True), (8, True), (4, False)])
 def test_a_rate_that_only_rises_is_said(capsys, warm, said):
-    recipe_schedule(Run(warmup_steps=warm), total=8, per_epoch=8)
+    step_schedule(1e-3, 1e-5, total=8, warm=warm)
     assert ("only rises" in capsys.readouterr().err) == said
 
 
@@ -201,10 +198,9 @@ def test_an_average_survives_a_stop():
 
 def test_a_schedule_has_no_table():
     "A thousand million steps: what is asked is computed, and is what a table would say."
-    r = Run(lr=2e-3, min_lr=1e-5, warmup_steps=20)
-    short = step_schedule(r, 100, 10)
+    short = step_schedule(2e-3, 1e-5, 100, 20)
     table = cosine_schedule(2e-3, 1e-5, 10, 10, warmup_steps=20)
-    long = step_schedule(r, 10**9, 10)
+    long = step_schedule(2e-3, 1e-5, 10**9, 20)
 
     assert [short[i] for i in range(100)] == table.tolist() == list(short)
     assert (np.asarray(short) == table).all() and (short[7:90:3] == table[7:90:3]).all()

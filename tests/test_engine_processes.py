@@ -255,7 +255,7 @@ def train_all(top, jobs):
         out=f"{top}/draws", steps=3, batch_size=8, device_batch_size=2, precision="fp32", seed=5
     )
     with open_run("toy", r) as out:
-        trainer = Trainer("toy", r, out, nn.Linear(2, 1), 3, 3, quiet=True)
+        trainer = Trainer("toy", r, out, nn.Linear(2, 1), r.length(3 * 8), quiet=True)
         fit(trainer, OnesLoader(), compute_loss)
     return torch.stack(draws)
 

@@ -31,7 +31,7 @@ def toy_model():
 
 def toy_trainer(recipe, model=None, **more):
     model = toy_model() if model is None else model
-    return Trainer("toy", recipe, recipe.out, model, total=recipe.steps, per_epoch=10, **more)
+    return Trainer("toy", recipe, recipe.out, model, recipe.length(10 * 8), **more)
 
 
 def train(trainer, steps):

@@ -136,7 +136,7 @@ def toy(out, compute_loss=squared_error, callbacks=(), updates=(), **changes):
     with open_run("toy", r, r.resume) as folder:
         torch.manual_seed(r.seed)
         model = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.1), nn.Tanh(), nn.Linear(16, 1))
-        trainer = Trainer("toy", r, folder, model, r.steps, 10, quiet=True)
+        trainer = Trainer("toy", r, folder, model, r.length(10 * 8), quiet=True)
         fit(trainer, PairLoader(batch), compute_loss, callbacks, updates)
         return {k: v.clone() for k, v in model.state_dict().items()}
 
@@ -326,7 +326,7 @@ def line(out, **changes):
 
     with open_run("line", r, r.resume) as folder:
         torch.manual_seed(0)
-        trainer = Trainer("line", r, folder, nn.Linear(1, 1), r.steps, 20, quiet=True)
+        trainer = Trainer("line", r, folder, nn.Linear(1, 1), r.length(20 * 8), quiet=True)
         return fit(trainer, PairLoader(batch), squared_error, [look])
 
 

@@ -192,7 +192,7 @@ def test_rows_of_table_12_that_are_no_fields(tmp_path):
     "Adam's epsilon 1e-8 and first beta 0.9, the cosine, no dropout."
     r = recipe_named("pretrain", "nano", precision="fp32")
     model = build_mim(r)
-    adam = Trainer("pretrain", r, tmp_path, model, 100, 10, quiet=True).optimizer
+    adam = Trainer("pretrain", r, tmp_path, model, r.length(640), quiet=True).optimizer
     classifier = build_classifier(recipe_named("finetune", "nano"), 10)
     lr = cosine_schedule(1.5e-3, 1e-5, 800, 625, warmup_epochs=10)
 

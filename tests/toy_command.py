@@ -45,12 +45,10 @@ def brightness_loss(model, batch, step):
 def train(recipe, quiet=False):
     with open_run("toy", recipe, recipe.resume) as out:
         samples = token_views(open_data(recipe.data), TwoViews(recipe.img_size))
-        per_epoch = len(samples) // recipe.batch_size
+        length = recipe.length(len(samples))
         pixels = 3 * recipe.img_size**2
         layers = [nn.Flatten(), nn.Linear(pixels, recipe.hidden), nn.Linear(recipe.hidden, 1)]
-        trainer = Trainer(
-            "toy", recipe, out, nn.Sequential(*layers), recipe.steps, per_epoch, quiet=quiet
-        )
+        trainer = Trainer("toy", recipe, out, nn.Sequential(*layers), length, quiet=quiet)
         fit(trainer, TrainLoader(samples, recipe, trainer.micro_batch_size), brightness_loss)
         return write_metrics(out, {"steps": trainer.step}, trainer.finished)
 

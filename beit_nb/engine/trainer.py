@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import BeitError
-from ..configs import Run, as_config, check_same_run
+from ..configs import Length, Run, as_config, check_same_run
 from ..device import default_device, pick_precision
 from .files import explain_write_errors
-from .optim import micro_batch_size, param_groups, step_schedule
+from .optim import micro_batch_size, param_groups, step_schedule, warmup_length
 from beit_nb.engine.processes import (
     distribute_like,
     full_tensors,
@@ -150,8 +150,7 @@ class Trainer:
         recipe: Run,
         out: Path,
         model: nn.Module,
-        total: int,  # steps of the whole training
-        per_epoch: int,  # steps of an epoch
+        length: Length,  # the recipe's, for the pictures that it trains on
         layer_decay: float | None = None,
         lr: Sequence[float] | None = None,  # of every step; None: the recipe's cosine
         state: Mapping[str, Stateful] | None = None,  # saved and restored with the model
@@ -163,8 +162,8 @@ class Trainer:
         self.command = command
         self.recipe = recipe
         self.out = Path(out)
-        self.total = total
-        self.per_epoch = per_epoch
+        self.total = length.total
+        self.per_epoch = length.per_epoch
         self.stateful = dict(state or {})
         self.metadata = metadata or {}
         self.loss_mean = loss_mean
@@ -184,14 +183,17 @@ class Trainer:
             self.model = shard_model(self.model, self.device)
         self.optimizer = build_optimizer(model, recipe, layer_decay)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        self.lr = step_schedule(recipe, total, per_epoch) if lr is None else lr
+        if lr is None:
+            warm = warmup_length(recipe.warmup_steps, recipe.warmup_epochs, self.per_epoch)
+            lr = step_schedule(recipe.lr, recipe.min_lr, self.total, warm)
+        self.lr = lr
         self.config = as_config(command, recipe) | ({"inputs": inputs} if inputs else {})
         self.step = 0
         self.saved_step = 0
         self.data: dict = {}  # the loader's part of a checkpoint
         if run_checkpoints(out):
             self.restore(load_checkpoint(out, command))
-        self.end = max(self.step, recipe.stops_at(total))  # where this call stops
+        self.end = max(self.step, length.end)  # where this call stops
         check_same_step(self.step, self.out)
 
     @property

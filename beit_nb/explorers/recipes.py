@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from ..configs import Backbone, FinetuneRecipe, Run, TokenizerRecipe
-from ..engine.optim import Schedule, step_schedule
+from ..engine.optim import Schedule, step_schedule, warmup_length
 from .figures import FIGURE_STYLE, BlittedFigure, chart, on_white, words_html
 from .shell import CONTROL_WIDTH, Explorer, control
 from ..images import PALETTE
@@ -36,17 +36,18 @@ def layer_decay_of(recipe: Run) -> float | None:
 def recipe_curves(recipe: Run, points: int = 201) -> dict[str, Curve]:
     "Curves of a recipe by name: (percent of the run, value), or (block or layer, value)."
     images, _ = dataset_size(recipe)
-    per_epoch = max(1, images // recipe.batch_size)
-    total = recipe.total_steps(per_epoch)
+    length = recipe.length(max(images, recipe.batch_size))
+    total = length.total
     if isinstance(recipe, TokenizerRecipe):
-        by_name = tokenizer_schedules(recipe, total, per_epoch)
+        by_name = tokenizer_schedules(recipe, length)
         schedules = {
             "learning rate": by_name["lr"],
             "temperature": by_name["tau"],
             "KL weight": by_name["beta"],
         }
     else:
-        schedules = {"learning rate": step_schedule(recipe, total, per_epoch)}
+        warm = warmup_length(recipe.warmup_steps, recipe.warmup_epochs, length.per_epoch)
+        schedules = {"learning rate": step_schedule(recipe.lr, recipe.min_lr, total, warm)}
     schedules["weight decay"] = Schedule(
         lambda steps: np.full(len(steps), recipe.weight_decay), total
     )

@@ -59,7 +59,7 @@ def num_steps(r: Run, pictures: int) -> int:
             f"batch_size {r.batch_size} is larger than the data set of {pictures} pictures; lower "
             "--batch-size"
         )
-    return r.stops_at(r.total_steps(pictures // r.batch_size))
+    return r.length(pictures).end
 
 
 def tokens_per_image(r: Run) -> tuple[int, int]:
