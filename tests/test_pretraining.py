@@ -8,6 +8,7 @@ import torch
 
 from beit_nb import BeitError, pretraining
 from beit_nb.dvae import DiscreteVAE, init_codes
+from beit_nb.engine.augment import jitter_batch
 from beit_nb.engine.loading import TrainLoader, TransformedDataset, collate
 from beit_nb.engine.log import read_metrics
 from beit_nb.engine.optim import loss_weights
@@ -20,6 +21,7 @@ from beit_nb.pretraining import (
     PretrainLoss,
     PretrainTransform,
     add_masked_indices,
+    apply_jitter,
     build_mim,
     evaluate_mim,
     load_mim,
@@ -28,7 +30,7 @@ from beit_nb.pretraining import (
     watch_reconstructions,
 )
 from beit_nb.recipes import as_config, recipe_named
-from beit_nb.targets import TableTargets, TokenizerTargets, colored, tokenize_dataset
+from beit_nb.targets import TableTargets, TokenizerTargets, tokenize_dataset
 from beit_nb.tokenizer import train_tokenizer
 from beit_nb.tokens import Tokenizer
 
@@ -170,6 +172,21 @@ def test_micro_batches_add_up_to_the_batch(model, tokenizer):
     torch.testing.assert_close(losses[12], losses[32], atol=1e-6, rtol=0)
 
 
+def test_colors_are_jittered_where_that_is_still_to_do():
+    r = recipe(color_jitter=0.4, jitter_on="device")
+    samples = TransformedDataset(Digits("val"), PretrainTransform(r), 3)
+    batch = collate([samples[i] for i in range(8)])[0]
+
+    final = apply_jitter(batch)
+
+    assert final.jitter is None and apply_jitter(final) is final
+    for view in ("patch_view", "token_view"):
+        stored = getattr(batch, view)
+        assert torch.equal(getattr(final, view), jitter_batch(stored, batch.jitter))
+        assert not torch.equal(getattr(final, view), to_float(stored))
+    assert torch.equal(final.mask, batch.mask)
+
+
 def test_jitter_on_the_device_is_that_of_the_loader(model, tokenizer):
     val = Digits("val")
     batches = {}
@@ -181,7 +198,7 @@ def test_jitter_on_the_device_is_that_of_the_loader(model, tokenizer):
     table = tokenize_dataset(tokenizer, val, PretrainTransform(recipe()).views)
     compute_loss = PretrainLoss(TableTargets(table), "beit")
 
-    views = {on: colored(batch.patch_view, batch) for on, batch in batches.items()}
+    views = {on: to_float(apply_jitter(batch).patch_view) for on, batch in batches.items()}
     losses = {on: compute_loss(model, batch, 0)[0] for on, batch in batches.items()}
 
     assert torch.equal(batches["loader"].mask, plain.mask)

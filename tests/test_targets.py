@@ -8,7 +8,7 @@ import torch
 from beit_nb import BeitError
 from beit_nb.dalle import DalleEncoder, DalleVAE
 from beit_nb.data import open_data
-from beit_nb.engine.augment import TwoViews, jitter_batch
+from beit_nb.engine.augment import TwoViews
 from beit_nb.engine.loading import TransformedDataset, collate
 from beit_nb.engine.sources import Digits
 from beit_nb.engine.token_files import tokenize_files
@@ -20,7 +20,6 @@ from beit_nb.targets import (
     TokenizerTargets,
     build_targets,
     check_tokenizer,
-    colored,
     decoder_of,
     tabulate,
     tokenize_dataset,
@@ -188,13 +187,3 @@ def test_who_decodes(top, tmp_path):
     blind = replace(recipe(top), tokenizer=str(tmp_path / "blind.safetensors"))
     assert load_tokenizer(blind.tokenizer).vocab_size == 32
     assert decoder_of(blind) is None
-
-
-def test_colors_are_jittered_where_that_is_still_to_do(top, pictures):
-    plain = a_batch(pictures, recipe(top))
-    jittered = a_batch(pictures, recipe(top, color_jitter=0.4, jitter_on="device"))
-    view = plain.patch_view
-
-    assert torch.equal(colored(view, plain), to_float(view))
-    assert torch.equal(colored(view, jittered), jitter_batch(view, jittered.jitter))
-    assert not torch.equal(colored(view, jittered), to_float(view))
