@@ -74,13 +74,12 @@ def run_status(out: Path, config: dict, rows: list[dict]) -> RunStatus:
     steps = round(total) or None
     return RunStatus(max(reached, default=0), steps, read_metrics(out) is not None)
 
-# %% ../nbs/91_report.ipynb #story-html
+# %% ../nbs/91_report.ipynb #newest-cards
 def newest_cards(at: RunStatus, config: dict, rows: list[dict]) -> list[tuple[str, str]]:
     "The newest figures of a run, and the time left, as (number, what it is) pairs."
     newest = {key: value for row in rows for key, value in row.items() if is_number(value)}
     command = COMMANDS.get(config.get("command", ""))
-    known = command.cards if command else {}
-    known = known | {"images_per_s": ("{:,.0f}", "pictures a second")}
+    known = (command.cards if command else {}) | {"images_per_s": ("{:,.0f}", "pictures a second")}
     cards = []
     if at.step or at.steps:
         cards.append((f"{at.step:,}", f"steps of {at.steps:,}" if at.steps else "steps"))
@@ -112,7 +111,7 @@ def failures_html(out: Path) -> list[Html]:
         )
     return sentences
 
-
+# %% ../nbs/91_report.ipynb #story-html
 def story_html(out: Path, config: dict, rows: list[dict]) -> tuple[str, list[Html]]:
     "How far a run is: one sentence; then cards with its newest figures, and what went wrong."
     at = run_status(out, config, rows)
@@ -240,7 +239,7 @@ def probe_pictures(out: Path, recipe: ProbeRecipe, metrics: dict) -> Pictures:
         )
     ]
 
-# %% ../nbs/91_report.ipynb #run-report
+# %% ../nbs/91_report.ipynb #figures-html
 def figures_html(metrics: dict) -> tuple[list[Html], list[Html]]:
     "The final figures of a run as tables: those of arms that were compared, and plain ones."
     arms = []
@@ -268,12 +267,11 @@ def pictures_html(out: Path, config: dict, metrics: dict) -> list[Html]:
         return [fill("<p>No pictures: {why}.</p>", why=e)]
     return [figure_html(figure, caption) for figure, caption in pictures]
 
-
+# %% ../nbs/91_report.ipynb #run-report
 def run_report(out: str | Path) -> Path:
     """Write OUT/report.html of any run, finished or not; returns its path.
 
-    How far it is, pictures, curves, final figures, configuration. Raises BeitError where there is
-    no run.
+    How far it is, pictures, curves, figures, configuration. Raises BeitError where no run is.
     """
     out = Path(out)
     rows = read_log(out)

@@ -457,7 +457,7 @@ def test_nothing_is_joined_twice(monkeypatch):
     def forbidden():
         raise AssertionError("a group was started")
 
-    monkeypatch.setattr(processes, "start_process_group", forbidden)
+    monkeypatch.setattr(processes, "_start_process_group", forbidden)
     inside = SimpleNamespace(is_initialized=lambda: True)
     with join_processes():
         pass

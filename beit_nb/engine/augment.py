@@ -140,7 +140,7 @@ def resize(x: Tensor, size: int, how: str) -> Tensor:
         image = TF.to_pil_image(x[:3])
         return TF.pil_to_tensor(image.resize((size, size), Image.Resampling[how.upper()]))
 
-# %% ../../nbs/33_engine_augment.ipynb #two-views
+# %% ../../nbs/33_engine_augment.ipynb #views
 class Views(NamedTuple):
     "What `TwoViews` makes of one picture."
 
@@ -148,7 +148,7 @@ class Views(NamedTuple):
     token_view: Tensor  # (3, token_size, token_size) uint8, the same piece, for the tokenizer
     jitter: Tensor | None = None  # (3, 3), for `jitter_batch`, where the device is to color
 
-
+# %% ../../nbs/33_engine_augment.ipynb #two-views
 class TwoViews:
     """One picture to two views of one random piece of it, with one flip and one color jitter.
 
@@ -191,9 +191,8 @@ class TwoViews:
         else:  # the bytes of a pixel side by side, as `resize` is fastest at
             piece = crop(picture, box).permute(1, 2, 0).contiguous().permute(2, 0, 1)
         patch_view = resize(piece, self.img_size, "bicubic")[:3]
-        token_view = patch_view
-        if self.token_size != self.img_size:
-            token_view = resize(piece, self.token_size, "lanczos")[:3]
+        same = self.token_size == self.img_size
+        token_view = patch_view if same else resize(piece, self.token_size, "lanczos")[:3]
         if self.flip and torch.rand(()) < self.flip:
             patch_view = patch_view.flip(2)
             token_view = token_view.flip(2)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Transform', 'ImageBatch', 'PretrainBatch', 'LabelledBatch', 'collate', 'TransformedDataset', 'why_unreadable',
-           'report_unreadable', 'exclude', 'load_batch', 'load_batches', 'SequentialBatch', 'sequential_batches',
-           'check_damage', 'UnreadableLog', 'whole_batch', 'check_batch', 'TrainLoader']
+           'report_unreadable', 'exclude', 'load_batches', 'SequentialBatch', 'sequential_batches', 'check_damage',
+           'UnreadableLog', 'whole_batch', 'check_batch', 'TrainLoader']
 
 # %% ../../nbs/34_engine_loading.ipynb #imports
 from collections.abc import Callable, Iterable, Iterator
@@ -134,14 +134,14 @@ def exclude(pictures: ImageDataset, numbers: Iterable[int]) -> None:
         pictures.excluded[i] = f"cannot read the picture {path} when its tokens were made"
 
 # %% ../../nbs/34_engine_loading.ipynb #sequential-batches
-def load_batch(samples: TransformedDataset, keys: list[int]) -> tuple[Any, Tensor]:
+def _load_batch(samples: TransformedDataset, keys: list[int]) -> tuple[Any, Tensor]:
     "The batch of some samples, and what they stand in for."
     return collate([samples[key] for key in keys])
 
 
 def load_batches(samples: TransformedDataset, keys: Iterable, workers: int) -> Iterator[tuple]:
     "The batches of lists of keys, which `workers` load ahead; for a GPU in pinned memory."
-    for batch, replaced in load_ahead(partial(load_batch, samples), keys, workers):
+    for batch, replaced in load_ahead(partial(_load_batch, samples), keys, workers):
         yield map_batch(Tensor.pin_memory, batch) if torch.cuda.is_available() else batch, replaced
 
 
@@ -161,10 +161,7 @@ def sequential_batches(
     world: int = 1,  # of how many
     part: range | None = None,  # only these samples
 ) -> Iterator[SequentialBatch]:
-    """Every picture of a data set one time, in order; this process's share of it.
-
-    Unreadable pictures are named on stderr.
-    """
+    "Every picture one time, in order: this process's share. Unreadable ones are named on stderr."
     part = range(len(dataset)) if part is None else part
     n = len(part)
     turns = range(rank, n + -n % world, world)
@@ -223,7 +220,7 @@ class UnreadableLog:
         "Those of `numbers` that cannot be read today either; rank 0 looks, for all."
         return rank_0_first(lambda: [i for i in numbers if why_unreadable(self.pictures, i)])
 
-# %% ../../nbs/34_engine_loading.ipynb #batches
+# %% ../../nbs/34_engine_loading.ipynb #check-batch
 def whole_batch(batch) -> tuple[Any, int]:
     "A micro-batch as it is, and over how many things its loss is a mean: its pictures."
     return batch, len(batch.number)
@@ -242,7 +239,7 @@ def check_batch(pictures: int, batch_size: int, world: int = 1) -> None:
             f"{world}"
         )
 
-
+# %% ../../nbs/34_engine_loading.ipynb #batches
 class TrainLoader(StepLoader):
     """The micro-batches of every step, the same whatever stopped in between and however many
     workers load. Raises BeitError where the batch does not fit the data or the processes."""

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['rank', 'world_size', 'sum_over_ranks', 'mean_over_ranks', 'gather_over_ranks', 'rank_0_first', 'full_tensors',
            'distribute_like', 'end_with_parent', 'TensorPickler', 'pack', 'unpack', 'refused_by_rank_0',
-           'start_process_group', 'join_processes', 'ModelWithLoss', 'shard_model', 'wrap_model', 'no_sync',
-           'memory_mb']
+           'join_processes', 'ModelWithLoss', 'shard_model', 'wrap_model', 'no_sync', 'memory_mb']
 
 # %% ../../nbs/25_engine_processes.ipynb #imports
 import io
@@ -170,7 +169,7 @@ def unpack(rest: bytes, places: list[slice], fd: int) -> Any:
     os.close(fd)
     return pickle.loads(rest, buffers=[memory[place] for place in places])
 
-# %% ../../nbs/25_engine_processes.ipynb #join-processes
+# %% ../../nbs/25_engine_processes.ipynb #start-process-group
 def refused_by_rank_0(store: dist.Store) -> bool:
     "Has rank 0 met the same fault, so that it has been said? It has a few seconds."
     try:
@@ -182,7 +181,7 @@ def refused_by_rank_0(store: dist.Store) -> bool:
     return True
 
 
-def start_process_group() -> dist.Store:
+def _start_process_group() -> dist.Store:
     "NCCL between GPUs and gloo between CPUs, as torchrun's environment says; returns the store."
     cuda = torch.cuda.is_available()
     if cuda:
@@ -200,7 +199,7 @@ def start_process_group() -> dist.Store:
     )
     return store
 
-
+# %% ../../nbs/25_engine_processes.ipynb #join-processes
 @contextmanager
 def join_processes():
     """Inside, the processes that torchrun started form one group.
@@ -212,7 +211,7 @@ def join_processes():
         yield
         return
     end_with_parent(signal.SIGTERM)  # torchrun: without it nobody looks after us
-    store = start_process_group()
+    store = _start_process_group()
     try:
         yield
     except SystemExit:  # rank 0 says why; when one process is gone, torchrun ends the others

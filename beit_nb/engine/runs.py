@@ -195,7 +195,7 @@ def run_config(out: Path) -> dict | None:
         what = "that file" if run_checkpoints(out) else "that folder"
         raise BeitError(f"{file} is damaged; choose another --out, or delete {what}") from e
 
-# %% ../../nbs/26_engine_runs.ipynb #lock-run-folder
+# %% ../../nbs/26_engine_runs.ipynb #take-lock
 def take_lock(lock, out: Path) -> None:
     "Lock an open file for this process until it is closed; refuses if another process has it."
     os.register_at_fork(after_in_child=lock.close)
@@ -214,7 +214,7 @@ def has_work(out: Path) -> bool:
     log = out / "log.jsonl"
     return bool(run_checkpoints(out)) or log.exists() and log.stat().st_size > 0
 
-
+# %% ../../nbs/26_engine_runs.ipynb #lock-run-folder
 @contextmanager
 def lock_run_folder(command: str, recipe, resume: bool = True) -> Iterator[Path]:
     """The run's folder, ours alone while we are in it, with the resolved recipe in config.json.
@@ -244,7 +244,6 @@ def lock_run_folder(command: str, recipe, resume: bool = True) -> Iterator[Path]
         try:
             yield out
         except BaseException:
-            # it failed before its first step: leave the folder free for a corrected try
             if not old and not has_work(out):
                 for name in ("config.json", "log.jsonl", ".lock"):
                     (out / name).unlink(missing_ok=True)

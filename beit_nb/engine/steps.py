@@ -173,7 +173,7 @@ def leave_signals() -> None:
     for s in STOP_SIGNALS:
         signal.signal(s, signal.SIG_IGN)
 
-# %% ../../nbs/29_engine_steps.ipynb #worker
+# %% ../../nbs/29_engine_steps.ipynb #serve
 def portable(error: Exception) -> Exception:
     "An error as another process can raise it: a defect takes the traceback of this one along."
     told = "".join(traceback.format_exception(error))
@@ -203,6 +203,15 @@ def serve(load: Callable | bytes, pipe: Connection) -> None:
             send_handle(pipe, file.fileno(), None)
 
 
+def _why_ended(code: int) -> BeitError:
+    "The error of a worker that ended, with this exit code, before it answered."
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended ({code})"
+    return BeitError(
+        f"a loader worker {how}, as happens when memory runs out; set --workers to fewer, or "
+        "to 0 to load without them (in Docker give more with --memory and --shm-size)"
+    )
+
+# %% ../../nbs/29_engine_steps.ipynb #worker
 class Worker:
     "A process that loads, and the pipe to it. Raises BeitError where none can be started."
 
@@ -237,18 +246,9 @@ class Worker:
                 rest, places = answer
                 return unpack(rest, places, recv_handle(self.pipe))
         except (EOFError, ConnectionError):
-            answer = self.obituary()
+            self.process.join(5)
+            answer = _why_ended(self.process.exitcode or 0)
         raise answer
-
-    def obituary(self) -> BeitError:
-        "Why there is no answer any more."
-        self.process.join(5)
-        code = self.process.exitcode or 0
-        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended ({code})"
-        return BeitError(
-            f"a loader worker {how}, as happens when memory runs out; set --workers to fewer, or "
-            "to 0 to load without them (in Docker give more with --memory and --shm-size)"
-        )
 
     def end(self) -> None:
         if self.owner == os.getpid():  # and not a copy in another worker
