@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Count', 'Size', 'Few', 'Vocabulary', 'Natural', 'Workers', 'Seed', 'Positive', 'NonNegative', 'BelowOne', 'Share',
            'PositiveShare', 'CropScale', 'PATH', 'Place', 'Places', 'NOUNS', 'KINDS', 'Limit', 'at_least', 'spelt_out',
-           'plain_type', 'limit_of', 'asked_for', 'has_type', 'wrong_fields', 'nearest', 'no_such', 'expand_paths']
+           'plain_type', 'limit_of', 'asked_for', 'have_types', 'has_type', 'wrong_fields', 'nearest', 'no_such',
+           'expand_paths']
 
 # %% ../nbs/20_limits.ipynb #imports
 import os
@@ -40,21 +41,21 @@ def at_least(low: int, most: float = inf) -> Limit:
     words = f"at least {low}" if low else "0 or more"
     return Limit(lambda x: low <= x < inf, words, most)
 
-
+# %% ../nbs/20_limits.ipynb #types
 # DALL-E took 3,000,000 steps, ViT-22B is 6,144 wide, and DeepNet has 1,000 blocks
-Count = Annotated[int, at_least(1, most=10**9)]
-Size = Annotated[int, at_least(1, most=2**16)]
+Count = Annotated[int, at_least(1, most=1_000_000_000)]
+Size = Annotated[int, at_least(1, most=65_536)]
 Few = Annotated[int, at_least(1, most=1000)]
 Vocabulary = Annotated[int, at_least(2, most=2**24)]
-Natural = Annotated[int, at_least(0, most=10**9)]
+Natural = Annotated[int, at_least(0, most=1_000_000_000)]
 Workers = Annotated[int, at_least(0, most=1024)]
 Seed = Annotated[int, Limit(lambda x: 0 <= x < 2**32, "from 0 to 4294967295")]
 # what is smaller or larger is 0 or infinite in fp32 sooner or later
 Positive = Annotated[
-    float, Limit(lambda x: 1e-12 <= x < inf, "a finite number, at least 1e-12", most=10**6)
+    float, Limit(lambda x: 1e-12 <= x < inf, "a finite number, at least 1e-12", most=1_000_000)
 ]
 NonNegative = Annotated[
-    float, Limit(lambda x: 0 <= x < inf, "a finite number, 0 or more", most=10**6)
+    float, Limit(lambda x: 0 <= x < inf, "a finite number, 0 or more", most=1_000_000)
 ]
 BelowOne = Annotated[float, Limit(lambda x: 0 <= x < 1, "at least 0 and below 1")]
 Share = Annotated[float, Limit(lambda x: 0 <= x <= 1, "from 0 to 1")]
@@ -80,7 +81,7 @@ PATH = Limit(spelt_out, "a path without ~ or $VARIABLE; put ./ before a name tha
 Place = Annotated[str, PATH]
 Places = Annotated[tuple[str, ...], PATH]
 
-# %% ../nbs/20_limits.ipynb #wrong-fields
+# %% ../nbs/20_limits.ipynb #limit-of
 def plain_type(hint: Any) -> Any:
     "The type of a field's values, without its limits and without None."
     parts = get_args(hint)
@@ -105,7 +106,7 @@ def limit_of(hint: Any) -> Limit | None:
             return Limit(choices.__contains__, f"one of {words}")
     return None
 
-
+# %% ../nbs/20_limits.ipynb #asked-for
 NOUNS = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
 
 
@@ -121,8 +122,15 @@ def asked_for(hint: Any) -> str:
         return f"{many}, each {asked_for(parts[0])}"
     return NOUNS[kind]
 
-
+# %% ../nbs/20_limits.ipynb #has-type
 KINDS = {int: Integral, float: Real}  # those of numpy are numbers too; True and False are none
+
+
+def have_types(values: tuple, hints: tuple) -> bool:
+    "Are all values what their types say? Where `...` stands last, each is as the first."
+    if hints[-1] is ...:
+        hints = hints[:1] * len(values)
+    return len(values) == len(hints) and all(map(has_type, values, hints))
 
 
 def has_type(value: Any, hint: Any) -> bool:
@@ -136,12 +144,12 @@ def has_type(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return any(type(value) is type(part) and value == part for part in parts)
     if origin is tuple and isinstance(value, tuple):
-        kinds = parts[:1] * len(value) if parts[-1] is ... else parts
-        return len(value) == len(kinds) and all(map(has_type, value, kinds))
-    kind = KINDS.get(hint, origin or hint)
-    return isinstance(value, kind) and isinstance(value, bool) == (hint is bool)
+        return have_types(value, parts)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, KINDS.get(hint, origin or hint))
 
-
+# %% ../nbs/20_limits.ipynb #wrong-fields
 def wrong_fields(
     kind: type, values: Mapping[str, Any], spelt: Callable[[str], str] = str
 ) -> list[str]:
