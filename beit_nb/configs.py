@@ -31,7 +31,7 @@ from beit_nb.limits import (
     wrong_fields,
 )
 
-# %% ../nbs/21_configs.ipynb #run
+# %% ../nbs/21_configs.ipynb #recipe
 @dataclass
 class Recipe:
     "What every command with a recipe needs to know."
@@ -51,7 +51,7 @@ class Length(NamedTuple):
     per_epoch: int  # of a pass over the pictures
     end: int  # where this call stops, perhaps earlier
 
-
+# %% ../nbs/21_configs.ipynb #run
 @dataclass
 class Run(Recipe):
     "What every training shares."
@@ -287,11 +287,10 @@ def as_config(command: str, recipe: Recipe) -> dict:
 
 # %% ../nbs/21_configs.ipynb #check-same-run
 def check_same_run(old: dict, new: dict, where: str | Path) -> None:
-    """Raise BeitError unless two configs agree in all but the CHANGEABLE_FIELDS.
+    """Raise BeitError unless a run in `where` and a new one agree in all but CHANGEABLE_FIELDS.
 
     A field that the old one does not have came with a later version, and is no quarrel. Nor is a
     path of which it has recorded what lay there ("inputs"): that is compared when it is read.
-    `where` is the folder of the old run.
     """
 
     def plain(value: Any) -> Any:  # a known set has two spellings

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BODY_FIELDS', 'BeitForImageClassification', 'build_classifier', 'load_init', 'build_from_checkpoint',
-           'load_classifier', 'score_share', 'evaluate_classifier', 'EvaluateCallback', 'scored_the_same', 'finetune']
+           'load_classifier', 'score_share', 'evaluate_classifier', 'EvaluateCallback', 'scored_the_same',
+           'last_scores', 'finetune']
 
 # %% ../nbs/46_finetuning.ipynb #imports
 from functools import partial
@@ -65,6 +66,16 @@ class BeitForImageClassification(VisionTransformer):
         return self.head(x[:, 0] if self.fc_norm is None else self.fc_norm(x[:, 1:].mean(1)))
 
 # %% ../nbs/46_finetuning.ipynb #build-classifier
+def build_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassification:
+    "The model of a recipe, untrained."
+    args = backbone_args(r)
+    if r.weight_init == "beit":
+        args["weight_init"] = "beit_finetune"  # official; cut off 100 deviations away, so never
+    return BeitForImageClassification(
+        num_classes, use_mean_pooling=r.use_mean_pooling, init_scale=r.init_scale, **args
+    )
+
+# %% ../nbs/46_finetuning.ipynb #build-from-checkpoint
 BODY_FIELDS = (  # fields that must be the checkpoint's
     "patch_size",
     "embed_dim",
@@ -74,16 +85,6 @@ BODY_FIELDS = (  # fields that must be the checkpoint's
     "init_values",
     "use_abs_pos_emb",
 )
-
-
-def build_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassification:
-    "The model of a recipe, untrained."
-    args = backbone_args(r)
-    if r.weight_init == "beit":
-        args["weight_init"] = "beit_finetune"  # official; cut off 100 deviations away, so never
-    return BeitForImageClassification(
-        num_classes, use_mean_pooling=r.use_mean_pooling, init_scale=r.init_scale, **args
-    )
 
 
 def load_init(r: FinetuneRecipe) -> dict:
@@ -119,7 +120,7 @@ def build_from_checkpoint(
     load_backbone(model, state["model"], (side, side))
     return model
 
-
+# %% ../nbs/46_finetuning.ipynb #load-classifier
 def load_classifier(
     path: str | Path,
 ) -> tuple[BeitForImageClassification, FinetuneRecipe, list[str]]:
@@ -178,7 +179,7 @@ def evaluate_classifier(
     unreadable = len(samples) - int(read)
     return metrics | {"val_damaged": unreadable} if unreadable else metrics
 
-# %% ../nbs/46_finetuning.ipynb #finetune
+# %% ../nbs/46_finetuning.ipynb #evaluate-callback
 class EvaluateCallback:
     """A callback: scores the model on held-out pictures every so many steps, and at the end.
 
@@ -197,12 +198,30 @@ class EvaluateCallback:
             evaluate_classifier(trainer.model, self.recipe, self.held_out, most=64)
         return None
 
-
+# %% ../nbs/46_finetuning.ipynb #last-scores
 def scored_the_same(metrics: dict, pictures: list) -> bool:
     "Are these the figures of those pictures (`picture_records`)? An earlier version did not say."
     return merge_records(metrics.get("scored_on", pictures), pictures) is not None
 
 
+def last_scores(r: FinetuneRecipe, trainer: Trainer, scored_on: list, again: bool) -> dict:
+    """What metrics.json says of a fine-tuning: its score, the curve of scores, and its length.
+
+    `again`: a finished run is scored on other pictures, and its curve is of them alone.
+    """
+    curve = [(row["step"], row["accuracy"]) for row in read_log(trainer.out) if "accuracy" in row]
+    curve = curve[-1:] if again else curve
+    return {
+        "accuracy": dict(curve).get(trainer.step),
+        "curve": curve,
+        "split": r.split,
+        "scored_on": scored_on,
+        "steps": trainer.step,
+        "images": trainer.step * r.batch_size,
+        "damaged": len(trainer.data["damaged"]),
+    }
+
+# %% ../nbs/46_finetuning.ipynb #finetune
 def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
     """Fine-tune to the recipe, or continue; returns the final metrics.
 
@@ -246,15 +265,5 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
         compute_loss = FinetuneLoss(r, len(classes), trainer.micro_batch_size)
         evaluate = EvaluateCallback(r, held_out, r.eval_every or length.per_epoch)
         fit(trainer, loader, compute_loss, [evaluate])
-        curve = [(row["step"], row["accuracy"]) for row in read_log(out) if "accuracy" in row]
-        curve = curve[-1:] if metrics else curve  # the others are of other pictures
-        metrics = {
-            "accuracy": dict(curve).get(trainer.step),
-            "curve": curve,
-            "split": r.split,
-            "scored_on": scored_on,
-            "steps": trainer.step,
-            "images": trainer.step * r.batch_size,
-            "damaged": len(trainer.data["damaged"]),
-        }
+        metrics = last_scores(r, trainer, scored_on, again=metrics is not None)
         return write_metrics(out, metrics, trainer.finished)

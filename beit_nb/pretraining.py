@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['build_mim', 'load_mim', 'mask_maker', 'PretrainTransform', 'add_masked_indices', 'apply_jitter', 'PretrainLoss',
-           'evaluate_mim', 'watch_reconstructions', 'pretrain', 'last_figures']
+           'evaluate_mim', 'watch_reconstructions', 'last_figures', 'pretrain']
 
 # %% ../nbs/44_pretraining.ipynb #imports
 from collections.abc import Callable
@@ -187,6 +187,17 @@ def watch_reconstructions(
         mean_std=r.mean_std,
     )
 
+# %% ../nbs/44_pretraining.ipynb #last-figures
+def last_figures(trainer: Trainer) -> dict:
+    "What metrics.json says of a pre-training: its length, and the last figures of its log."
+    rows = [row for row in read_log(trainer.out) if row["step"] == trainer.step]
+    last = next((row for row in rows if "loss" in row), {})
+    return {
+        "steps": trainer.step,
+        "images": trainer.step * trainer.recipe.batch_size,
+        "damaged": len(trainer.data["damaged"]),
+    } | {k: last[k] for k in ("loss", "mlm_acc") if k in last}
+
 # %% ../nbs/44_pretraining.ipynb #pretrain
 def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
     """Pre-train to the recipe, or continue; returns the model.
@@ -229,14 +240,3 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
         known = read_metrics(out) or {}  # of a call that ended before; its log may be lost
         write_metrics(out, known | last_figures(trainer), trainer.finished)
         return model
-
-
-def last_figures(trainer: Trainer) -> dict:
-    "What metrics.json says of a pre-training: its length, and the last figures of its log."
-    rows = [row for row in read_log(trainer.out) if row["step"] == trainer.step]
-    last = next((row for row in rows if "loss" in row), {})
-    return {
-        "steps": trainer.step,
-        "images": trainer.step * trainer.recipe.batch_size,
-        "damaged": len(trainer.data["damaged"]),
-    } | {k: last[k] for k in ("loss", "mlm_acc") if k in last}
