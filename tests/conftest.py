@@ -11,6 +11,8 @@ import os
 import random
 import signal
 import sys
+from contextlib import nullcontext
+from functools import cache
 from zlib import crc32
 
 import pytest
@@ -164,6 +166,23 @@ def photos(tmp_path_factory):
     from helpers import mixed_photos
 
     return mixed_photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(autouse=True)
+def digits_are_read_once():
+    "5,000 digits in text take a quarter of a second, and most small trainings open them thrice."
+    sources = sys.modules.get("beit_nb.engine.sources")
+    if sources and not hasattr(sources.read_digits, "cache_info"):
+        sources.read_digits = cache(sources.read_digits)
+
+
+@pytest.fixture
+def pages_unpainted(request):
+    "For tests that look at all of a page but the pixels of its figures; `slow` ones paint them."
+    from helpers import unpainted
+
+    with nullcontext() if request.node.get_closest_marker("slow") else unpainted():
+        yield
 
 
 @pytest.fixture

@@ -4,8 +4,10 @@ import contextlib
 import io
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
 from beit_nb.cli import main
@@ -45,19 +47,34 @@ def refused(*words, says):
     return lines[0]
 
 
+def save_a_pixel(figure, file, **options):
+    "In the place of `Figure.savefig`."
+    Image.new("RGB", (1, 1)).save(file, format="png")
+
+
+def unpainted():
+    """Within this, figures are drawn up, but saved as one pixel each.
+
+    To lay out and paint the figures of its page takes longer than a training of four steps.
+    """
+    return mock.patch.object(Figure, "savefig", save_a_pixel)
+
+
 FETCHES = ("http:", "https:", "<script", "<link", 'src="/')  # what a page must not hold
 
 
 FEW_STEPS = "--precision fp32 --steps 4 --log-every 2 --checkpoint-every 2".split()
+SMALL_BODY = "--embed-dim 48 --num-heads 3 --batch-size 16".split()
 
 
 def few_steps_of_each(top: Path) -> Path:
     "A folder with a tokenizer, a pre-training and a fine-tuning of four steps: tok, pre, fine."
-    beit("tokenizer", "nano", *FEW_STEPS, "--width", 16, "--out", top / "tok")
-    from_tokens = ["--tokenizer", top / "tok", "--watch-every", 2]
-    beit("pretrain", "nano", *FEW_STEPS, *from_tokens, "--out", top / "pre")
-    from_body = ["--init", top / "pre", "--eval-every", 2]
-    beit("finetune", "nano", *FEW_STEPS, *from_body, "--out", top / "fine")
+    from_tokens = [*SMALL_BODY, "--tokenizer", top / "tok", "--watch-every", 2]
+    from_body = [*SMALL_BODY, "--init", top / "pre", "--eval-every", 2]
+    with unpainted():
+        beit("tokenizer", "nano", *FEW_STEPS, "--width", 16, "--out", top / "tok")
+        beit("pretrain", "nano", *FEW_STEPS, *from_tokens, "--out", top / "pre")
+        beit("finetune", "nano", *FEW_STEPS, *from_body, "--out", top / "fine")
     return top
 
 

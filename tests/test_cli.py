@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import toy_command
-from helpers import FEW_STEPS, beit, refused
+from helpers import FEW_STEPS, SMALL_BODY, beit, refused
 from helpers_processes import run, run_python, wait_until
 
 from beit_nb import BeitError, say, shown, warn
@@ -26,6 +26,8 @@ from beit_nb.configs import check_recipe
 from beit_nb.limits import plain_type
 from beit_nb.recipes import COMMANDS, from_config
 from beit_nb.tokenizer import train_tokenizer
+
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +169,7 @@ def test_what_a_training_starts_from(runs, tmp_path):
     refused("pretrain", "nano", *wrong, *out, says=["beit pretrain", "beit tokenizer"])
     refused("finetune", "nano", "--init", runs / "tok", *out, says="beit tokenizer")
     other = ["--init", runs / "pre", "--embed-dim", 64]
-    refused("finetune", "nano", *other, *out, says=["embed_dim", "128", "64"])
+    refused("finetune", "nano", *other, *out, says=["embed_dim", "48", "64"])
 
 
 def test_bad_data(tmp_path):
@@ -231,7 +233,7 @@ def test_finished_run_is_left_alone(runs):
     before = last.stat().st_mtime_ns
 
     again = ["--init", runs / "pre", "--out", runs / "fine", "--eval-every", 2]
-    beit("finetune", "nano", *FEW_STEPS, *again)
+    beit("finetune", "nano", *FEW_STEPS, *SMALL_BODY, *again)
 
     assert last.stat().st_mtime_ns == before
 

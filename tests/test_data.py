@@ -19,6 +19,8 @@ from beit_nb.engine.packing import shard_folder
 from beit_nb.recipes import DATASETS, known_set, recipe_named
 from beit_nb.scale.hours import dataset_size
 
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+
 TORCHVISION_SETS = ("cifar10", "cifar100", "imagenette", "oxford-pets")
 
 

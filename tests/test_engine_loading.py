@@ -36,6 +36,8 @@ from beit_nb.engine.sources import ImageDataset, ImageFolder, Photos
 from beit_nb.recipes import recipe_named
 from beit_nb.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+
 RECIPE = replace(PretrainRecipe(), batch_size=4)
 
 

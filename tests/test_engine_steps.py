@@ -258,7 +258,7 @@ def test_a_worker_that_dies_is_one_line(start_method):
 
 def test_workers_killed_at_random_moments():
     "Whichever it is and whenever, it is one error, and nobody is left."
-    for _ in range(20):
+    for _ in range(10):
         loaded = load_ahead(doubled, repeat(5), workers=3)
         next(loaded)
         victim = random.choice(multiprocessing.active_children())

@@ -25,6 +25,8 @@ from beit_nb.recipes import recipe_named
 from beit_nb.targets import tokenize_dataset
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+
 FORK = multiprocessing.get_context("fork")  # a process to kill, without importing torch again
 TINY = dict(steps=6, width=16, batch_size=8, precision="fp32", log_every=1, checkpoint_every=2)
 

@@ -26,6 +26,8 @@ from beit_nb.engine.training import fit
 from beit_nb.recipes import recipe_named
 from beit_nb.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+
 torch.set_num_threads(1)
 FORK = multiprocessing.get_context("fork")  # a real process to kill, without importing torch again
 

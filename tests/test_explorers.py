@@ -51,20 +51,21 @@ def test_unknown_name_is_an_attribute_error():
         explorers.Explorers  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["beit_nb", "beit_nb.explorers", "beit_nb.explorers.masks"])
-def test_library_needs_no_widgets_and_explorers_say_what_they_need(module):
+def test_library_needs_no_widgets_and_explorers_say_what_they_need():
     code = (
-        "import sys; sys.modules['anywidget'] = sys.modules['ipywidgets'] = None\n"
+        "import importlib, sys; sys.modules['anywidget'] = sys.modules['ipywidgets'] = None\n"
         "from beit_nb.masking import blockwise_mask; print(blockwise_mask().shape)\n"
-        "from {module} import MaskExplorer"
+        "for module in ('beit_nb', 'beit_nb.explorers', 'beit_nb.explorers.masks'):\n"
+        "    try: importlib.import_module(module).MaskExplorer\n"
+        "    except ImportError as e: print(e)\n"
     )
 
-    run = run_here(code.format(module=module))
+    shape, *lines = run_here(code).stdout.splitlines()
 
-    assert run.stdout.strip() == "(14, 14)" and run.returncode == 1
-    last = run.stderr.splitlines()[-1]
-    assert "the explorers need" in last and "pip install ipywidgets anywidget" in last
-    assert 'pip install -e ".[dev]"' in last
+    assert shape == "(14, 14)" and len(lines) == 3
+    for line in lines:
+        assert "the explorers need" in line and "pip install ipywidgets anywidget" in line
+        assert 'pip install -e ".[dev]"' in line
 
 
 def test_readme_installs_what_jupyterlab_needs():

@@ -35,6 +35,8 @@ from beit_nb.recipes import recipe_named
 from beit_nb.scale.launching import run_distributed
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+
 torch.set_num_threads(1)
 KILLS = int(os.environ.get("BEIT_KILLS", 8))
 FORK = multiprocessing.get_context("fork")  # a process of its own, without importing torch again

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import beit, save_gray
+from helpers import beit, save_gray, unpainted
 from helpers_demo import small_demo
 from helpers_processes import PATIENCE, children_of, run_python, session_of, wait_until
 
@@ -60,9 +60,10 @@ def ground(tmp_path_factory):
     for i in range(60):
         save_gray(top / "pictures" / f"{i % 3}" / f"{i}.png", 4 * i, (32, 32))
     few = [*FEW, "--steps", "3"]
-    beit("tokenizer", "nano", *few, "--width", 16, "--out", top / "tokenizer")
     from_tokens = ["--tokenizer", top / "tokenizer"]
-    beit("pretrain", "nano", *few, *SMALL, *from_tokens, "--out", top / "body")
+    with unpainted():
+        beit("tokenizer", "nano", *few, "--width", 16, "--out", top / "tokenizer")
+        beit("pretrain", "nano", *few, *SMALL, *from_tokens, "--out", top / "body")
     return top
 
 
@@ -153,6 +154,7 @@ def kill(process, seconds):
     return process.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LINES)
 def test_killed_and_continued_is_never_killed(tmp_path, ground, name):
     straight = tmp_path / "straight" / "run"

@@ -26,6 +26,8 @@ from beit_nb.labelled_views import FinetuneTransform
 from beit_nb.probing import all_features, raw_pixels
 from beit_nb.recipes import recipe_named
 
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+
 PLUS = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
 TINY = dict(
     img_size=16,

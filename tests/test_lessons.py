@@ -196,6 +196,7 @@ def test_a_name_means_one_thing():
     assert shared == {}
 
 
+@pytest.mark.slow
 def test_every_module_imports_alone():
     "In one process, each after the others are forgotten: nobody leans on a neighbor's import."
     code = (

@@ -34,6 +34,8 @@ from beit_nb.targets import TableTargets, TokenizerTargets, tokenize_dataset
 from beit_nb.tokenizer import train_tokenizer
 from beit_nb.tokens import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+
 SMALL = dict(vocab_size=32, embed_dim=32, num_heads=2, depth=2, batch_size=32)
 
 

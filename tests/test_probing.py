@@ -18,6 +18,8 @@ from beit_nb.pretraining import build_mim
 from beit_nb.probing import STRENGTHS, best_on_val, linear_scores, probe, raw_pixels
 from beit_nb.recipes import recipe_named
 
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

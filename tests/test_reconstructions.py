@@ -19,6 +19,8 @@ from beit_nb.reconstructions import ReconstructionCallback, reconstruction_figur
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 from beit_nb.tokens import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+
 SMALL = dict(batch_size=16, log_every=2, precision="fp32")
 
 

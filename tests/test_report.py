@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers import FETCHES
+from helpers import FETCHES, unpainted
 from PIL import Image
 
 from beit_nb import BeitError
@@ -46,13 +46,14 @@ def pretrain_recipe(top, out, **changes):
 def runs(tmp_path_factory):
     "A tokenizer, a pre-training that is stopped half-way, and its probe."
     top = tmp_path_factory.mktemp("runs")
-    short = SMALL | dict(steps=24)
-    train_tokenizer(
-        recipe_named("tokenizer", "nano", out=f"{top}/tok", width=32, **short), quiet=True
-    )
-    pretrain(pretrain_recipe(top, "pre", max_steps=4), quiet=True)
+    short = SMALL | dict(steps=24, width=32)
     few = dict(labels_per_class=2, draws=1)
-    probe(recipe_named("probe", "nano", init=f"{top}/pre", out=f"{top}/probe", **few), quiet=True)
+    with unpainted():
+        train_tokenizer(recipe_named("tokenizer", "nano", out=f"{top}/tok", **short), quiet=True)
+        pretrain(pretrain_recipe(top, "pre", max_steps=4), quiet=True)
+        probe(
+            recipe_named("probe", "nano", init=f"{top}/pre", out=f"{top}/probe", **few), quiet=True
+        )
     return top
 
 
@@ -75,7 +76,8 @@ def test_stopped_run(runs):
 
 
 def test_finished_run(runs):
-    pretrain(pretrain_recipe(runs, "whole"), quiet=True)
+    with unpainted():
+        pretrain(pretrain_recipe(runs, "whole"), quiet=True)
     metrics = json.loads((runs / "whole" / "metrics.json").read_text())
     last = [row for row in read_log(runs / "whole") if "loss" in row][-1]
 
@@ -87,6 +89,7 @@ def test_finished_run(runs):
     assert f"<td>mlm_acc</td><td>{metrics['mlm_acc']:.3f}</td>" in html
 
 
+@pytest.mark.usefixtures("pages_unpainted")
 def test_running_run(run):
     "No metrics.json yet, the log's last line half written."
     (run / "metrics.json").unlink()
@@ -98,6 +101,7 @@ def test_running_run(run):
     assert "Not finished: step 4 of 8" in whole
 
 
+@pytest.mark.usefixtures("pages_unpainted")
 def test_run_before_its_first_line(run):
     "A checkpoint may be newer than the log; there may be no log at all."
     (run / "log.jsonl").unlink()
@@ -111,6 +115,7 @@ def test_run_before_its_first_line(run):
     assert "Not finished: step 0 of 8" in html and "No pictures: nobody has watched" in html
 
 
+@pytest.mark.usefixtures("pages_unpainted")
 def test_failed_run(run):
     record = dict(step=5, loss="nan", grad_norm="nan", samples=["a.png"])
     (run / "nonfinite-step-5.json").write_text(json.dumps(record))
@@ -120,6 +125,7 @@ def test_failed_run(run):
     assert "It failed: in step 5 the loss was nan" in html and "nonfinite-step-5.json" in html
 
 
+@pytest.mark.usefixtures("pages_unpainted")
 def test_run_that_lost_its_config(run):
     "The checkpoints know it; a run that failed before the first of them is drawn without."
     (run / "config.json").unlink()
@@ -137,6 +143,7 @@ def test_damaged_config(run):
         run_report(run)
 
 
+@pytest.mark.usefixtures("pages_unpainted")
 def test_without_the_tokenizer(run):
     "The film is shown in colors, one a token."
     config = json.loads((run / "config.json").read_text())
@@ -154,10 +161,12 @@ def test_tokenizer(runs, tmp_path):
     moved = Path(shutil.copytree(runs / "tok", tmp_path / "tok"))
     config = json.loads((moved / "config.json").read_text())
     (moved / "config.json").write_text(json.dumps(config | dict(data="/nowhere")))
-    html = report(moved)
+    with unpainted():
+        html = report(moved)
     assert html.count("<img") == 3 and "<p>No pictures: " in html and "/nowhere" in html
 
 
+@pytest.mark.usefixtures("pages_unpainted")
 def test_a_strangers_run_shows_no_picture_of_ours(runs, tmp_path):
     "Its config.json names a folder of ours: what the run recorded of its pictures must be of it."
     ours = tmp_path / "ours"
@@ -191,7 +200,8 @@ def test_finetune(runs):
     recipe = recipe_named(
         "finetune", "nano", init=f"{runs}/pre", out=f"{runs}/fine", eval_every=4, **SMALL | BODY
     )
-    finetune(recipe, quiet=True)
+    with unpainted():
+        finetune(recipe, quiet=True)
 
     html = report(runs / "fine")
 
@@ -199,6 +209,7 @@ def test_finetune(runs):
     assert "<td>accuracy</td>" in html and html.count("<img") == 3
 
 
+@pytest.mark.usefixtures("pages_unpainted")
 def test_whole_or_not_at_all(run, monkeypatch):
     "A page that cannot be written leaves the old one; where there is no run nothing is written."
 

@@ -11,6 +11,8 @@ from beit_nb.engine.runs import load_checkpoint
 from beit_nb.recipes import recipe_named
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+
 TINY = dict(batch_size=8, precision="fp32", log_every=1, checkpoint_every=2)
 
 

@@ -7,7 +7,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pytest
 import torch
-from helpers import FEW_STEPS, beit, refused
+from helpers import FEW_STEPS, SMALL_BODY, beit, refused
 from PIL import Image
 
 from beit_nb.engine.log import read_log
@@ -207,6 +207,7 @@ def test_attention(runs, white, tmp_path):
     refused("attention", *words, "--query", 8, 0, says=["query (8, 0)", "8 x 8"])
 
 
+@pytest.mark.usefixtures("pages_unpainted")
 def test_probe(runs, tmp_path):
     few = ["--labels-per-class", 2, "--draws", 1, "--out", tmp_path]
     beit("probe", "nano", "--init", runs / "pre", *few)
@@ -220,7 +221,7 @@ def test_probe(runs, tmp_path):
 def test_tokens_from_disk_give_the_same_training(runs, tmp_path):
     "Bit for bit the training that the tokenizer gives; tokens of something else are refused."
     made = ["tokenize", "digits", "--tokenizer", runs / "tok", "--out", tmp_path / "tokens"]
-    words = ["pretrain", "nano", *FEW_STEPS, "--tokenizer", runs / "tok"]
+    words = ["pretrain", "nano", *FEW_STEPS, *SMALL_BODY, "--tokenizer", runs / "tok"]
     tokens = ["--tokens", tmp_path / "tokens"]
 
     said = beit(*made).stdout
@@ -239,6 +240,7 @@ def test_tokens_from_disk_give_the_same_training(runs, tmp_path):
     refused(*made, "--per-part", 0, says="--per-part 0 must be at least 1")
 
 
+@pytest.mark.usefixtures("pages_unpainted")
 def test_a_substitutes_tokens_are_never_learnt(runs, photos, tmp_path):
     """A picture that could not be read when the tokens were made is passed over later, repaired or
     not; `beit tokenize` again mends it."""
@@ -247,7 +249,7 @@ def test_a_substitutes_tokens_are_never_learnt(runs, photos, tmp_path):
     tokens = tmp_path / "tokens"
     made = ["tokenize", pictures, "--tokenizer", runs / "tok", "--out", tokens]
     made += ["--max-damaged", 0.5]
-    words = "pretrain nano --precision fp32 --steps 3 --batch-size 8".split()
+    words = ["pretrain", "nano", *"--precision fp32 --steps 3".split(), *SMALL_BODY]
     words += ["--data", pictures, "--tokenizer", runs / "tok", "--tokens", tokens]
 
     first = beit(*made)
@@ -263,6 +265,7 @@ def test_a_substitutes_tokens_are_never_learnt(runs, photos, tmp_path):
     assert damaged == [1, 0]
 
 
+@pytest.mark.usefixtures("pages_unpainted")
 def test_shards_train_like_the_folder(photos, tmp_path):
     """The same pictures and labels: a training whose batches hold all of them goes the same way.
 
@@ -273,7 +276,7 @@ def test_shards_train_like_the_folder(photos, tmp_path):
     shards = tmp_path / "shards"
     shutil.copytree(photos, folder)
     (folder / "train" / "cat" / "broken.jpg").unlink()
-    train = ["finetune", "nano", *FEW_STEPS, "--labels-per-class", 8, "--batch-size", 16]
+    train = ["finetune", "nano", *FEW_STEPS, *SMALL_BODY, "--labels-per-class", 8]
     train += "--augment none --drop-path-rate 0 --init-scale 1 --warmup-steps 0".split()
 
     said = beit("shard", folder, "--out", shards, "--per-shard", 5).stdout
@@ -324,6 +327,7 @@ def test_bench_offers_every_benchmark():
     assert get_args(names) == tuple(BENCHES)
 
 
+@pytest.mark.usefixtures("pages_unpainted")
 def test_report(runs, tmp_path):
     page = runs / "pre" / "report.html"
     page.unlink()

@@ -31,6 +31,8 @@ from beit_nb.recipes import recipe_named
 from beit_nb.report import run_report
 from beit_nb.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+
 torch.set_num_threads(1)
 TOKENIZER = dict(steps=4, width=16, vocab_size=32, batch_size=4, precision="fp32")
 SHAPE = dict(embed_dim=32, depth=2, num_heads=2, drop_path_rate=0.0)
