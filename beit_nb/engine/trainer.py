@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Model', 'build_optimizer', 'few', 'misfits', 'check_fit', 'build_model', 'load_weights_and_moments', 'Stateful',
-           'check_same_step', 'Trainer']
+           'check_can_go_on', 'check_same_step', 'Placement', 'placement_of', 'Trainer']
 
 # %% ../../nbs/30_engine_trainer.ipynb #imports
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -131,6 +131,32 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: dict, /) -> Any: ...
 
+# %% ../../nbs/30_engine_trainer.ipynb #can-go-on
+def check_can_go_on(
+    state: Mapping[str, Any],  # the checkpoint
+    needs: set[str],  # parts that it must have
+    metadata: Mapping[str, Any],  # what it must say if it says anything
+    total: int,  # steps of the whole training
+    out: Path,  # for the message
+) -> None:
+    "Raise BeitError unless the run of a checkpoint can go on from it."
+    for name, value in metadata.items():
+        if state.get(name, value) != value:
+            raise BeitError(
+                f"the {name} have changed since this run began: {len(state[name])} in {out}, "
+                f"{len(value)} now, or others; choose another --out"
+            )
+    if lacks := sorted(needs - state.keys()):
+        raise BeitError(
+            f"the checkpoint in {out} lacks its {lacks[0]}, so that the run cannot go on; choose "
+            "another --out"
+        )
+    if state["step"] > total:
+        raise BeitError(
+            f"the checkpoint in {out} stands at step {state['step']} of {total}; choose another "
+            "--out"
+        )
+
 
 def check_same_step(step: int, out: Path) -> None:
     "All processes must have found the same checkpoint."
@@ -139,6 +165,28 @@ def check_same_step(step: int, out: Path) -> None:
             f"the processes find different checkpoints in {out}; --out must lie on a disk that "
             "all of them share"
         )
+
+# %% ../../nbs/30_engine_trainer.ipynb #placement
+class Placement(NamedTuple):
+    "Where and in which pieces a recipe trains."
+
+    device: torch.device
+    dtype: torch.dtype | None  # of autocast; None: fp32, without it
+    micro_batch_size: int  # pictures at once
+    sharded: bool  # do processes hold shards of the model?
+
+
+def placement_of(recipe: Run) -> Placement:
+    "What this machine and its processes make of a recipe; BeitError where they cannot."
+    device = default_device()
+    dtype = pick_precision(recipe.precision, device)
+    size = micro_batch_size(recipe.batch_size, recipe.device_batch_size, world_size())
+    sharded = recipe.parallel == "fsdp" and world_size() > 1
+    if sharded and dtype == torch.float16:
+        raise BeitError(
+            "parallel 'fsdp' does not go with fp16; set --precision bf16 or --parallel ddp"
+        )
+    return Placement(device, dtype, size, sharded)
 
 # %% ../../nbs/30_engine_trainer.ipynb #trainer
 class Trainer:
@@ -168,16 +216,7 @@ class Trainer:
         self.metadata = metadata or {}
         self.loss_mean = loss_mean
         self.quiet = quiet
-        self.device = default_device()
-        self.dtype = pick_precision(recipe.precision, self.device)
-        self.micro_batch_size = micro_batch_size(
-            recipe.batch_size, recipe.device_batch_size, world_size()
-        )
-        self.sharded = recipe.parallel == "fsdp" and world_size() > 1
-        if self.sharded and self.dtype == torch.float16:
-            raise BeitError(
-                "parallel 'fsdp' does not go with fp16; set --precision bf16 or --parallel ddp"
-            )
+        self.device, self.dtype, self.micro_batch_size, self.sharded = placement_of(recipe)
         self.model = model.to(self.device)
         if self.sharded:
             self.model = shard_model(self.model, self.device)
@@ -223,23 +262,8 @@ class Trainer:
     def restore(self, state: dict) -> None:
         "Go on where the checkpoint `state` was made; refused if it is of another recipe."
         check_same_run(state["config"], as_config(self.command, self.recipe), self.out)
-        for name, value in self.metadata.items():
-            if state.get(name, value) != value:
-                raise BeitError(
-                    f"the {name} have changed since this run began: {len(state[name])} in "
-                    f"{self.out}, {len(value)} now, or others; choose another --out"
-                )
         needs = {"step", "model", "optimizer", "scaler", "random", "data", *self.stateful}
-        if lacks := sorted(needs - state.keys()):
-            raise BeitError(
-                f"the checkpoint in {self.out} lacks its {lacks[0]}, so that the run cannot go on; "
-                "choose another --out"
-            )
-        if state["step"] > self.total:
-            raise BeitError(
-                f"the checkpoint in {self.out} stands at step {state['step']} of {self.total}; "
-                "choose another --out"
-            )
+        check_can_go_on(state, needs, self.metadata, self.total, self.out)
         load_weights_and_moments(self.model, self.optimizer, state, self.out)
         self.scaler.load_state_dict(state["scaler"])
         for name, x in self.stateful.items():
