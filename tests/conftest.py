@@ -23,6 +23,17 @@ from xdist.scheduler import LoadScopeScheduling
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MPLBACKEND", "agg")
 
+# The files that take longest in the quick selection, or hold most of the slow tests.
+LONG_FILES = (
+    "test_faults",
+    "test_engine_processes",
+    "test_strangers",
+    "test_whose_figures",
+    "test_engine_training",
+    "test_report",
+    "test_demo",
+    "test_lessons",
+)
 BROWSER_FIXTURES = {"lab", "chrome", "desk"}
 
 
@@ -56,10 +67,12 @@ def pytest_collection_modifyitems(items):
             raise pytest.UsageError(f"{item.nodeid} belongs in a file test_browser_*.py")
     # Playwright leaves an event loop running in its thread, and an explorer behaves otherwise
     # within one. A lesson does not mind: its kernel is a process of its own.
-    # The first lessons are short, and come last: both processes end at nearly one time.
+    # The first lessons are short, and come last: both processes end at nearly one time. Where
+    # lessons are not chosen, the files that take longest come first.
     kinds = {"other": [], "browser": [], "lessons": []}
     for item in items:
         kinds[kind(item.nodeid)].append(item)
+    kinds["other"].sort(key=lambda item: not item.path.stem.startswith(LONG_FILES))
     items[:] = [*kinds["other"], *kinds["browser"], *reversed(kinds["lessons"])]
 
 

@@ -207,8 +207,8 @@ def talk():
 
 
 @pytest.mark.slow
-def test_two_processes_agree():
-    first, second = run_distributed(talk)
+def test_two_processes_agree(top):
+    first, second = torch.load(top / "talks.pt")
 
     for name, value in dict(sum=21.0, mean=10.5, all=[0, 1], word="said by 0").items():
         assert first[name] == second[name] == value
@@ -222,7 +222,7 @@ def test_two_processes_agree():
 def train_all(top, jobs):
     """Runs several trainings, one after the other, in the same processes.
 
-    Returns what this rank drew in three steps of two micro-batches.
+    Returns what this rank drew in three steps of two micro-batches, and what it heard (`talk`).
     """
     from typing import NamedTuple
 
@@ -257,7 +257,8 @@ def train_all(top, jobs):
     with open_run("toy", r) as out:
         trainer = Trainer("toy", r, out, nn.Linear(2, 1), r.length(3 * 8), quiet=True)
         fit(trainer, OnesLoader(), compute_loss)
-    return torch.stack(draws)
+        heard = talk()
+    return torch.stack(draws), heard
 
 
 def pretraining_of(top, name, **changes):
@@ -299,7 +300,9 @@ def top(tmp_path_factory):
     for workers in (0, 2):
         where = dict(out=f"{top}/tokenizer-{workers}", workers=workers)
         jobs.append(("tokenizer", SMALL_TOKENIZER | where | dict(steps=5, log_every=2)))
-    torch.save(run_distributed(train_all, str(top), jobs), top / "draws.pt")
+    draws, talks = zip(*run_distributed(train_all, str(top), jobs, needs=(talk,)))
+    torch.save(draws, top / "draws.pt")
+    torch.save(talks, top / "talks.pt")
     run_alone(top, "two-to-one")  # the checkpoint of two FSDP processes goes on in this one
     return top
 

@@ -427,4 +427,5 @@ def test_a_file_with_one_thing_changed(copied, kind):
         file.unlink()
         file.write_bytes(sound)
         fuzz(file, random.Random(seed))
-        answered(*command(copied))
+        with unpainted() if file.name == "config.json" else nullcontext():  # no curve changes
+            answered(*command(copied))
