@@ -1,10 +1,14 @@
 "Other processes: started, looked at and waited for, but never for ever."
 
+import io
+import multiprocessing
+import resource
+import signal
 import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 PATIENCE = 300  # seconds: what takes longer hangs, on the slowest machine too
@@ -25,6 +29,28 @@ def run(*words, ok=0, **options):
 def run_python(code, *words, **options):
     "A program in a fresh interpreter that has ended."
     return run(sys.executable, "-c", code, *words, **options)
+
+
+def said_on_a_full_disk(work):
+    """What `work()` prints in a process whose files end after 100 kB.
+
+    A forked one: it has imported already what is imported here.
+    """
+    context = multiprocessing.get_context("fork")
+    listener, speaker = context.Pipe(duplex=False)
+
+    def life():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
+        with redirect_stdout(io.StringIO()) as said:
+            work()
+        speaker.send(said.getvalue())
+
+    process = context.Process(target=life)
+    process.start()
+    process.join(PATIENCE)
+    assert process.exitcode == 0
+    return listener.recv()
 
 
 def wait_until(holds, what, alive=lambda: True, seconds=PATIENCE, pause=0.002):

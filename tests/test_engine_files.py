@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 import tracemalloc
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers_processes import PATIENCE, run_python, wait_until
+from helpers_processes import PATIENCE, said_on_a_full_disk, wait_until
 
 from beit_nb import BeitError, UnreadableImage
 from beit_nb.engine.files import (
@@ -30,24 +31,19 @@ from beit_nb.engine.files import (
     write_json,
 )
 
-# A disk that is full after 100 kB, and three ways to meet its end.
-FULL_DISK = """
-import resource, signal, sys, numpy, torch
-from beit_nb import BeitError
-from beit_nb.engine.files import atomic_write
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
-for write in (
-    lambda f: f.write(bytes(300_000)),
-    lambda f: torch.save(torch.zeros(300_000), f),
-    lambda f: numpy.save(f, numpy.zeros(300_000)),
-):
-    try:
-        with atomic_write(sys.argv[1]) as f:
-            write(f)
-    except BeitError as e:
-        print(e)
-"""
+
+def write_on_a_full_disk(file: Path) -> None:
+    "Three ways to meet its end."
+    for write in (
+        lambda f: f.write(bytes(300_000)),
+        lambda f: torch.save(torch.zeros(300_000), f),
+        lambda f: np.save(f, np.zeros(300_000)),
+    ):
+        try:
+            with atomic_write(file) as f:
+                write(f)
+        except BeitError as e:
+            print(e)
 
 
 def write_until_killed(file: Path) -> None:
@@ -146,7 +142,7 @@ def test_a_full_disk_is_one_line_and_the_old_file_stays(tmp_path):
     file = tmp_path / "page"
     file.write_text("old")
 
-    said = run_python(FULL_DISK, file).stdout.splitlines()
+    said = said_on_a_full_disk(partial(write_on_a_full_disk, file)).splitlines()
 
     assert len(said) == 3
     for line in said:

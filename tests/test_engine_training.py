@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers_processes import PATIENCE, run_python, wait_until
+from helpers_processes import PATIENCE, said_on_a_full_disk, wait_until
 from helpers_runs import slowed_after, step_of
 from torch import Tensor, nn
 
@@ -284,27 +284,18 @@ def test_bad_numbers_never_reach_a_checkpoint(tmp_path, value):
     assert state["step"] == 8 and all(v.isfinite().all() for v in state["model"].values())
 
 
-STARVED = """
-import resource, signal, sys
-import torch
-from beit_nb import BeitError
-from beit_nb.engine.runs import save_checkpoint
-
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, -1))
-try:
-    save_checkpoint(sys.argv[1], dict(config=dict(command="toy"), x=torch.zeros(300_000)))
-except BeitError as e:
-    print(e)
-"""
-
-
 def test_full_disk(tmp_path):
     "A save that hits the end of the disk leaves the checkpoint before it, and says so in one line."
     path = tmp_path / "last.pt"
     save_checkpoint(path, dict(config=dict(command="toy"), x=torch.zeros(10)))
 
-    said = run_python(STARVED, path).stdout
+    def save_more():
+        try:
+            save_checkpoint(path, dict(config=dict(command="toy"), x=torch.zeros(300_000)))
+        except BeitError as e:
+            print(e)
+
+    said = said_on_a_full_disk(save_more)
 
     assert said.startswith(f"cannot write {path}") and "intact" in said and said.count("\n") == 1
     assert len(load_checkpoint(path)["x"]) == 10
