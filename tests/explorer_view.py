@@ -15,34 +15,38 @@ class ExplorerView:
         self.pad = output.locator(".beit-pad").first
 
     def slider(self, name):
-        return self.output.locator(".widget-slider", has_text=name)
-
-    def handle(self, name):
-        return self.slider(name).locator(".noUi-handle")
+        return self.output.get_by_role("slider", name=name, exact=True)
 
     def readout(self, name):
-        return self.slider(name).locator(".widget-readout").inner_text()
+        "The words beside a slider."
+        row = self.slider(name).locator("xpath=ancestor::*[contains(@class, 'beit-slider')]")
+        return row.locator("output").inner_text()
 
-    def drag(self, name, by):
-        "Take a slider's handle with the mouse and move it so many pixels."
-        box = self.handle(name).bounding_box()
-        x, y = box["x"] + 8, box["y"] + 8
-        self.page.mouse.move(x, y)
+    def drag(self, name, share):
+        "Take a slider's handle with the mouse and move it to that share of its way."
+        slider = self.slider(name)
+        box = slider.bounding_box()
+        now = slider.evaluate("e => e.value / e.max")
+        place = lambda share: box["x"] + 8 + share * (box["width"] - 16)  # noqa: E731
+        y = box["y"] + box["height"] / 2
+        self.page.mouse.move(place(now), y)
         self.page.mouse.down()
-        self.page.mouse.move(x + by, y, steps=6)
+        self.page.mouse.move(place(share), y, steps=6)
         self.page.mouse.up()
 
     def field(self, name):
         "A menu or a field, by its label."
         return self.output.get_by_label(name, exact=True)
 
+    def chosen(self, name):
+        "What a menu shows."
+        return self.field(name).evaluate("e => e.selectedOptions[0].text")
+
     def button(self, name):
         return self.output.get_by_role("button", name=name)
 
     def upload(self, files):
-        with self.page.expect_file_chooser() as chooser:
-            self.button("file").click()
-        chooser.value.set_files(files)
+        self.output.locator("input[type=file]").set_input_files(files)
 
     def cell(self, row, col, unit="patch"):
         return self.output.get_by_role("gridcell", name=re.compile(rf"^{unit} {row},{col}\b"))

@@ -14,7 +14,7 @@ from playwright.sync_api import expect
 from beit_nb.attention import attention_maps
 from beit_nb.explorers.attention import heads_picture, heads_table, mim_predictor, ready_mim
 from beit_nb.explorers.elbo import AlphabetExplorer, GapFigure, TemperatureExplorer
-from beit_nb.explorers.figures import TEXT_COLOR
+from beit_nb.explorers.figures import PAPER
 from beit_nb.explorers.patches import sequence_picture
 from beit_nb.explorers.recipes import recipe_curves
 from beit_nb.explorers.tokens import some_digits, token_probs
@@ -330,5 +330,5 @@ def test_words_can_be_read_and_nothing_is_cut_off(page, theme):
         parts = view.output.locator("img:visible, svg:visible, .widget-slider:visible")
         right = max(parts.evaluate_all(RIGHT_EDGES))
         assert right <= box["x"] + box["width"] + 1, f"{code} is cut off at the right"
-    ink = [int(TEXT_COLOR[i : i + 2], 16) for i in (1, 3, 5)]
+    ink = [int(PAPER.ink[i : i + 2], 16) for i in (1, 3, 5)]
     assert contrast(ink, view.ground()) >= 3.5

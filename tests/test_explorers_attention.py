@@ -74,7 +74,7 @@ def test_explorer_follows_the_click_and_the_mass(model):
     seen = set()
     for cell in (0, 9, 63):
         explorer.pad.press(cell)
-        seen.add(bytes(explorer.view.value))
+        seen.add(bytes(explorer.view.picture))
 
     assert len(seen) == 3 and "<b>100%</b>" in explorer.words.value
     explorer.controls.mass.value = 0.05

@@ -104,7 +104,7 @@ def test_temperature_begins_where_it_is_told():
     explorer.controls[0].value = 0.125
 
     share = int(explorer.words.value.split("<b>")[1].split("%")[0])
-    assert share > 90 and "alert" not in explorer.error_line.value
+    assert share > 90 and explorer.guide.error == ""
 
 
 def test_cost_of_a_token_falls_with_the_weight():

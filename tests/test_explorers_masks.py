@@ -139,15 +139,16 @@ def test_predictions_can_have_names():
 def test_a_bad_picture_spoils_no_game(explorer):
     before = explorer.mask
 
-    explorer.controls.picture.add("letter.txt", b"Dear reader")
+    menu = explorer.controls.picture
+    menu.upload.set_state({"name": "letter.txt", "content": b"Dear reader", "count": 1})
 
-    assert "not a picture" in explorer.error_line.value
-    assert (explorer.mask == before).all()
+    assert "letter.txt is not a picture" in menu.upload.says
+    assert (explorer.mask == before).all() and menu.name == "chelsea"
 
 
 def test_a_rule_that_cannot_work_shows_no_mask(explorer):
     explorer.controls.smallest.value = 40
     explorer.controls.ratio.value = 0.1
 
-    assert "so masks would stay empty" in explorer.error_line.value
+    assert "so masks would stay empty" in explorer.guide.error
     assert not explorer.mask.any()

@@ -132,20 +132,20 @@ def test_cursor_stays_inside_a_smaller_grid():
     explorer.controls.patch_size.value = 56
 
     assert explorer.pad.cursor == 0 and explorer.pad.rows == 4
-    assert "alert" not in explorer.error_line.value
+    assert explorer.guide.error == ""
 
 
 def test_mistakes_are_one_line_and_the_picture_stays(tmp_path):
     explorer = PatchExplorer()
-    before = bytes(explorer.view.value)
+    before = bytes(explorer.view.picture)
 
     for bad in (b"not a picture", str(tmp_path / "nothing.png")):
         explorer.controls.picture.value = bad
-        assert "alert" in explorer.error_line.value
-        assert "Traceback" not in explorer.error_line.value
-        assert bytes(explorer.view.value) == before
+        assert explorer.guide.error
+        assert "Traceback" not in explorer.guide.error
+        assert bytes(explorer.view.picture) == before
     explorer.controls.picture.value = "coffee"
-    assert "alert" not in explorer.error_line.value and bytes(explorer.view.value) != before
+    assert explorer.guide.error == "" and bytes(explorer.view.picture) != before
 
 
 def test_no_picture_at_all_is_a_line_too(tmp_path):
@@ -153,4 +153,4 @@ def test_no_picture_at_all_is_a_line_too(tmp_path):
 
     data, _ = explorer._repr_mimebundle_()
 
-    assert "image/png" not in data and "alert" in explorer.error_line.value
+    assert "image/png" not in data and explorer.guide.error

@@ -2,7 +2,6 @@
 
 import asyncio
 import threading
-from datetime import UTC, datetime
 
 import ipywidgets as W
 import numpy as np
@@ -10,14 +9,17 @@ import pytest
 from PIL import Image
 
 from beit_nb import UnreadableImage
+from beit_nb.explorers.controls import Slider
 from beit_nb.explorers.pad import PatchPad, png_bytes
 from beit_nb.explorers.shell import (
+    Act,
     DebouncedCallback,
     Explorer,
     FunctionExplorer,
     PictureMenu,
-    control,
+    WrongSetting,
     one_line,
+    plain_words,
 )
 
 
@@ -27,7 +29,7 @@ def draw_gray(share):
 
 
 def gray_explorer(value=1.0):
-    return FunctionExplorer(draw_gray, control(W.FloatSlider, "share", value=value, max=1))
+    return FunctionExplorer(lambda screen: draw_gray, Slider("share", [0.0, 0.5, 1.0], value))
 
 
 def test_one_line_of_an_error():
@@ -112,24 +114,24 @@ def test_callbacks_of_two_threads_do_not_mix():
 
 def test_control_moves_picture_and_words():
     explorer = gray_explorer()
-    before = explorer.view.value
+    before = explorer.view.picture
 
     explorer.controls[0].value = 0.5
 
-    assert explorer.view.value != before and ">2.00<" in explorer.words.value
+    assert explorer.view.picture != before and ">2.00<" in explorer.words.value
     assert explorer.static_picture().getpixel((0, 0)) == (128, 128, 128)
 
 
 def test_a_mistake_is_one_line_and_the_picture_stays():
     explorer = gray_explorer()
-    before = explorer.view.value
+    before = explorer.view.picture
 
     explorer.controls[0].value = 0.0
 
-    assert "division by zero" in explorer.error_line.value
-    assert "Traceback" not in explorer.error_line.value and explorer.view.value == before
+    assert "division by zero" in explorer.guide.error
+    assert "Traceback" not in explorer.guide.error and explorer.view.picture == before
     explorer.controls[0].value = 0.5
-    assert "alert" not in explorer.error_line.value
+    assert explorer.guide.error == ""
 
 
 def test_an_explorer_that_never_drew_is_shown_without_a_picture():
@@ -137,7 +139,7 @@ def test_an_explorer_that_never_drew_is_shown_without_a_picture():
 
     data, _ = explorer._repr_mimebundle_()
 
-    assert "image/png" not in data and "alert" in explorer.error_line.value
+    assert "image/png" not in data and explorer.guide.error
 
 
 @pytest.mark.parametrize(
@@ -152,24 +154,36 @@ def test_an_explorer_that_never_drew_is_shown_without_a_picture():
 def test_menu_begins_with_what_it_was_given(source, value, first):
     menu = PictureMenu(source)
 
-    assert menu.value == value and menu.menu.options[0] == first
-    assert menu.menu.options.count("coffee") == 1
+    assert menu.value == value and menu.menu.names[0] == first
+    assert menu.menu.names.count("coffee") == 1
 
 
 def test_an_added_picture_is_chosen():
     menu = PictureMenu()
+    red = Image.new("RGB", (8, 8), "red")
+    seen = []
+    menu.observe(lambda change: seen.append(change.new), "value")
 
-    menu.add("letter.txt", b"Dear reader")
+    menu.add("red", red)
 
-    assert menu.value == b"Dear reader" and menu.menu.value == "letter.txt"
-    menu.menu.value = "rocket"
+    assert seen == [red] and menu.name == "red"  # and no other picture for a moment
+    menu.menu.choose("rocket")
     assert menu.value == "rocket"
+
+
+def test_what_is_no_picture_is_not_added():
+    menu = PictureMenu("coffee")
+
+    with pytest.raises(UnreadableImage):
+        menu.add("letter.txt", b"Dear reader")
+
+    assert menu.value == menu.name == "coffee" and "letter.txt" not in menu.menu.names
 
 
 def upload(menu, name, data):
     "What the browser sends."
-    file = dict(name=name, type="image/png", size=len(data), content=memoryview(data))
-    menu.upload.value = [file | {"last_modified": datetime.now(UTC)}]
+    count = menu.upload.count + 1
+    menu.upload.set_state({"name": name, "content": data, "count": count})
 
 
 def test_no_upload_stays_in_memory():
@@ -177,9 +191,106 @@ def test_no_upload_stays_in_memory():
     picture = png_bytes(Image.new("RGB", (1000, 2000), "red"))
 
     upload(menu, "red.png", picture)
-    assert menu.upload.value == () and menu.menu.value == "red.png"
-    assert menu.value.size == (896, 896)
 
-    upload(menu, "letter.txt", b"Dear reader" * 1000)
-    assert menu.upload.value == () and isinstance(menu.value, UnreadableImage)
-    assert not any(isinstance(source, bytes) for source in menu.sources.values())
+    assert menu.upload.content == b"" and menu.name == "red.png"
+    assert menu.value.size == (896, 896)
+    assert menu.upload.notes == "shown: the centre 1000 x 1000 of 1000 x 2000"
+    assert not any(isinstance(source, bytes) for source in menu.menu.choices.values())
+
+
+def test_after_a_bad_upload_the_last_picture_stays():
+    menu = PictureMenu("coffee")
+    upload(menu, "red.png", png_bytes(Image.new("RGB", (40, 40), "red")))
+    red = menu.value
+    seen = []
+    menu.observe(seen.append, "value")
+
+    upload(menu, "letter.png", b"Dear reader" * 1000)
+
+    assert menu.value is red and menu.name == "red.png" and seen == []
+    assert menu.upload.says.startswith("letter.png is not a picture")
+    assert menu.upload.content == b""
+    menu.menu.choose("rocket")
+    assert menu.upload.says == menu.upload.notes == ""
+
+
+def test_what_the_browser_cannot_send_is_said():
+    menu = PictureMenu()
+
+    menu.upload.set_state({"problem": "huge.heic is no picture", "name": "huge.heic", "count": 1})
+
+    assert menu.upload.says == "huge.heic is no picture" and menu.value == "chelsea"
+
+
+class Halves(Explorer):
+    "A slider that must not be 0, and an act."
+
+    ACTS = (Act("Set it to 4.", lambda explorer: explorer.slider.value == 4),)
+
+    def __init__(self):
+        self.slider = Slider("n", [0, 1, 2, 4], 1)
+        self.words = W.HTML()
+        self.results = (self.words,)
+        super().__init__([self.slider, self.words], watch=[self.slider])
+
+    def update(self, change=None):
+        if self.slider.value == 0:
+            raise WrongSetting("0 has no half", self.slider)
+        self.words.value = f"{1 / self.slider.value}"
+
+    def describe(self):
+        return self.words.value
+
+    def link(self):
+        return f"Halves({self.slider.value})"
+
+
+def test_a_wrong_setting_is_said_beside_its_control_until_it_is_mended():
+    explorer = Halves()
+    explorer.slider.value = 0
+
+    explorer.guarded(lambda: None)()  # something else happens, and succeeds
+
+    assert explorer.slider.says == "0 has no half" and explorer.guide.error == ""
+    assert "stale" in explorer.words._dom_classes and explorer.words.value == "1.0"
+    explorer.slider.value = 2
+    assert explorer.slider.says == "" and "stale" not in explorer.words._dom_classes
+
+
+def test_another_fault_does_not_hide_the_first():
+    explorer = Halves()
+    explorer.slider.value = 0
+
+    explorer.guarded(lambda: 1 / 0)()
+
+    assert explorer.slider.says == "0 has no half"
+    assert explorer.guide.error == "division by zero"
+
+
+def test_acts_are_ticked_off_once_and_for_all():
+    explorer = Halves()
+    before = explorer.guide.done
+
+    explorer.slider.value = 4
+    explorer.slider.value = 1
+
+    assert (before, explorer.guide.done) == ([], [0])
+    assert explorer.guide.said == "1.0" and explorer.code_line.code == "Halves(1)"
+
+
+def test_a_fine_screen_gets_a_finer_picture_of_the_same_size():
+    def make(screen):
+        size = 100 * screen.density
+        return lambda share: (Image.new("RGB", (size, size), screen.ink), f"{share}")
+
+    explorer = FunctionExplorer(make, Slider("share", [0.5, 1.0], 0.5))
+    coarse = explorer.view.picture
+
+    explorer.guide.ground = [True, 2]
+
+    assert explorer.view.picture != coarse and explorer.view.width == 100
+    assert explorer.static_picture().size == (100, 100)  # on paper
+
+
+def test_tags_are_not_spoken():
+    assert plain_words("<b>0.2</b>\n s &lt;") == "0.2 s <"

@@ -67,7 +67,7 @@ def test_explorer_takes_any_tokenizer(kind):
 
     grid = (64 // tokenizer.downsample, 96 // tokenizer.downsample)
     assert (explorer.pad.rows, explorer.pad.cols) == grid
-    assert "alert" not in explorer.error_line.value
+    assert explorer.guide.error == ""
 
 
 def test_what_a_cell_does_not_see_does_not_matter(tokenizer):

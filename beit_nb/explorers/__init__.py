@@ -1,10 +1,10 @@
 """Things to touch: pictures under a finger, and every idea of the book as an explorer.
 
 Written by hand, as beit_nb/__init__.py is; the modules of this package are exported from the
-notebooks nbs/60 to nbs/69, and pad.js and explorers.css, the part that runs in the browser, are
-plain files beside them. Each explorer can be imported from here and is loaded when it is first
-asked for, so that `import beit_nb.explorers` imports neither torch nor ipywidgets. It only looks
-whether they are installed: here is the one place that every import of an explorer passes.
+notebooks nbs/70 to nbs/81, and pad.js, controls.js and explorers.css, the part that runs in the
+browser, are plain files beside them. Each explorer can be imported from here and is loaded when it
+is first asked for, so that `import beit_nb.explorers` imports neither torch nor ipywidgets. It only
+looks whether they are installed: here is the one place that every import of an explorer passes.
 """
 
 from importlib import import_module
@@ -19,7 +19,8 @@ for widgets in ("ipywidgets", "anywidget"):  # needed here and nowhere else in b
 
 HOMES = {
     "pad": "PatchPad",
-    "shell": "Explorer FunctionExplorer DebouncedCallback",
+    "controls": "Slider Menu Field Upload Picture Guide CodeLine",
+    "shell": "Explorer FunctionExplorer DebouncedCallback PictureMenu Act WrongSetting",
     "mask_rules": "MaskRule",
     "masks": "MaskExplorer",
     "patches": "PatchExplorer",

@@ -22,13 +22,13 @@ from .. import BeitError
 from ..attention import attention_maps, patch_attention, top_mass_mask
 from ..configs import PretrainRecipe
 from ..engine.log import read_metrics
-from .figures import TEXT_COLOR, mosaic, on_white, side_by_side, words_html
-from .pad import PatchPad, png_bytes
+from .controls import Picture
+from .figures import PAPER, mosaic, on_white, side_by_side, words_html
+from .pad import PatchPad
 from beit_nb.explorers.shell import (
     CONTROL_WIDTH,
     Explorer,
     control,
-    picture_view,
     titled_column,
 )
 from .tokens import some_digits
@@ -87,12 +87,12 @@ def heads_picture(table: Tensor, size: int = 44) -> Image.Image:
     font = ImageFont.load_default(11)
     for i in range(blocks):
         place = (left - 6, top + 1 + (i + 0.5) * step)
-        draw.text(place, f"block {i + 1}", TEXT_COLOR, font, anchor="rm")
+        draw.text(place, f"block {i + 1}", PAPER.ink, font, anchor="rm")
     head = "head " if size >= 40 else ""  # or there is no room
     names = [f"{head}{j + 1}" for j in range(cols - 1)] + ["mean"]
     for j, name in enumerate(names):
         place = (left + 1 + (j + 0.5) * step, top - 4)
-        draw.text(place, name, TEXT_COLOR, font, anchor="ms")
+        draw.text(place, name, PAPER.ink, font, anchor="ms")
     return page
 
 # %% ../../nbs/79_explorers_attention.ipynb #attention-controls
@@ -126,7 +126,7 @@ class AttentionExplorer(Explorer):
         self.controls = AttentionControls(len(self.images))
         middle = rows // 2 * cols + cols // 2
         self.pad = PatchPad(rows=rows, cols=cols, mode="pick", width=256, cursor=middle)
-        self.view = picture_view()
+        self.view = Picture()
         self.words = W.HTML()
         self.pad.observe(self.guarded(self.point), "cursor")
         self.controls.mass.observe(self.guarded(self.point), "value")
@@ -147,7 +147,7 @@ class AttentionExplorer(Explorer):
         table = heads_table(self.maps, patch, self.grid_size, mass)
         size = min(52, 480 // table.shape[1] - 2)
         self.picture = heads_picture(table, max(self.grid_size[0], size))
-        self.view.value = png_bytes(self.picture)
+        self.view.show(self.picture)
         kept = kept_share(self.maps, patch, self.grid_size, mass)
         self.words.value = words_html(
             f"{mass:.0%} of the attention lies on <b>{kept:.0%}</b> of the patches; "

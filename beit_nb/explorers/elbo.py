@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..elbo import DiscreteLatentModel, elbo, kl_categorical, kl_uniform, posterior
-from .figures import FIGURE_STYLE, BlittedFigure, as_tiles, mosaic
+from .figures import PAPER, BlittedFigure, as_tiles, figure_style, mosaic
 from .shell import CONTROL_WIDTH, FunctionExplorer, control
 from ..gumbel import gumbel_softmax, sample_gumbel
 from ..images import PALETTE, house_pictures, to_pil
@@ -78,7 +78,7 @@ def _draw_thumbnails(ax: Axes) -> None:
 class GapFigure:
     "t -> (picture, words): the belief about one picture, and ELBO + gap of all sixteen."
 
-    @rc_context(FIGURE_STYLE)
+    @rc_context(figure_style(PAPER))
     def __init__(self):
         q, low, gap = (x.numpy() for x in interpolate_posterior(0.0))
         goal = interpolate_posterior(1.0)[0][FRAMED].numpy()
@@ -123,7 +123,7 @@ class GapExplorer(FunctionExplorer):
     def __init__(self):
         limits = dict(value=0.0, min=0, max=1, step=0.05)
         slider = control(W.FloatSlider, "q to posterior", CONTROL_WIDTH, **limits)
-        super().__init__(GapFigure(), slider)
+        super().__init__(lambda screen: GapFigure(), slider)
 
 # %% ../../nbs/77_explorers_elbo.ipynb #temperature-figure
 class TemperatureFigure:
@@ -131,7 +131,7 @@ class TemperatureFigure:
 
     CORNERS = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.75**0.5]])
 
-    @rc_context(FIGURE_STYLE)
+    @rc_context(figure_style(PAPER))
     def __init__(self, logits: Tensor, noise: Tensor):  # (3,), (n, 3)
         self.logits = logits
         self.noise = noise
@@ -179,7 +179,7 @@ class TemperatureExplorer(FunctionExplorer):
             logits = torch.tensor([0.0, 1.0, -1.0])
         limits = dict(value=tau, base=2, min=-5, max=3, step=0.25, readout_format=".2f")
         slider = control(W.FloatLogSlider, "temperature", CONTROL_WIDTH, **limits)
-        super().__init__(TemperatureFigure(logits, noise), slider)
+        super().__init__(lambda screen: TemperatureFigure(logits, noise), slider)
 
 # %% ../../nbs/77_explorers_elbo.ipynb #fit-codebook
 def fit_codebook(
@@ -242,4 +242,4 @@ class AlphabetExplorer(FunctionExplorer):
         image = house_pictures(224)[0] if image is None else image
         limits = dict(value=1, base=2, min=-3, max=8, step=0.25, readout_format=".2f")
         slider = control(W.FloatLogSlider, "KL weight", CONTROL_WIDTH, **limits)
-        super().__init__(AlphabetFigure(image), slider)
+        super().__init__(lambda screen: AlphabetFigure(image), slider)

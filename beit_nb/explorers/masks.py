@@ -38,7 +38,7 @@ class MaskControls(W.VBox):
         self.img_size = img_size
         rows, cols = rule.grid_size
         wide = 412
-        self.picture = PictureMenu(picture, wide)
+        self.picture = PictureMenu(picture)
         choice = dict(options=ALGORITHMS, value=rule.algorithm)
         self.algorithm = control(W.Dropdown, "algorithm", wide, **choice)
         ratio = round(200 * rule.num_mask_patches / (rows * cols)) / 200

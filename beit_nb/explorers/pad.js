@@ -9,6 +9,15 @@ const TEMPLATE = `
 </div>
 <div class="beit-status" role="status"></div>`;
 
+// Calls each function whenever one of its traits changes; returns how to end that.
+function follow(model, wishes) {
+  const heard = Object.entries(wishes).flatMap(([names, show]) =>
+    names.split(" ").map((name) => [`change:${name}`, show]),
+  );
+  heard.forEach(([event, show]) => model.on(event, show));
+  return () => heard.forEach(([event, show]) => model.off(event, show));
+}
+
 const clip = (x, n) => Math.max(0, Math.min(n - 1, Math.floor(x)));
 
 // ---------------------------------------------------------------------------- drawing
@@ -21,9 +30,8 @@ function showPicture(model, ui) {
 function buildGrid(model, ui) {
   const rows = model.get("rows");
   const cols = model.get("cols");
-  const width = model.get("width");
-  ui.pad.style.width = `${width}px`;
-  ui.pad.style.height = `${Math.round((width * rows) / cols)}px`;
+  ui.place.style.setProperty("--width", `${model.get("width")}px`);
+  ui.pad.style.aspectRatio = `${cols} / ${rows}`;
   const template = `repeat(${rows}, minmax(0, 1fr)) / repeat(${cols}, minmax(0, 1fr))`;
   ui.grid.style.gridTemplate = template;
   ui.boxes.style.gridTemplate = template;
@@ -39,32 +47,43 @@ function buildGrid(model, ui) {
 }
 
 // Which cells are marked, where the cursor is, and a sentence for each cell ("patch 2,9 masked")
-// for those who listen to a screen instead of seeing it.
+// for those who listen to a screen instead of seeing it. In mode "pick" the cursor is what is
+// selected, and a cell is called by its place, with a note if there is one.
 function showCells(model, ui) {
   const marked = new Set(model.get("marked"));
   const cursor = model.get("cursor");
   const cols = model.get("cols");
   const words = model.get("words");
   const notes = model.get("notes");
-  ui.pad.classList.toggle("pick", model.get("mode") == "pick");
+  const pick = model.get("mode") == "pick";
+  ui.pad.classList.toggle("pick", pick);
+  ui.pad.style.setProperty("--ink", model.get("ink"));
   ui.grid.ariaLabel = model.get("label");
   ui.cells.forEach((cell, i) => {
     const place = `${Math.floor(i / cols)},${i % cols}`;
-    const state = notes[i] ?? words[+marked.has(i)];
-    cell.ariaSelected = marked.has(i);
+    const state = notes[i] ?? (pick ? "" : words[+marked.has(i)]);
+    cell.ariaSelected = pick ? i == cursor : marked.has(i);
+    cell.classList.toggle("marked", marked.has(i));
     cell.tabIndex = i == cursor ? 0 : -1;
     cell.ariaLabel = [model.get("unit"), place, state].join(" ").trim();
   });
   if (ui.grid.contains(document.activeElement)) {
     ui.cells[cursor]?.focus({ preventScroll: true });
   }
+  showStatus(ui);
+}
+
+// The sentence of the cell under the pointer, or of the one that was touched last.
+function showStatus(ui) {
+  ui.status.textContent = ui.cells[ui.here]?.ariaLabel ?? "";
 }
 
 function showBoxes(model, ui) {
-  const boxes = model.get("boxes").map(([top, left, height, width, color]) => {
+  const boxes = model.get("boxes").map(([top, left, height, width, color, line]) => {
     const box = document.createElement("div");
     box.style.gridArea = `${top + 1} / ${left + 1} / span ${height} / span ${width}`;
-    box.style.borderColor = color;
+    box.style.setProperty("--color", color);
+    box.className = line;
     return box;
   });
   ui.boxes.replaceChildren(...boxes);
@@ -80,7 +99,8 @@ function change(model, ui, cells, cursor, mark) {
   }
   model.set({ marked: [...marked].sort((a, b) => a - b), cursor });
   model.save_changes();
-  ui.status.textContent = ui.cells[cursor].ariaLabel;
+  ui.here = cursor;
+  showStatus(ui);
 }
 
 // The cells on a straight line between two cells, both included.
@@ -110,6 +130,15 @@ function listenToPointer(model, ui) {
     return row * cols + col;
   };
 
+  // Python may want to know over which cell the pointer hovers; -1: over none.
+  const point = (cell) => {
+    ui.here = cell;
+    showStatus(ui);
+    if (!model.get("hovers") || cell == model.get("pointed")) return;
+    model.set({ pointed: cell });
+    model.save_changes();
+  };
+
   ui.grid.onpointerdown = (event) => {
     if (event.button) return; // the first button only
     event.preventDefault();
@@ -122,13 +151,14 @@ function listenToPointer(model, ui) {
   ui.grid.onpointermove = (event) => {
     const here = cellUnder(event);
     if (mark === null) {
-      ui.status.textContent = ui.cells[here].ariaLabel;
+      point(here);
     } else if (here != last) {
       const cells = cellsBetween(last, here, model.get("cols"));
       last = here;
       change(model, ui, cells, here, mark);
     }
   };
+  ui.grid.onpointerleave = () => point(-1);
   const release = () => {
     mark = null;
   };
@@ -169,8 +199,12 @@ function listenToKeys(model, ui) {
 
 function render({ model, el }) {
   el.innerHTML = TEMPLATE;
-  el.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves the keys to us
+  el.addEventListener("focusin", (event) => {
+    event.target.dataset.lmSuppressShortcuts = "true"; // JupyterLab leaves the keys to us
+  });
+  el.classList.add("beit-place");
   const ui = {
+    place: el,
     pad: el.querySelector(".beit-pad"),
     image: el.querySelector("img"),
     grid: el.querySelector(".cells"),
@@ -182,17 +216,21 @@ function render({ model, el }) {
     showCells(model, ui);
     showBoxes(model, ui);
   };
-  model.on("change:picture", () => showPicture(model, ui));
-  for (const name of ["rows", "cols", "width"]) model.on(`change:${name}`, rebuild);
-  for (const name of ["marked", "cursor", "mode", "notes", "words", "unit", "label"]) {
-    model.on(`change:${name}`, () => showCells(model, ui));
-  }
-  model.on("change:boxes", () => showBoxes(model, ui));
+  const unfollow = follow(model, {
+    picture: () => showPicture(model, ui),
+    "rows cols width": rebuild,
+    "marked cursor mode notes words unit label ink": () => showCells(model, ui),
+    boxes: () => showBoxes(model, ui),
+  });
 
   showPicture(model, ui);
   rebuild();
   listenToPointer(model, ui);
   listenToKeys(model, ui);
+  return () => {
+    unfollow();
+    URL.revokeObjectURL(ui.image.src);
+  };
 }
 
 export default { render };

@@ -76,24 +76,22 @@ def _count_pixels(file: str | Path | io.BytesIO, name: str) -> int:
 
 
 def _whole_picture(
-    source: str | Path | bytes | Tensor | Image.Image | UnreadableImage, most: int | None
+    source: str | Path | bytes | Tensor | Image.Image, most: int | None, name: str = "this file"
 ) -> Image.Image:
     "The picture of any source, RGB; of a file with at most that many pixels (`max_pixels`)."
-    if isinstance(source, UnreadableImage):  # of `small_copy`
-        raise source
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     if isinstance(source, Tensor):
         return to_pil(source)
     if isinstance(source, str) and source in embedded_photos():
         return embedded_photos()[source]
-    name = "this file" if isinstance(source, bytes) else str(source)
+    name = name if isinstance(source, bytes) else str(source)
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     pixels = _count_pixels(file, name)
     most = most or max_pixels()
     if pixels > most:
         raise UnreadableImage(
-            f"{name} has {pixels / 1e6:.2g} million pixels or more, {most / 1e6:.2g} are "
+            f"{name} has {pixels / 1e6:,.3g} million pixels or more, {most / 1e6:,.3g} are "
             "allowed; make it smaller first"
         )
     return load_image(file)
@@ -101,7 +99,7 @@ def _whole_picture(
 
 def read_picture(
     # a name of `embedded_photos`, a path, the bytes of a file, (3, H, W) in [0, 1], or PIL
-    source: str | Path | bytes | Tensor | Image.Image | UnreadableImage,
+    source: str | Path | bytes | Tensor | Image.Image,
     size: int = 448,  # pixels a side
     max_pixels: int | None = None,  # of the file; more are refused; none: as everywhere
 ) -> Image.Image:
@@ -109,26 +107,33 @@ def read_picture(
     return center_square(_whole_picture(source, max_pixels), size)
 
 
-def small_copy(data: bytes) -> Image.Image | UnreadableImage:
-    "What to keep of an upload, however large: its square, of at most 896 pixels, or the refusal."
-    try:
-        image = _whole_picture(data, None)
-        return center_square(image, min(*image.size, 896))
-    except UnreadableImage as e:
-        return e
+def small_copy(data: bytes, name: str = "this file") -> tuple[Image.Image, str]:
+    """What to keep of an upload, however large: its square, of at most 896 pixels; and what it is.
+
+    Raises UnreadableImage, in one line that calls the file by its name.
+    """
+    image = _whole_picture(data, None, name)
+    width, height = image.size
+    side = min(width, height)
+    part = "" if width == height else f"the centre {side} x {side} of "
+    return center_square(image, min(side, 896)), f"shown: {part}{width} x {height}"
 
 # %% ../../nbs/70_explorers_pad.ipynb #draw-boxes
 HIDDEN = "#6b7078"  # the colour of a covered cell; explorers.css has it too
 
 
 class Box(NamedTuple):
-    "A frame around cells, counted in cells from the top left; `color` as in CSS, '#rrggbb'."
+    """A frame around cells, counted in cells from the top left; `color` as in CSS, '#rrggbb'.
+
+    A "dashed" one is crossed out as well.
+    """
 
     top: int
     left: int
     height: int
     width: int
     color: str
+    line: str = "solid"  # or "dashed"
 
 
 def cover_cells(image: Image.Image, mask: np.ndarray, color: str = HIDDEN) -> Image.Image:
@@ -151,33 +156,39 @@ def draw_boxes(image: Image.Image, boxes: list[Box], rows: int, cols: int) -> Im
     draw = ImageDraw.Draw(image)
     cell_height = image.height / rows
     cell_width = image.width / cols
-    for top, left, height, width, color in boxes:
-        right = (left + width) * cell_width - 1
-        bottom = (top + height) * cell_height - 1
-        corners = (left * cell_width, top * cell_height, right, bottom)
-        draw.rectangle(corners, outline=color, width=3)
+    for box in boxes:
+        left = box.left * cell_width
+        top = box.top * cell_height
+        right = (box.left + box.width) * cell_width - 1
+        bottom = (box.top + box.height) * cell_height - 1
+        draw.rectangle((left, top, right, bottom), outline=box.color, width=3)
+        if box.line == "dashed":
+            draw.line((left, top, right, bottom), box.color, 2)
+            draw.line((left, bottom, right, top), box.color, 2)
     return image
 
 # %% ../../nbs/70_explorers_pad.ipynb #assets
 def asset(name: str) -> str:
-    "The text of a file that lies beside this module: pad.js or explorers.css."
+    "The text of a file that lies beside this module, such as pad.js."
     return files("beit_nb.explorers").joinpath(name).read_text(encoding="utf8")
 
 
 EXPLORER_STYLE = asset("explorers.css")
 
 # %% ../../nbs/70_explorers_pad.ipynb #static-picture
-def add_static_picture(bundle, paint: Callable[[], Image.Image]) -> tuple[dict, dict]:
+def add_static_picture(
+    bundle, paint: Callable[[], Image.Image], alt: str = ""
+) -> tuple[dict, dict]:
     """A widget's output (MIME bundle, or bundle and metadata) with a PNG beside the widget.
 
-    `paint()` makes the picture. Pages that run no widgets show it.
+    `paint()` makes the picture, which pages that run no widgets show; `alt` says what is on it.
     """
     data, metadata = bundle if isinstance(bundle, tuple) else (bundle or {}, {})
     try:
         picture = base64.b64encode(png_bytes(paint())).decode()
     except Exception:  # the widget itself says what is wrong
         return data, metadata
-    return {**data, "image/png": picture}, metadata
+    return {**data, "image/png": picture}, {**metadata, "image/png": {"alt": alt}}
 
 # %% ../../nbs/70_explorers_pad.ipynb #traits
 class PadTraits(anywidget.AnyWidget):
@@ -193,17 +204,21 @@ class PadTraits(anywidget.AnyWidget):
     marked = T.List(T.Int()).tag(sync=True)  # numbers of the painted cells, row by row
     cursor = T.Int(0).tag(sync=True)  # the cell that was touched last
     boxes = T.List().tag(sync=True)  # of Box
+    hovers = T.Bool(False).tag(sync=True)  # does `pointed` follow the pointer?
+    pointed = T.Int(-1).tag(sync=True)  # the cell under it; -1: none
+    ink = T.Unicode(HIDDEN).tag(sync=True)  # the colour of marked cells
     label = T.Unicode("patches").tag(sync=True)  # what a screen reader calls the grid
     unit = T.Unicode("patch").tag(sync=True)  # and a cell
     words = T.List(T.Unicode(), ["shown", "masked"]).tag(sync=True)  # of unmarked, marked cells
-    notes = T.List(T.Unicode()).tag(sync=True)  # a word for each cell, instead of these two
+    notes = T.List(T.Unicode()).tag(sync=True)  # words for each cell, instead of these two
 
 # %% ../../nbs/70_explorers_pad.ipynb #pad
 class PatchPad(PadTraits):
     """A picture under rows x cols cells.
 
     In `mode` "paint" a touch covers or uncovers cells, in `mode` "pick" it points at one. Hear of
-    it with `observe(..., "marked")` or `observe(..., "cursor")`.
+    it with `observe(..., "marked")` or `observe(..., "cursor")`; where it `hovers`, the cell under
+    the pointer is heard with `observe(..., "pointed")`.
     """
 
     def __init__(self, image: Image.Image | None = None, **traits):
@@ -236,11 +251,12 @@ class PatchPad(PadTraits):
 
     def static_picture(self) -> Image.Image:
         'The pad as a picture, with a box around the cursor in mode "pick".'
-        boxes = list(self.boxes)
+        boxes = [Box(*box) for box in self.boxes]
         if self.mode == "pick":
             boxes.append(Box(*divmod(self.cursor, self.cols), 1, 1, PALETTE["orange"]))
         image = self.image.resize((self.width, self.width * self.rows // self.cols))
-        return draw_boxes(cover_cells(image, self.mask), boxes, self.rows, self.cols)
+        return draw_boxes(cover_cells(image, self.mask, self.ink), boxes, self.rows, self.cols)
 
     def _repr_mimebundle_(self, **kwargs):
-        return add_static_picture(super()._repr_mimebundle_(**kwargs), self.static_picture)
+        bundle = super()._repr_mimebundle_(**kwargs)
+        return add_static_picture(bundle, self.static_picture, self.label)

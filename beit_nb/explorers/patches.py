@@ -15,14 +15,14 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from .controls import Picture
 from .figures import as_tiles, mosaic, side_by_side, words_html
-from .pad import PatchPad, png_bytes, read_picture
+from .pad import PatchPad, read_picture
 from beit_nb.explorers.shell import (
     CONTROL_WIDTH,
     Explorer,
     PictureMenu,
     control,
-    picture_view,
     titled_column,
 )
 from ..images import PALETTE, to_tensor
@@ -103,7 +103,7 @@ class PatchControls(W.HBox):
 
     def __init__(self, picture):
         wide = CONTROL_WIDTH
-        self.picture = PictureMenu(picture, wide)
+        self.picture = PictureMenu(picture)
         choice = dict(options=[8, 14, 16, 28, 32, 56], value=16)
         self.patch_size = control(W.SelectionSlider, "patch size", wide, **choice)
         strides = [("half a patch", 0.5), ("one patch", 1), ("two patches", 2)]
@@ -126,7 +126,7 @@ class PatchExplorer(Explorer):
     def __init__(self, picture="chelsea"):
         self.controls = PatchControls(picture)
         self.pad = PatchPad(mode="pick", width=320, cursor=90)
-        self.view = picture_view()
+        self.view = Picture()
         self.words = W.HTML()
         self.pad.observe(self.guarded(self.point), "cursor")
         columns = [titled_column("the picture", self.pad), titled_column("the sequence", self.view)]
@@ -161,7 +161,7 @@ class PatchExplorer(Explorer):
             self.pad.show(picture)
         place = int((self.order == self.pad.cursor).nonzero()[0][0])
         self.framed = frame_patch(self.sequence, place, self.ncols)
-        self.view.value = png_bytes(self.framed)
+        self.view.show(self.framed)
         price = cost_html(vit_cost(224, patch_size, step))
         where = f"patch {row},{col} is word <b>{place + 1}</b> of the sequence"
         self.words.value = words_html(f"{price}<br>{where}")

@@ -17,7 +17,14 @@ from PIL import Image
 
 from ..configs import Backbone, FinetuneRecipe, Run, TokenizerRecipe
 from ..engine.optim import Schedule, step_schedule, warmup_length
-from .figures import FIGURE_STYLE, BlittedFigure, chart, on_white, words_html
+from beit_nb.explorers.figures import (
+    PAPER,
+    BlittedFigure,
+    chart,
+    figure_style,
+    on_white,
+    words_html,
+)
 from .shell import CONTROL_WIDTH, Explorer, control
 from ..images import PALETTE
 from ..recipes import COMMANDS
@@ -117,7 +124,7 @@ def schedule_panels(recipes: list[dict[str, Curve]], percent: float) -> str:
     return words_html(f'<div style="{style}">{"".join(panels)}</div>')
 
 # %% ../../nbs/80_explorers_recipes.ipynb #schedule-figure
-@rc_context(FIGURE_STYLE)
+@rc_context(figure_style(PAPER))
 def schedule_figure(recipes: list[dict[str, Curve]]) -> Image.Image:
     "The curves of one or two recipes as a picture."
     names = [name for name in PANELS if any(name in curves for curves in recipes)]

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..engine.log import read_metrics
 from ..engine.sources import Digits
+from .controls import Picture
 from .figures import as_tiles, mosaic, side_by_side, words_html
-from .pad import PatchPad, png_bytes
+from .pad import PatchPad
 from beit_nb.explorers.shell import (
     CONTROL_WIDTH,
     Explorer,
     control,
-    picture_view,
     titled_column,
 )
 from ..images import PALETTE, to_float, to_pil
@@ -124,7 +124,7 @@ class TokenColumns(W.HBox):
             layout=W.Layout(width="36px", height="256px", overflow="hidden"),
         )
         self.bars = W.HTML()
-        self.view = picture_view()
+        self.view = Picture()
         columns = [
             titled_column("point at a cell", self.pad),
             titled_column("its best tokens", W.HBox([self.candidates, self.bars])),
@@ -140,7 +140,7 @@ class TokenColumns(W.HBox):
 
     def show_painted(self, image: Tensor) -> None:
         self.picture = to_pil(image).resize(self.size, Image.Resampling.NEAREST)
-        self.view.value = png_bytes(self.picture)
+        self.view.show(self.picture)
 
     def static_picture(self) -> Image.Image:
         pictures = {
