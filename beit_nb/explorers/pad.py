@@ -125,7 +125,7 @@ HIDDEN = "#6b7078"  # the colour of a covered cell; explorers.css has it too
 class Box(NamedTuple):
     """A frame around cells, counted in cells from the top left; `color` as in CSS, '#rrggbb'.
 
-    A "dashed" one is crossed out as well.
+    A "dashed" one is crossed out as well; a "dotted" one lets a small cell be seen.
     """
 
     top: int
@@ -133,7 +133,7 @@ class Box(NamedTuple):
     height: int
     width: int
     color: str
-    line: str = "solid"  # or "dashed"
+    line: str = "solid"  # or "dashed", "dotted"
 
 
 def cover_cells(image: Image.Image, mask: np.ndarray, color: str = HIDDEN) -> Image.Image:
@@ -150,6 +150,17 @@ def cover_cells(image: Image.Image, mask: np.ndarray, color: str = HIDDEN) -> Im
     return image
 
 
+def _leave_gaps(draw: ImageDraw.ImageDraw, corners: tuple[float, ...]) -> None:
+    "Make the edges of a frame of 3 pixels dotted, with white between the dots."
+    left, top, right, bottom = (round(value) for value in corners)
+    for x in range(left + 4, right - 3, 8):
+        draw.rectangle((x, top, x + 3, top + 2), fill="white")
+        draw.rectangle((x, bottom - 2, x + 3, bottom), fill="white")
+    for y in range(top + 4, bottom - 3, 8):
+        draw.rectangle((left, y, left + 2, y + 3), fill="white")
+        draw.rectangle((right - 2, y, right, y + 3), fill="white")
+
+
 def draw_boxes(image: Image.Image, boxes: list[Box], rows: int, cols: int) -> Image.Image:
     "A copy of the picture, which has rows x cols cells, with boxes drawn into it."
     image = image.copy()
@@ -162,6 +173,8 @@ def draw_boxes(image: Image.Image, boxes: list[Box], rows: int, cols: int) -> Im
         right = (box.left + box.width) * cell_width - 1
         bottom = (box.top + box.height) * cell_height - 1
         draw.rectangle((left, top, right, bottom), outline=box.color, width=3)
+        if box.line == "dotted":
+            _leave_gaps(draw, (left, top, right, bottom))
         if box.line == "dashed":
             draw.line((left, top, right, bottom), box.color, 2)
             draw.line((left, bottom, right, top), box.color, 2)
