@@ -158,6 +158,14 @@ def _svg_bars(plane: _Plane, x, y, color: str) -> str:
     return "".join(bars)
 
 
+def _svg_pointer(plane: _Plane, x: float, color: str) -> str:
+    "A triangle that stands on the axis and points down at x."
+    place = plane.x(x)
+    floor = plane.y(plane.ylim[0])
+    points = f"{place},{floor} {place - 6},{floor - 12} {place + 6},{floor - 12}"
+    return f'<polygon class="pointer" points="{points}" fill="{color}"/>'
+
+
 def _svg_axes(plane: _Plane, xlabel: str, xticks, yticks, yunit: str) -> str:
     left = plane.LEFT
     floor = plane.height - plane.BOTTOM
@@ -185,6 +193,7 @@ def chart(
     xlabel: str = "",
     ticks: tuple[list, list] | None = None,  # at the x axis, at the y axis; None: the limits
     mark: float | None = None,  # a dashed vertical line
+    pointer: tuple[float, str] | None = None,  # a triangle on the x axis: where, and its colour
     yunit: str = "",  # behind the numbers at the y axis
 ) -> str:
     "Lines or bars over two axes as SVG, in the colours of JupyterLab's theme."
@@ -201,6 +210,8 @@ def chart(
         x = plane.x(mark)
         ends = f'x1="{x}" x2="{x}" y1="{plane.y(ylim[0])}" y2="6"'
         parts.append(f'<line class="axis" stroke-dasharray="3 3" {ends}/>')
+    if pointer:
+        parts.append(_svg_pointer(plane, *pointer))
     parts.append(_svg_axes(plane, xlabel, xticks, yticks, yunit))
     title = f"{', '.join(series)} against {xlabel}"  # for screen readers
     head = f'<svg class="beit-chart" width="{size[0]}" height="{size[1]}" role="img"'

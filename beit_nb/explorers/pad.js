@@ -103,6 +103,11 @@ function change(model, ui, cells, cursor, mark) {
   showStatus(ui);
 }
 
+// What follows is one stroke, for whoever takes strokes back. It is sent with the change.
+function beginStroke(model) {
+  model.set({ stroke: model.get("stroke") + 1 });
+}
+
 // The cells on a straight line between two cells, both included.
 function cellsBetween(from, to, cols) {
   const row = Math.floor(from / cols);
@@ -146,6 +151,7 @@ function listenToPointer(model, ui) {
     last = cellUnder(event);
     mark = !model.get("marked").includes(last);
     ui.cells[last].focus({ preventScroll: true });
+    beginStroke(model);
     change(model, ui, [last], last, mark);
   };
   ui.grid.onpointermove = (event) => {
@@ -186,6 +192,7 @@ function listenToKeys(model, ui) {
       const col = clip((cursor % cols) + right, cols);
       change(model, ui, [], row * cols + col);
     } else if (event.key == " " || event.key == "Enter") {
+      beginStroke(model);
       change(model, ui, [cursor], cursor, !model.get("marked").includes(cursor));
     } else {
       return; // not ours

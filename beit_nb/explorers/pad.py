@@ -216,6 +216,7 @@ class PadTraits(anywidget.AnyWidget):
     mode = T.Enum(["paint", "pick"], "paint").tag(sync=True)
     marked = T.List(T.Int()).tag(sync=True)  # numbers of the painted cells, row by row
     cursor = T.Int(0).tag(sync=True)  # the cell that was touched last
+    stroke = T.Int(0).tag(sync=True)  # counts touches; a drag over many cells is one
     boxes = T.List().tag(sync=True)  # of Box
     hovers = T.Bool(False).tag(sync=True)  # does `pointed` follow the pointer?
     pointed = T.Int(-1).tag(sync=True)  # the cell under it; -1: none
@@ -259,6 +260,7 @@ class PatchPad(PadTraits):
     def press(self, cell: int) -> None:
         "What a click on a cell does."
         if self.mode == "paint":
+            self.stroke += 1
             self.marked = sorted(set(self.marked) ^ {cell})
         self.cursor = cell
 
