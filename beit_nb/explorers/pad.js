@@ -9,11 +9,20 @@ const TEMPLATE = `
 </div>
 <div class="beit-status" role="status"></div>`;
 
-// Calls each function whenever one of its traits changes; returns how to end that.
+// Calls each function once after some of its traits have changed; returns how to end that.
 function follow(model, wishes) {
-  const heard = Object.entries(wishes).flatMap(([names, show]) =>
-    names.split(" ").map((name) => [`change:${name}`, show]),
-  );
+  const heard = Object.entries(wishes).flatMap(([names, show]) => {
+    let waits = false;
+    const soon = () => {
+      if (waits) return;
+      waits = true;
+      queueMicrotask(() => {
+        waits = false;
+        show();
+      });
+    };
+    return names.split(" ").map((name) => [`change:${name}`, soon]);
+  });
   heard.forEach(([event, show]) => model.on(event, show));
   return () => heard.forEach(([event, show]) => model.off(event, show));
 }
@@ -57,6 +66,7 @@ function showCells(model, ui) {
   const notes = model.get("notes");
   const pick = model.get("mode") == "pick";
   ui.pad.classList.toggle("pick", pick);
+  ui.pad.classList.toggle("unringed", !model.get("ring"));
   ui.pad.style.setProperty("--ink", model.get("ink"));
   ui.grid.ariaLabel = model.get("label");
   ui.cells.forEach((cell, i) => {
@@ -226,7 +236,7 @@ function render({ model, el }) {
   const unfollow = follow(model, {
     picture: () => showPicture(model, ui),
     "rows cols width": rebuild,
-    "marked cursor mode notes words unit label ink": () => showCells(model, ui),
+    "marked cursor mode notes words unit label ink ring": () => showCells(model, ui),
     boxes: () => showBoxes(model, ui),
   });
 

@@ -218,6 +218,7 @@ class PadTraits(anywidget.AnyWidget):
     cursor = T.Int(0).tag(sync=True)  # the cell that was touched last
     stroke = T.Int(0).tag(sync=True)  # counts touches; a drag over many cells is one
     boxes = T.List().tag(sync=True)  # of Box
+    ring = T.Bool(True).tag(sync=True)  # mark the cursor's cell in mode "pick"?
     hovers = T.Bool(False).tag(sync=True)  # does `pointed` follow the pointer?
     pointed = T.Int(-1).tag(sync=True)  # the cell under it; -1: none
     ink = T.Unicode(HIDDEN).tag(sync=True)  # the colour of marked cells
@@ -265,9 +266,9 @@ class PatchPad(PadTraits):
         self.cursor = cell
 
     def static_picture(self) -> Image.Image:
-        'The pad as a picture, with a box around the cursor in mode "pick".'
+        'The pad as a picture, with a box around the cursor in mode "pick", unless it has no ring.'
         boxes = [Box(*box) for box in self.boxes]
-        if self.mode == "pick":
+        if self.mode == "pick" and self.ring:
             boxes.append(Box(*divmod(self.cursor, self.cols), 1, 1, PALETTE["orange"]))
         image = self.image.resize((self.width, self.width * self.rows // self.cols))
         return draw_boxes(cover_cells(image, self.mask, self.ink), boxes, self.rows, self.cols)
