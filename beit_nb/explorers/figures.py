@@ -8,6 +8,8 @@ __all__ = ['GROUND', 'PAPER', 'DARK_INK', 'heat_map', 'side_by_side', 'mosaic', 
 
 # %% ../../nbs/71_explorers_figures.ipynb #imports
 import base64
+import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,33 +114,37 @@ class _Plane:
 
     LEFT = 38
     BOTTOM = 32
-    MARGIN = 8  # at the right and on top
+    RIGHT = 8
 
     def __init__(
         self,
         size: tuple[int, int],  # pixels, wide and high
         xlim: tuple[float, float],
         ylim: tuple[float, float],
+        top: int = 8,  # pixels above the chart
     ):
         self.width, self.height = size
         self.xlim = xlim
         self.ylim = ylim
+        self.top = top
 
     def x(self, value: float) -> float:
         low, high = self.xlim
-        room = self.width - self.LEFT - self.MARGIN
+        room = self.width - self.LEFT - self.RIGHT
         return round(float(self.LEFT + (value - low) / ((high - low) or 1) * room), 1)
 
     def y(self, value: float) -> float:
         low, high = self.ylim
         floor = self.height - self.BOTTOM
-        room = floor - self.MARGIN
+        room = floor - self.top
         return round(float(floor - (value - low) / ((high - low) or 1) * room), 1)
 
 # %% ../../nbs/71_explorers_figures.ipynb #series
-def _svg_line(plane: _Plane, x, y, color: str) -> str:
+def _svg_line(plane: _Plane, x, y, color: str, line: str = "solid") -> str:
     points = " ".join(f"{plane.x(a)},{plane.y(b)}" for a, b in zip(x, y))
-    return f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="1.8"/>'
+    look = f'fill="none" stroke="{color}" stroke-width="1.8"'
+    gaps = ' stroke-dasharray="6 4"' if line == "dashed" else ""
+    return f'<polyline points="{points}" {look}{gaps}/>'
 
 
 def _svg_bars(plane: _Plane, x, y, color: str) -> str:
@@ -166,6 +172,18 @@ def _svg_pointer(plane: _Plane, x: float, color: str) -> str:
     return f'<polygon class="pointer" points="{points}" fill="{color}"/>'
 
 
+def _apart(plane: _Plane, ticks: Sequence) -> list[tuple[float, str]]:
+    "Where the words of ticks at the x axis stand; without those that would touch an earlier one."
+    placed: list[tuple[float, float, str]] = []
+    for tick in ticks:
+        value, words = tick if isinstance(tick, tuple) else (tick, f"{tick:g}")
+        half = 3.4 * len(words)  # of its width in pixels
+        x = min(max(plane.x(value), half), plane.width - half)
+        if all(abs(x - other) > half + wide + 3 for other, wide, _ in placed):
+            placed.append((x, half, words))
+    return [(round(x, 1), words) for x, _, words in placed]
+
+
 def _svg_axes(plane: _Plane, xlabel: str, xticks, yticks, yunit: str) -> str:
     left = plane.LEFT
     floor = plane.height - plane.BOTTOM
@@ -174,48 +192,62 @@ def _svg_axes(plane: _Plane, xlabel: str, xticks, yticks, yunit: str) -> str:
         f'<path class="axis" d="M{left} 6V{floor}H{plane.width - 6}"/>',
         f'<text x="{middle}" y="{plane.height - 3}" text-anchor="middle">{xlabel}</text>',
     ]
-    for tick in xticks:
-        x = plane.x(tick)
-        out.append(f'<text x="{x}" y="{floor + 13}" text-anchor="middle">{tick:g}</text>')
+    for x, words in _apart(plane, xticks):
+        out.append(f'<text x="{x}" y="{floor + 13}" text-anchor="middle">{words}</text>')
     for tick in yticks:
-        y = plane.y(tick) + 4
-        label = f"{tick:.3g}{yunit}"
+        value, label = tick if isinstance(tick, tuple) else (tick, f"{tick:.3g}{yunit}")
+        y = plane.y(value) + 4
         out.append(f'<text x="{left - 5}" y="{y}" text-anchor="end">{label}</text>')
     return "".join(out)
 
+# %% ../../nbs/71_explorers_figures.ipynb #mark
+def _svg_mark(plane: _Plane, value: float, words: str) -> str:
+    "A dashed vertical line with words over it, which may hold coloured <tspan>."
+    x = plane.x(value)
+    half = 3.4 * len(re.sub("<[^>]+>", "", words))
+    middle = min(max(x, half), plane.width - half)
+    ends = f'x1="{x}" x2="{x}" y1="{plane.y(plane.ylim[0])}" y2="{plane.top - 2}"'
+    return (
+        f'<line class="axis" stroke-dasharray="3 3" {ends}/>'
+        f'<text x="{middle:.1f}" y="{plane.top - 6}" text-anchor="middle">{words}</text>'
+    )
+
 # %% ../../nbs/71_explorers_figures.ipynb #chart
 def chart(
-    series: dict[str, tuple],  # name -> (x, y, colour)
+    series: dict[str, tuple],  # name -> (x, y, colour), of lines also "dashed"
     bars: bool = False,  # bars of width 1 instead of lines
     size: tuple[int, int] = (280, 130),  # pixels, wide and high
     xlim: tuple[float, float] | None = None,  # None: from the data
     ylim: tuple[float, float] | None = None,  # None: from 0 or below to the largest value
     xlabel: str = "",
-    ticks: tuple[list, list] | None = None,  # at the x axis, at the y axis; None: the limits
+    # at the x axis, at the y axis: numbers or (number, words); None: the limits
+    ticks: tuple[Sequence, Sequence] | None = None,
     mark: float | None = None,  # a dashed vertical line
+    mark_words: str = "",  # on top of it
     pointer: tuple[float, str] | None = None,  # a triangle on the x axis: where, and its colour
     yunit: str = "",  # behind the numbers at the y axis
+    name: str = "",  # for screen readers; without one: the series and the x axis
 ) -> str:
     "Lines or bars over two axes as SVG, in the colours of JupyterLab's theme."
-    xs = np.concatenate([np.asarray(x, float) for x, _, _ in series.values()])
-    ys = np.concatenate([np.asarray(y, float) for _, y, _ in series.values()])
+    xs = np.concatenate([np.asarray(x, float) for x, *_ in series.values()])
+    ys = np.concatenate([np.asarray(y, float) for _, y, *_ in series.values()])
     xlim = xlim or (xs.min(), xs.max())
     ylim = ylim or (min(0, ys.min()), ys.max())
-    plane = _Plane(size, xlim, ylim)
+    plane = _Plane(size, xlim, ylim, 22 if mark_words else 8)
     xticks, yticks = ticks or (xlim, ylim)
 
     draw = _svg_bars if bars else _svg_line
-    parts = [draw(plane, x, y, color) for x, y, color in series.values()]
+    parts = [draw(plane, *one) for one in series.values()]
     if mark is not None:
-        x = plane.x(mark)
-        ends = f'x1="{x}" x2="{x}" y1="{plane.y(ylim[0])}" y2="6"'
-        parts.append(f'<line class="axis" stroke-dasharray="3 3" {ends}/>')
+        parts.append(_svg_mark(plane, mark, mark_words))
     if pointer:
         parts.append(_svg_pointer(plane, *pointer))
     parts.append(_svg_axes(plane, xlabel, xticks, yticks, yunit))
-    title = f"{', '.join(series)} against {xlabel}"  # for screen readers
-    head = f'<svg class="beit-chart" width="{size[0]}" height="{size[1]}" role="img"'
-    return f'{head} aria-label="{title}">{"".join(parts)}</svg>'
+    name = name or f"{', '.join(series)} against {xlabel}"
+    width, height = size
+    shape = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'
+    head = f'<svg class="beit-chart" {shape} role="img" aria-label="{name}">'
+    return f"{head}{''.join(parts)}</svg>"
 
 # %% ../../nbs/71_explorers_figures.ipynb #screen
 class Screen(NamedTuple):
