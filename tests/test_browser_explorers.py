@@ -12,10 +12,11 @@ from PIL import Image
 from playwright.sync_api import expect
 
 from beit_nb.attention import attention_maps
-from beit_nb.explorers.attention import heads_picture, heads_table, mim_predictor, ready_mim
+from beit_nb.explorers.attention import heads_picture, heads_table, ready_mim
 from beit_nb.explorers.elbo import AlphabetExplorer, GapFigure, TemperatureExplorer
 from beit_nb.explorers.figures import PAPER
 from beit_nb.explorers.patches import sequence_picture
+from beit_nb.explorers.predictor import mim_predictor
 from beit_nb.explorers.recipes import recipe_curves
 from beit_nb.explorers.tokens import some_digits, token_probs
 from beit_nb.images import normalize, to_pil, to_tensor

@@ -1,27 +1,19 @@
-"""beit_nb.explorers.attention: heads of all blocks, and what a network guesses behind a mask."""
+"""beit_nb.explorers.attention: heads of all blocks."""
 
-import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
-from beit_nb import BeitError
 from beit_nb.attention import attention_maps
-from beit_nb.dvae import DiscreteVAE
 from beit_nb.explorers.attention import (
     AttentionExplorer,
-    MimPredictor,
     heads_picture,
     heads_table,
     kept_share,
-    mim_predictor,
     ready_mim,
 )
 from beit_nb.images import normalize
 from beit_nb.mim import BeitForMaskedImageModeling
-from beit_nb.pretraining import build_mim
-from beit_nb.recipes import recipe_named
-from beit_nb.tokens import Tokenizer
 
 
 @pytest.fixture
@@ -87,44 +79,3 @@ def test_without_a_demo_the_network_is_untrained_and_says_so(tmp_path):
 
     assert "untrained" in line and mean_std == ((0.5,) * 3, (0.5,) * 3)
     assert torch.equal(model.lm_head.weight, again.lm_head.weight)
-
-
-def test_without_a_run_there_is_no_predictor(tmp_path):
-    with pytest.raises(BeitError, match="`beit demo` makes one"):
-        mim_predictor(tmp_path)
-
-
-@pytest.fixture
-def predict():
-    recipe = recipe_named("pretrain", "nano")
-    tokenizer = Tokenizer(DiscreteVAE(recipe.vocab_size, width=16))
-    return MimPredictor(build_mim(recipe).eval(), tokenizer, recipe)
-
-
-def test_nothing_hidden_nothing_guessed(predict):
-    views = predict(torch.rand(3, 32, 32), np.zeros((8, 8), bool))
-
-    assert torch.equal(views["the model's guess"], views["the true tokens"])
-
-
-def test_hidden_cells_show_what_the_network_says(predict):
-    picture = torch.rand(3, 32, 32)
-    mask = np.zeros((8, 8), bool)
-    mask[1:3, 3:8] = True
-
-    views = predict(picture, mask)
-
-    hidden = torch.from_numpy(mask)[None]
-    ids = predict.tokenizer.get_codebook_indices(picture[None])
-    with torch.no_grad():
-        logits = predict.model(normalize(picture[None]), hidden, return_all_tokens=True)
-    guess = torch.where(hidden, logits.argmax(-1).view(1, 8, 8), ids)
-    assert_close(views["the model's guess"], predict.tokenizer.decode(guess)[0])
-    assert_close(views["the true tokens"], predict.tokenizer.decode(ids)[0])
-    assert predict.grid_size == (8, 8)
-
-
-def test_pictures_of_another_size_are_resized(predict):
-    views = predict(torch.rand(3, 64, 64), np.ones((8, 8), bool))
-
-    assert views["the model's guess"].shape == (3, 32, 32)

@@ -67,6 +67,7 @@ function showCells(model, ui) {
   const pick = model.get("mode") == "pick";
   ui.pad.classList.toggle("pick", pick);
   ui.pad.classList.toggle("unringed", !model.get("ring"));
+  ui.pad.classList.toggle("brush", model.get("brush") > 0);
   ui.pad.style.setProperty("--ink", model.get("ink"));
   ui.grid.ariaLabel = model.get("label");
   ui.cells.forEach((cell, i) => {
@@ -101,11 +102,25 @@ function showBoxes(model, ui) {
 
 // ---------------------------------------------------------------------------- changing
 
+// The cell and, with a brush, those around it that lie in its circle.
+function underBrush(model, cell) {
+  const [brush, rows, cols] = ["brush", "rows", "cols"].map((name) => model.get(name));
+  const [row, col] = [Math.floor(cell / cols), cell % cols];
+  const cells = [];
+  for (let r = Math.max(0, row - brush); r <= Math.min(rows - 1, row + brush); r++) {
+    for (let c = Math.max(0, col - brush); c <= Math.min(cols - 1, col + brush); c++) {
+      if ((r - row) ** 2 + (c - col) ** 2 <= brush ** 2) cells.push(r * cols + c);
+    }
+  }
+  return cells;
+}
+
 // Marks or unmarks cells and moves the cursor. The screen changes before Python hears of it.
 function change(model, ui, cells, cursor, mark) {
   const marked = new Set(model.get("marked"));
   if (model.get("mode") == "paint") {
-    cells.forEach((i) => (mark ? marked.add(i) : marked.delete(i)));
+    const touched = cells.flatMap((i) => underBrush(model, i));
+    touched.forEach((i) => (mark ? marked.add(i) : marked.delete(i)));
   }
   model.set({ marked: [...marked].sort((a, b) => a - b), cursor });
   model.save_changes();
@@ -159,7 +174,7 @@ function listenToPointer(model, ui) {
     event.preventDefault();
     ui.grid.setPointerCapture(event.pointerId);
     last = cellUnder(event);
-    mark = !model.get("marked").includes(last);
+    mark = model.get("brush") > 0 || !model.get("marked").includes(last); // strokes may cross
     ui.cells[last].focus({ preventScroll: true });
     beginStroke(model);
     change(model, ui, [last], last, mark);
@@ -236,7 +251,7 @@ function render({ model, el }) {
   const unfollow = follow(model, {
     picture: () => showPicture(model, ui),
     "rows cols width": rebuild,
-    "marked cursor mode notes words unit label ink ring": () => showCells(model, ui),
+    "marked cursor mode notes words unit label ink ring brush": () => showCells(model, ui),
     boxes: () => showBoxes(model, ui),
   });
 

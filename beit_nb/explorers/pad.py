@@ -245,6 +245,7 @@ class PadTraits(anywidget.AnyWidget):
     hovers = T.Bool(False).tag(sync=True)  # does `pointed` follow the pointer?
     pointed = T.Int(-1).tag(sync=True)  # the cell under it; -1: none
     ink = T.Unicode(HIDDEN).tag(sync=True)  # the colour of marked cells
+    brush = T.Int(0).tag(sync=True)  # marks cells so far around the finger; it wipes none
     label = T.Unicode("patches").tag(sync=True)  # what a screen reader calls the grid
     unit = T.Unicode("patch").tag(sync=True)  # and a cell
     words = T.List(T.Unicode(), ["shown", "masked"]).tag(sync=True)  # of unmarked, marked cells
