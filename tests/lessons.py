@@ -115,7 +115,7 @@ def narrow(text: str) -> str:
 def tidy(nb):
     """Without what a full run leaves behind that nobody reads.
 
-    Widget views beside their pictures, progress on stderr, colors that nobody sees, lines that a
+    Widget views and JPEGs beside their pictures, progress on stderr, colors that nobody sees, lines that a
     reader would have to scroll for.
     """
     nb.metadata.pop("widgets", None)
@@ -123,6 +123,7 @@ def tidy(nb):
         for o in c.get("outputs", []):
             if "image/png" in o.get("data", {}):
                 o["data"].pop(WIDGET, None)
+                o["data"].pop("image/jpeg", None)  # a picture of PIL comes as both
                 o["data"]["image/png"] = small_png(o["data"]["image/png"])
             if "text" in o:
                 o["text"] = narrow(o["text"])

@@ -15,7 +15,6 @@ from beit_nb.attention import attention_maps
 from beit_nb.explorers.attention import heads_picture, heads_table, ready_mim
 from beit_nb.explorers.elbo import AlphabetExplorer, GapFigure, TemperatureExplorer
 from beit_nb.explorers.figures import PAPER
-from beit_nb.explorers.patches import sequence_picture
 from beit_nb.explorers.predictor import mim_predictor
 from beit_nb.explorers.recipes import recipe_curves
 from beit_nb.explorers.tokens import some_digits, token_probs
@@ -89,45 +88,6 @@ class PageView(ExplorerView):
     def shows(self, make_picture):
         "Wait for the picture that `make_picture` makes; it is called anew each time."
         until(lambda: self.looks_like(make_picture()))
-
-
-def test_patches(page):
-    view = PageView(page, "PatchExplorer()")
-    view.handle("patch size").press("ArrowRight")  # keyboard: 16 to 28
-    until(lambda: "64 tokens" in view.text())
-    view.cell(2, 6).click()
-    until(lambda: "patch 2,6 is word 23" in view.text())
-    view.button("Shuffle").press("Space")
-    until(lambda: "is word 23 of" not in view.text())
-
-    place = int(re.search(r"is word (\d+)", view.text())[1]) - 1
-    ncols = sequence_picture(np.zeros((64, 2, 2, 3), np.uint8))[1]
-    size = 448 // ncols
-    nrows = -(-64 // ncols)
-    top, left = (n * size for n in divmod(place, ncols))
-    picture = np.asarray(view.pad_pixels((320, 320)), int)
-    patch = picture[2 * 40 + 5 : 3 * 40 - 5, 6 * 40 + 5 : 7 * 40 - 5].mean((0, 1))
-
-    def same_patch():
-        sequence = np.asarray(pixels(view.image(), (ncols * size, nrows * size)), int)
-        tile = sequence[top + 6 : top + size - 4, left + 6 : left + size - 4].mean((0, 1))
-        return bool(abs(tile - patch).max() < 14)
-
-    until(same_patch)
-    view.drag("stride", -150)
-    until(lambda: view.readout("stride"), "half a patch")
-    until(lambda: "225 tokens" in view.text())
-
-
-def test_a_bad_upload_is_one_line(page):
-    view = PageView(page, "PatchExplorer()")
-
-    view.upload(dict(name="words.png", mimeType="image/png", buffer=b"no picture"))
-
-    until(lambda: len(view.errors()), 1)
-    assert "\n" not in view.errors()[0]
-    view.field("picture").select_option("coffee")
-    until(view.errors, [])
 
 
 def test_tokens(page, runs):
@@ -315,7 +275,6 @@ def test_words_can_be_read_and_nothing_is_cut_off(page, theme):
     page.evaluate(CHANGE_THEME, THEMES[theme])
     page.wait_for_function(THEME_IS, arg=THEMES[theme])
     codes = (
-        "PatchExplorer()",
         "TokenExplorer(",
         "AttentionExplorer(",
         "GapExplorer()",

@@ -23,6 +23,7 @@ HOMES = {
     "shell": "Explorer FunctionExplorer DebouncedCallback PictureMenu Act WrongSetting",
     "mask_rules": "MaskRule",
     "masks": "MaskExplorer",
+    "cuts": "Cut vit_cost",
     "patches": "PatchExplorer",
     "elbo": "GapExplorer TemperatureExplorer AlphabetExplorer",
     "tokens": "TokenExplorer ready_tokenizer some_digits",
