@@ -9,7 +9,8 @@ here = Path(__file__).parent
 ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf8")
 cfg = ini["DEFAULT"]
-test_requirements = cfg["test_requirements"].split()
+lab_requirements = cfg["lab_requirements"].split()
+test_requirements = lab_requirements + cfg["test_requirements"].split()
 dev_requirements = cfg["dev_requirements"].split()
 
 setup(
@@ -25,8 +26,15 @@ setup(
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=["beit_nb", "beit_nb.*"]),
     install_requires=cfg["requirements"].split(),
-    package_data={"beit_nb": ["py.typed"], "beit_nb.explorers": ["*.js", "*.css"]},
-    extras_require={"test": test_requirements, "dev": test_requirements + dev_requirements},
+    package_data={
+        "beit_nb": ["py.typed", "nets/*"],
+        "beit_nb.explorers": ["*.js", "*.css"],
+    },
+    extras_require={
+        "lab": lab_requirements,
+        "test": test_requirements,
+        "dev": test_requirements + dev_requirements,
+    },
     entry_points={
         "console_scripts": cfg["console_scripts"].split(),
         "nbdev": ["beit_nb=beit_nb._modidx:d"],

@@ -27,6 +27,7 @@ from .data import open_data
 from .device import default_device
 from .dvae import BaseDiscreteVAE, DiscreteVAE, dvae_loss, init_codes
 from .engine.augment import TwoViews
+from .engine.files import safetensors_notes
 from .engine.loading import ImageBatch, TrainLoader, TransformedDataset
 from .engine.log import write_metrics
 from .engine.optim import Ema, Schedule, cosine_values, warmup_length
@@ -44,10 +45,7 @@ from .tokens import Tokenizer, codebook_usage
 
 # %% ../nbs/41_tokenizer.ipynb #build-dvae
 def build_dvae(r: TokenizerRecipe) -> BaseDiscreteVAE:
-    """The network of a recipe, untrained.
-
-    Ours, or DALL-E's with `width` channels and codebook rows of `code_dim`.
-    """
+    "The untrained network of a recipe: ours, or DALL-E's, `width` channels, rows of `code_dim`."
     if r.arch == "small":
         return DiscreteVAE(r.vocab_size, r.code_dim, r.downsample, r.width, r.logits, r.likelihood)
     groups = int(math.log2(r.downsample)) + 1
@@ -193,22 +191,21 @@ def train_tokenizer(r: TokenizerRecipe, quiet: bool = False) -> Tokenizer:
 
 # %% ../nbs/41_tokenizer.ipynb #load-tokenizer
 ACCEPTED = (
-    "the --out folder or a checkpoint (.pt) of `beit tokenizer`, or DALL-E's encoder.pkl and "
-    "decoder.pkl (their folder, or one of them), or its .safetensors"
+    "the --out folder or a checkpoint (.pt, .safetensors) of `beit tokenizer`, or DALL-E's "
+    "encoder.pkl and decoder.pkl (their folder, or one of them), or its .safetensors"
 )
 
 
 def is_dalle(path: Path) -> bool:
     "Does `path` look like DALL-E's files, and not like a run of ours?"
     pickles = [path / "encoder.pkl", path / "decoder.pkl"]
-    return path.suffix in (".pkl", ".pth", ".safetensors") or any(p.exists() for p in pickles)
+    if path.suffix == ".safetensors":
+        return "recipe" not in safetensors_notes(path)
+    return path.suffix in (".pkl", ".pth") or any(p.exists() for p in pickles)
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """A tokenizer from `beit tokenizer` (folder or checkpoint), or DALL-E's.
-
-    Of a run with an EMA the mean is taken. Raises BeitError where there is none.
-    """
+    "A tokenizer of `beit tokenizer` (its EMA, if any), or DALL-E's; BeitError where there is none."
     path = Path(path)
     if not path.exists():
         raise BeitError(f"there is no tokenizer at {path}; give {ACCEPTED}")

@@ -30,19 +30,26 @@ class Demo:
     Tokenizer, pre-training, fine-tuning against scratch, report.
     """
 
-    # where everything goes; none: runs/demo, or runs/demo-quick; the same command continues
+    # where everything goes; none: runs/demo, -quick or -thorough; the same command continues
     out: Place | None = None
     seed: Seed = 0  # of everything
     quick: bool = False  # a minute's rehearsal: every stage runs, nothing is learnt well
+    # both networks trained longer, and kept as small files; 20 to 25 minutes on two cores
+    thorough: bool = False
 
     def run(self) -> None:
         from beit_nb.demo import demo
-        from beit_nb.demo_stages import QUICK, DemoPlan
+        from beit_nb.demo_stages import QUICK, THOROUGH, DemoPlan
+        from beit_nb.networks import keep_networks
 
-        if self.quick:
-            demo(DemoPlan(self.out or "runs/demo-quick", self.seed, **QUICK))
-        else:
-            demo(DemoPlan(self.out or "runs/demo", self.seed))
+        if self.quick and self.thorough:
+            raise BeitError("--quick and --thorough cannot go together; choose one of them")
+        kinds: dict[str, dict] = {"": {}, "-quick": QUICK, "-thorough": THOROUGH}
+        kind = "-quick" if self.quick else "-thorough" if self.thorough else ""
+        plan = DemoPlan(self.out or f"runs/demo{kind}", self.seed, **kinds[kind])
+        demo(plan)
+        if self.thorough:
+            say(f"Both networks as small files: {keep_networks(plan.out, 'beit demo --thorough')}")
 
 # %% ../nbs/96_tools.ipynb #predict
 def each_picture(paths: tuple[str, ...], answer: Callable[[str, Any], None]) -> int:

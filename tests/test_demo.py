@@ -16,7 +16,7 @@ from helpers_processes import PATIENCE, run, wait_until
 
 from beit_nb import BeitError
 from beit_nb.demo import STAGES, arm_recipes, arm_run, demo, pretrain_recipe, spread
-from beit_nb.demo_stages import ARMS, QUICK, DemoPlan
+from beit_nb.demo_stages import ARMS, QUICK, THOROUGH, DemoPlan
 from beit_nb.engine.log import read_log
 from beit_nb.tools import Demo
 
@@ -64,10 +64,14 @@ def test_options_become_a_plan(monkeypatch):
     Demo().run()
     Demo(quick=True, seed=3).run()
     Demo("elsewhere", quick=True).run()
+    monkeypatch.setattr("beit_nb.networks.keep_networks", lambda *words: plans.append(words))
+    Demo(thorough=True).run()
 
     assert plans[0] == DemoPlan()
     assert plans[1] == DemoPlan("runs/demo-quick", seed=3, **QUICK)
     assert plans[2] == DemoPlan("elsewhere", **QUICK)
+    assert plans[3] == DemoPlan("runs/demo-thorough", **THOROUGH)
+    assert plans[4] == ("runs/demo-thorough", "beit demo --thorough") and len(plans) == 5
 
 
 def test_no_training_is_only_warm_up():

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from helpers_processes import PATIENCE, said_on_a_full_disk, wait_until
+from safetensors.torch import save_file
 
 from beit_nb import BeitError, UnreadableImage
 from beit_nb.engine.files import (
@@ -28,6 +29,7 @@ from beit_nb.engine.files import (
     read_file,
     read_json,
     remove_leftovers,
+    safetensors_notes,
     write_json,
 )
 
@@ -284,3 +286,32 @@ def test_a_piece_is_read_ahead_once(tmp_path, monkeypatch):
 
     assert asked == [0, 1, *range(2, 1001), 0]
     assert len(reader.requested) == 1000
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"short",
+        (2).to_bytes(8, "little") + b"[]",
+        (4).to_bytes(8, "little") + b"null",
+        (2).to_bytes(8, "little") + b"{}",
+        (22).to_bytes(8, "little") + b'{"__metadata__": "no"}',
+        (2**62).to_bytes(8, "little") + b"{",  # it claims more than there is
+        (2**20).to_bytes(8, "little") + b"[" * 2**20,
+        b"\xff" * 100,
+    ],
+)
+def test_files_without_notes_have_none(tmp_path, content):
+    (tmp_path / "x").write_bytes(content)
+
+    assert safetensors_notes(tmp_path / "x") == {}
+
+
+def test_notes_are_read_without_the_tensors(tmp_path):
+    "Half of the file is enough for them."
+    save_file({"w": torch.zeros(1000)}, tmp_path / "x", {"made by": "höchstselbst"})
+    whole = (tmp_path / "x").read_bytes()
+    (tmp_path / "x").write_bytes(whole[: len(whole) // 2])
+
+    assert safetensors_notes(tmp_path / "x") == {"made by": "höchstselbst"}

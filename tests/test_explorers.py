@@ -65,13 +65,13 @@ def test_library_needs_no_widgets_and_explorers_say_what_they_need():
     assert shape == "(14, 14)" and len(lines) == 3
     for line in lines:
         assert "the explorers need" in line and "pip install ipywidgets anywidget" in line
-        assert 'pip install -e ".[dev]"' in line
+        assert 'pip install -e ".[lab]"' in line
 
 
 def test_readme_installs_what_jupyterlab_needs():
     [line] = [x for x in (ROOT / "README.md").read_text().splitlines() if "jupyter lab" in x]
 
-    assert line.startswith('.venv/bin/pip install -e ".[dev]" && ')
+    assert line.startswith('.venv/bin/pip install -e ".[lab]" && ')
 
 
 def test_browser_files_are_beside_the_modules():

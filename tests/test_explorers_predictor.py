@@ -103,9 +103,11 @@ def test_the_rival_says_what_is_most_frequent():
     assert rival.shape == (8, 8) and torch.equal(said, counts.amax(-1))
 
 
-def test_without_a_run_there_is_no_predictor(tmp_path):
-    with pytest.raises(BeitError, match="`beit demo` makes one"):
-        mim_predictor(tmp_path)
+def test_without_a_run_the_networks_that_came_along_answer(tmp_path):
+    predict = mim_predictor(tmp_path)
+
+    assert "came with beit_nb" in predict.line and predict.grid_size == (8, 8)
+    assert predict.tokenizer.vocab_size == predict.recipe.vocab_size
 
 
 @pytest.fixture

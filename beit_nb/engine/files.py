@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['disk_error', 'make_folder', 'explain_write_errors', 'is_running', 'remove_leftovers', 'atomic_write', 'write_json',
-           'read_file', 'read_json', 'FileList', 'list_pictures', 'FileReader', 'as_bytes', 'fingerprint']
+           'read_file', 'read_json', 'FileList', 'list_pictures', 'FileReader', 'as_bytes', 'fingerprint',
+           'safetensors_notes']
 
 # %% ../../nbs/23_engine_files.ipynb #imports
 import errno
@@ -251,3 +252,18 @@ def fingerprint(*things: Any) -> str:
         digest.update(b"%d:" % len(data))  # so that ("ab", "c") is not ("a", "bc")
         digest.update(data)
     return digest.hexdigest()[:16]
+
+# %% ../../nbs/23_engine_files.ipynb #notes
+def safetensors_notes(path: str | Path) -> dict[str, Any]:
+    """The notes beside the tensors of a safetensors file, text by name.
+
+    None in a file without any, one of another kind, or one whose header is above a megabyte.
+    """
+    with open(path, "rb") as f:
+        length = int.from_bytes(f.read(8), "little")
+        header = f.read(min(length, 2**20))
+    try:
+        notes = json.loads(header)["__metadata__"]
+    except (ValueError, LookupError, TypeError, RecursionError):
+        return {}
+    return notes if isinstance(notes, dict) else {}

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['STUBBED', 'MAX_OBJECTS', 'MAX_DEPTH', 'KNOWN_NAMES', 'OTHER_FILES', 'PAGE_STARTS', 'WRITERS', 'Stub', 'flatten',
            'ForbiddenName', 'rebuild_tensor', 'rebuild_parameter', 'WeightsUnpickler', 'read_into', 'read_legacy_file',
-           'read_zip_file', 'what_else', 'read_weights_file', 'load_tensors', 'describe_weights']
+           'read_zip_file', 'what_else', 'read_safetensors', 'read_weights_file', 'load_tensors', 'describe_weights']
 
 # %% ../../nbs/24_engine_safeload.ipynb #imports
 import io
+import json
 import pickle
 import re
 from collections import OrderedDict
@@ -22,14 +23,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .. import BeitError
+from .files import safetensors_notes
 
 # %% ../../nbs/24_engine_safeload.ipynb #stubs
 class Stub:
     "Stands in for a class that a file names: holds what the file gives it, and does nothing."
 
 
-# Classes whose names a file of weights may use: DALL-E's networks, pickled whole, and their parts.
-STUBBED = {
+STUBBED = {  # classes whose names a file may use: DALL-E's networks, pickled whole, and their parts
     "dall_e.encoder.Encoder",
     "dall_e.encoder.EncoderBlock",
     "dall_e.decoder.Decoder",
@@ -68,8 +69,7 @@ def flatten(x: Any) -> dict[str, Tensor]:
             if depth == MAX_DEPTH:
                 break
             front = f"{name}." if name else ""
-            inner = [(f"{front}{key}", child, depth + 1) for key, child in x.items()]
-            todo += reversed(inner)
+            todo += [(f"{front}{key}", child, depth + 1) for key, child in reversed(x.items())]
     raise BeitError("weights that are nested without end; download the file again")
 
 # %% ../../nbs/24_engine_safeload.ipynb #forbidden
@@ -94,8 +94,7 @@ def rebuild_parameter(data: Tensor, *_) -> Tensor:
     return data
 
 # %% ../../nbs/24_engine_safeload.ipynb #known-names
-# names that a file may use, and what stands for them here
-KNOWN_NAMES: dict[str, Any] = {
+KNOWN_NAMES: dict[str, Any] = {  # names that a file may use, and what stands for them here
     "collections.OrderedDict": OrderedDict,
     "builtins.set": set,
     "__builtin__.set": set,
@@ -242,13 +241,20 @@ def what_else(head: bytes) -> str | None:
         return "a page of a web site: the download met a page; take the address of the file itself"
     letters = head.decode("utf-8", "replace").rstrip("\ufffd")  # the last one may be cut
     if "\ufffd" not in letters and all(c.isspace() or c.isprintable() for c in letters):
-        return (
-            f"text ({letters[:50]!r}), not weights; with `wget -o` it is wget's log: take `-O`, "
-            "or curl -O"
-        )
+        return f"text ({letters[:50]!r}), no weights; with `wget -o` it is wget's log: take `-O`"
     return None
 
 # %% ../../nbs/24_engine_safeload.ipynb #read-weights
+def read_safetensors(path: str | Path) -> dict:
+    "Its tensors by name; with a recipe of ours in its notes, a checkpoint in float32."
+    recipe = safetensors_notes(path).get("recipe")
+    tensors = load_file(path)
+    if recipe is None:
+        return tensors
+    weights = {name: x.float() for name, x in tensors.items()}
+    return {"config": json.loads(recipe), "model": weights}
+
+
 def read_weights_file(path: str | Path, remedy: str = "download it again") -> Any:
     """What a file of weights holds, of any version of torch or safetensors, on the CPU.
 
@@ -265,7 +271,7 @@ def read_weights_file(path: str | Path, remedy: str = "download it again") -> An
         raise BeitError(f"{path} is {what}")
     try:
         if head[8:9] == b"{":  # safetensors: the length of a header, then the header in JSON
-            return load_file(path)
+            return read_safetensors(path)
         return read_zip_file(path) if head[:2] == b"PK" else read_legacy_file(path)
     except ForbiddenName as e:
         raise BeitError(
@@ -273,10 +279,8 @@ def read_weights_file(path: str | Path, remedy: str = "download it again") -> An
         ) from None
     except Exception as e:  # rubbish can break a reader in any way
         why = " ".join(str(e).split())[:100] or type(e).__name__
-        raise BeitError(
-            f"{path} is damaged or no file of weights ({why}, "
-            f"{Path(path).stat().st_size:,} bytes); {remedy}"
-        ) from e
+        what = f"damaged or no file of weights ({why}, {Path(path).stat().st_size:,} bytes)"
+        raise BeitError(f"{path} is {what}; {remedy}") from e
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
@@ -299,7 +303,6 @@ def describe_weights(names: Iterable[str]) -> str:
     names = list(names)
     if not names:
         return "no tensors"
-    known = (w for w, p in WRITERS.items() if any(re.search(p, name) for name in names))
-    writer = next(known, None)
-    whose = f" in the names of {writer}" if writer else ""
+    known = [w for w, p in WRITERS.items() if any(re.search(p, name) for name in names)]
+    whose = f" in the names of {known[0]}" if known else ""
     return f"{len(names):,} tensors{whose}, such as {min(names)[:60]}"

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 for widgets in ("ipywidgets", "anywidget"):  # needed here and nowhere else in beit_nb
     if find_spec(widgets) is None:
         raise ImportError(
-            f'the explorers need {widgets}: pip install -e ".[dev]" in the folder of the '
+            f'the explorers need {widgets}: pip install -e ".[lab]" in the folder of the '
             "repository (or: pip install ipywidgets anywidget)"
         )
 

@@ -16,7 +16,6 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..attention import attention_maps, patch_attention, top_mass_mask
-from ..engine.log import read_metrics
 from .controls import Picture
 from .figures import PAPER, mosaic, on_white, side_by_side, words_html
 from .pad import PatchPad
@@ -29,21 +28,19 @@ from beit_nb.explorers.shell import (
 from .tokens import some_digits
 from ..images import BEIT_MEAN_STD, MEAN_STD, normalize, to_pil
 from ..mim import BeitForMaskedImageModeling
-from ..pretraining import build_mim, load_mim
-from ..recipes import recipe_named
+from ..networks import ready_networks
+from ..pretraining import load_mim
 from ..vit import VisionTransformer
 
 # %% ../../nbs/79_explorers_attention.ipynb #ready
 def ready_mim(runs: str | Path = "runs") -> tuple[BeitForMaskedImageModeling, str, tuple]:
-    "The demo's pre-trained network or an untrained one, which of them it is, and its mean and std."
-    folder = Path(runs, "demo", "pretrain")
-    if read_metrics(folder):
-        model, recipe = load_mim(folder)
-        return model, "pre-trained by <code>beit demo</code>", MEAN_STD[recipe.mean_std]
-    torch.manual_seed(0)
-    model = build_mim(recipe_named("pretrain", "nano")).eval()
-    line = "an untrained network: run <code>beit demo</code> for a trained one"
-    return model, line, BEIT_MEAN_STD
+    """A pre-trained network, which it is, and the mean and std of its pictures.
+
+    That of a finished demo in RUNS/demo, or the one that came along.
+    """
+    networks = ready_networks(Path(runs, "demo"))
+    model, recipe = load_mim(networks.mim)
+    return model, f"the network of {networks.whose}", MEAN_STD[recipe.mean_std]
 
 # %% ../../nbs/79_explorers_attention.ipynb #heads
 def heads_table(

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from .. import BeitError
 from ..configs import PretrainRecipe
-from ..engine.log import read_metrics
 from ..engine.sources import Digits
 from ..images import preprocess, to_float
 from ..mim import BeitForMaskedImageModeling
+from ..networks import ready_networks
 from ..pretraining import load_mim
 from ..tokenizer import load_tokenizer
 from ..tokens import Tokenizer
@@ -129,14 +129,11 @@ class MimPredictor:
 
 
 def mim_predictor(folder: str | Path = "runs/demo") -> MimPredictor:
-    "The predictor of a run with tokenizer/ and pretrain/; BeitError where it has not finished."
-    if not read_metrics(Path(folder, "pretrain")):
-        raise BeitError(
-            f"there is no pre-trained network in {folder}/pretrain; `beit demo` makes one"
-        )
-    model, recipe = load_mim(Path(folder, "pretrain"))
-    tokenizer = load_tokenizer(Path(folder, "tokenizer"))
-    return MimPredictor(model, tokenizer, recipe, "pre-trained by <code>beit demo</code>")
+    "The predictor of a finished demo, or of the networks that came along; `line` says which."
+    networks = ready_networks(folder)
+    model, recipe = load_mim(networks.mim)
+    tokenizer = load_tokenizer(networks.tokenizer)
+    return MimPredictor(model, tokenizer, recipe, f"the network of {networks.whose}")
 
 # %% ../../nbs/81_explorers_predictor.ipynb #rival
 @cache

@@ -15,7 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..engine.log import read_metrics
 from ..engine.sources import Digits
 from .controls import Picture
 from .figures import as_tiles, mosaic, side_by_side, words_html
@@ -27,22 +26,15 @@ from beit_nb.explorers.shell import (
     titled_column,
 )
 from ..images import PALETTE, to_float, to_pil
-from ..recipes import recipe_named
-from ..tokenizer import load_tokenizer, train_tokenizer
+from ..networks import ready_networks
+from ..tokenizer import load_tokenizer
 from ..tokens import Tokenizer
 
 # %% ../../nbs/78_explorers_tokens.ipynb #ready
 def ready_tokenizer(runs: str | Path = "runs") -> tuple[Tokenizer, str]:
-    "The demo's tokenizer, or a small one trained now and kept in RUNS/explorers; and which it is."
-    demo = Path(runs, "demo", "tokenizer")
-    if read_metrics(demo):
-        return load_tokenizer(demo), "the tokenizer of <code>beit demo</code>"
-    own = Path(runs, "explorers", "tokenizer")
-    line = "a tokenizer trained for 150 steps"
-    if read_metrics(own):
-        return load_tokenizer(own), line
-    recipe = recipe_named("tokenizer", "nano", out=str(own), steps=150)
-    return train_tokenizer(recipe, quiet=True), line
+    "The tokenizer of a finished demo in RUNS/demo, or the one that came along; and which it is."
+    networks = ready_networks(Path(runs, "demo"))
+    return load_tokenizer(networks.tokenizer), f"the tokenizer of {networks.whose}"
 
 
 @cache
