@@ -8,6 +8,7 @@
 Cells marked `#| slow` are skipped unless asked for; the outputs that they have stay.
 """
 
+import ast
 import base64
 import io
 import re
@@ -27,6 +28,7 @@ ROOT = Path(__file__).parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDTH = 110  # columns of a saved text
 COLORS = (24, 32, 48, 64, 96, 128, 192, 256)  # sizes of palette for saved pictures, in turn
+PAGES = ("explorers.ipynb", "index.ipynb")  # whose code nobody came to read
 PARTS = {  # number of the first lesson: the part of the book
     "00": "Words for pictures",
     "10": "Hide and guess",
@@ -112,12 +114,43 @@ def narrow(text: str) -> str:
     return "\n".join(lines)
 
 
-def tidy(nb):
-    """Without what a full run leaves behind that nobody reads.
+def only_imports(source: str) -> bool:
+    try:
+        lines = ast.parse(source).body
+    except SyntaxError:  # a magic of IPython
+        return False
+    return all(isinstance(line, (ast.Import, ast.ImportFrom)) for line in lines)
 
-    Widget views and JPEGs beside their pictures, progress on stderr, colors that nobody sees, lines that a
-    reader would have to scroll for.
+
+def fold(nb, name: str):
+    """Fold what a first reader passes over, and unfold all else.
+
+    Folded are the cells that only a machine needs (`default_exp`, `hide`, imports), the checks of
+    exercises, which know the answers, and on pages that are looked at all code.
     """
+    exercises = False
+    for c in nb.cells:
+        exercises = exercises or (c.cell_type == "markdown" and "## Exercise" in c.source)
+        machine = c.cell_type == "code" and (
+            name in PAGES
+            or flagged(c, "default_exp")
+            or flagged(c, "hide")
+            or only_imports(c.source)
+            or (exercises and "assert " in c.source)
+        )
+        c.metadata.pop("jupyter", None)
+        if machine:
+            c.metadata["jupyter"] = {"source_hidden": True}
+    return nb
+
+
+def tidy(nb, name: str):
+    """Without what a full run leaves behind that nobody reads; `name` of its file.
+
+    Widget views and JPEGs beside their pictures, progress on stderr, colors that nobody sees, lines
+    that a reader would have to scroll for. Code that few want to see is folded.
+    """
+    fold(nb, name)
     nb.metadata.pop("widgets", None)
     for c in nb.cells:
         for o in c.get("outputs", []):
@@ -139,12 +172,13 @@ def save(path, slow: bool = False, execute: bool = True) -> None:
     from execnb.nbio import dict2nb, read_nb, write_nb
     from nbdev.clean import clean_nb
 
-    nb = tidy(run(path, slow) if execute else nbformat.read(path, as_version=4))
+    nb = run(path, slow) if execute else nbformat.read(path, as_version=4)
+    tidy(nb, Path(path).name)
     kernel = {"display_name": "python3", "language": "python", "name": "python3"}
     nb.metadata = nbformat.from_dict({"kernelspec": kernel})
     nbformat.write(nb, path)
     clean = dict2nb(read_nb(path))
-    clean_nb(clean, clear_all=False, clean_ids=True)
+    clean_nb(clean, clear_all=False, allowed_cell_metadata_keys=["jupyter"], clean_ids=True)
     write_nb(clean, path)
 
 

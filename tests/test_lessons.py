@@ -293,6 +293,47 @@ def test_saved_lines_are_broken_as_a_narrow_terminal_would():
     assert lessons.narrow(text) == text
 
 
+@pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
+def test_what_nobody_reads_is_folded(path):
+    "And all else is open; `tests/lessons.py` sees to it whenever it saves a lesson."
+    nb = nbformat.read(path, as_version=4)
+    saved = [dict(c.metadata) for c in nb.cells]
+
+    lessons.fold(nb, path.name)
+
+    assert saved == [dict(c.metadata) for c in nb.cells]
+    assert any(saved)
+
+
+def test_folding():
+    code = nbformat.v4.new_code_cell
+    words = nbformat.v4.new_markdown_cell
+    cells = [
+        code("#| default_exp x"),
+        code("#| export\nimport a\nfrom b import (\n    c,\n)"),
+        code("#|hide\nx = 1"),
+        code("%matplotlib inline\nimport a"),
+        code("import a\nx = 1\nassert x"),
+        words("## Exercises\n\n**1. Predict.**"),
+        code("guess = None"),
+        code("def solution(): ...\n\n\nassert check(solution)"),
+    ]
+    nb = nbformat.v4.new_notebook(cells=cells)
+
+    lessons.fold(nb, "02_elbo.ipynb")
+    folded = [c.metadata.get("jupyter") == {"source_hidden": True} for c in nb.cells]
+    lessons.fold(nb, "explorers.ipynb")
+    on_the_page = [c.metadata.get("jupyter") == {"source_hidden": True} for c in nb.cells]
+
+    assert folded == [True, True, True, False, False, False, False, True]
+    assert on_the_page == [c.cell_type == "code" for c in nb.cells]
+
+
+def test_nbdev_clean_leaves_what_is_folded():
+    ini = (ROOT / "settings.ini").read_text()
+    assert "allowed_cell_metadata_keys = jupyter\n" in ini
+
+
 def test_links_between_lessons():
     for path in NBS:
         cells = nbformat.read(path, as_version=4).cells
