@@ -4,6 +4,7 @@
     python tests/lessons.py --slow nbs/...          # cells marked `#| slow` too
     python tests/lessons.py --tidy nbs/...          # run nothing, only make the saved outputs small
     python tests/lessons.py --map                   # the table of lessons in index.ipynb and README
+    python tests/lessons.py --story                 # nbs/story.png anew, from a `beit demo` in runs/demo
 
 Cells marked `#| slow` are skipped unless asked for; the outputs that they have stay.
 """
@@ -188,6 +189,7 @@ class Lesson(NamedTuple):
     number: str
     file: str
     question: str  # its title
+    minutes: int  # to read it, as its head says
     module: str  # what it exports, or nothing
     sentence: str  # the first line of that module's docstring
 
@@ -200,23 +202,25 @@ def lessons() -> list[Lesson]:
         title = nb.cells[0].source
         question = re.search(r"^# (.+)$", title, re.M)[1]
         sentence = re.search(r"^> (.+)$", title, re.M)[1]
+        head = "\n".join(c.source for c in nb.cells[:2])
+        minutes = int(re.search(r"^(?:\*|Reading time: )?(\d+) minutes\.", head, re.M)[1])
         code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
         module = re.search(r"^#\| ?default_exp (\S+)", code, re.M)
-        rows.append(
-            Lesson(path.stem[:2], path.name, question, module[1] if module else "", sentence)
-        )
+        named = module[1] if module else ""
+        rows.append(Lesson(path.stem[:2], path.name, question, minutes, named, sentence))
     return rows
 
 
 def map_table(folder: str = "") -> str:
     "The map of the book as a markdown table; `folder` stands before the links."
-    lines = ["| | a question | module | in one line |", "|---|---|---|---|"]
+    lines = ["| | a question | minutes | module | in one line |", "|---|---|---|---|---|"]
     for lesson in lessons():
         if lesson.number in PARTS:
-            lines.append(f"| | **{PARTS[lesson.number]}** | | |")
+            lines.append(f"| | **{PARTS[lesson.number]}** | | | |")
         module = f"`beit_nb.{lesson.module}`" if lesson.module else ""
         link = f"[{lesson.question}]({folder}{lesson.file})"
-        lines.append(f"| {lesson.number} | {link} | {module} | {lesson.sentence} |")
+        cells = (lesson.number, link, lesson.minutes, module, lesson.sentence)
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
 
@@ -235,9 +239,21 @@ def draw_map() -> None:
     readme.write_text(TABLE.sub(lambda _: map_table("nbs/"), text), encoding="utf8")
 
 
+def draw_story(demo: Path = ROOT / "runs" / "demo") -> None:
+    "Write nbs/story.png: how a demo's guesses grew. Nothing else writes it, no lesson and no page."
+    from beit_nb.reconstructions import reconstruction_figure
+    from beit_nb.tokenizer import load_tokenizer
+
+    fig = reconstruction_figure(demo / "pretrain", load_tokenizer(demo / "tokenizer"))
+    file = ROOT / "nbs" / "story.png"
+    fig.savefig(file, dpi=80, bbox_inches="tight", facecolor="white")
+
+
 if __name__ == "__main__":
     if "--map" in sys.argv:
         draw_map()
+    if "--story" in sys.argv:
+        draw_story()
     for p in [a for a in sys.argv[1:] if not a.startswith("--")]:
         began = time.time()
         save(p, "--slow" in sys.argv, "--tidy" not in sys.argv)

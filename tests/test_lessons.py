@@ -358,3 +358,24 @@ def test_the_map_is_the_book():
     [cell] = [c for c in index.cells if c.id == "map"]
     assert lessons.map_table() in cell.source
     assert lessons.map_table("nbs/") in (ROOT / "README.md").read_text(encoding="utf8")
+
+
+def test_the_map_is_on_top_and_draws_nothing_anew():
+    "Three doors, then the table, and code at the end only; the story is a saved picture."
+    cells = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4).cells
+    kinds = [c.cell_type for c in cells]
+    code = "\n".join(c.source for c in cells if c.cell_type == "code")
+    words = "\n".join(c.source for c in cells if c.cell_type == "markdown")
+
+    assert "| play | understand | train |" in cells[0].source
+    assert [c.id for c in cells].index("map") == 1
+    assert kinds.index("code") > [c.id for c in cells].index("staircase-words")
+    assert "](story.png)" in words and (ROOT / "nbs" / "story.png").exists()
+    assert not re.search(r"savefig|write_|open\(|runs/", code)
+
+
+def test_every_lesson_says_how_long_it_takes():
+    minutes = {lesson.number: lesson.minutes for lesson in lessons.lessons()}
+
+    assert all(5 <= m <= 45 for m in minutes.values()), minutes
+    assert minutes["02"] == 40 and minutes["16"] == 10
