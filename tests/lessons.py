@@ -4,7 +4,7 @@
     python tests/lessons.py --slow nbs/...          # cells marked `#| slow` too
     python tests/lessons.py --tidy nbs/...          # run nothing, only make the saved outputs small
     python tests/lessons.py --map                   # the table of lessons in index.ipynb and README
-    python tests/lessons.py --story                 # nbs/story.png anew, from a `beit demo` in runs/demo
+    python tests/lessons.py --story                 # nbs/story.png anew, from your runs/demo
 
 Cells marked `#| slow` are skipped unless asked for; the outputs that they have stay.
 """
@@ -145,18 +145,60 @@ def fold(nb, name: str):
     return nb
 
 
+UNSAFE = re.compile(r"<svg|<style|\bstyle=")  # what JupyterLab takes out of pages of others
+PAGE = """<style>body {{ margin: 0; font: 14px/1.5 system-ui, sans-serif; color: #212121; }}
+#it {{ display: inline-block; max-width: 840px; padding: 2px; }} {css}</style>
+<div id="it">{html}</div>"""
+
+
+def photograph(html: str) -> tuple[str, dict]:
+    "What a browser makes of an output, as a PNG (base64), and its size in CSS pixels."
+    from browser import ARGS, find_browser
+    from playwright.sync_api import sync_playwright
+
+    css = (ROOT / "beit_nb" / "explorers" / "explorers.css").read_text()
+    with sync_playwright() as pw:
+        browser = pw.chromium.launch(executable_path=find_browser(), args=ARGS)
+        page = browser.new_page(device_scale_factor=2)
+        page.set_content(PAGE.format(css=css, html=html))
+        shot = page.locator("#it").screenshot()
+        browser.close()
+    width, height = (round(n / 2) for n in Image.open(io.BytesIO(shot)).size)
+    return base64.b64encode(shot).decode(), {"width": width, "height": height}
+
+
+def as_picture(output) -> None:
+    """An output that only a trusted page would show becomes a picture of it, in place.
+
+    A lesson that was just cloned is not trusted: JupyterLab takes SVG and styles out of it, and
+    prefers what is left to a picture that lies beside.
+    """
+    data = output.get("data", {})
+    html = data.get("text/html", "")
+    drawing = data.get("image/svg+xml", "")
+    if not drawing and not UNSAFE.search(html):
+        return
+    if "image/png" not in data:
+        data["image/png"], size = photograph(drawing or html)
+        output["metadata"] = {"image/png": size}
+    for kind in ("text/html", "image/svg+xml"):
+        data.pop(kind, None)
+
+
 def tidy(nb, name: str):
     """Without what a full run leaves behind that nobody reads; `name` of its file.
 
-    Widget views and JPEGs beside their pictures, progress on stderr, colors that nobody sees, lines
-    that a reader would have to scroll for. Code that few want to see is folded.
+    Dead widgets, JPEGs beside their pictures, progress on stderr, colors that nobody sees, lines
+    that a reader would have to scroll for. Code that few want to see is folded, and what a page
+    that is not trusted would not show is a picture.
     """
     fold(nb, name)
     nb.metadata.pop("widgets", None)
     for c in nb.cells:
         for o in c.get("outputs", []):
+            as_picture(o)
+            o.get("data", {}).pop(WIDGET, None)
             if "image/png" in o.get("data", {}):
-                o["data"].pop(WIDGET, None)
                 o["data"].pop("image/jpeg", None)  # a picture of PIL comes as both
                 o["data"]["image/png"] = small_png(o["data"]["image/png"])
             if "text" in o:

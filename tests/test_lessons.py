@@ -239,7 +239,13 @@ def test_notebook_is_tidy(path):
         for o in c.outputs:
             loud = o.output_type == "error" or o.get("name") == "stderr"
             assert not loud, f"cell {c.id} saved an error or stderr"
-            text = o.get("text") or o.get("data", {}).get("text/plain", "")
+            data = o.get("data", {})
+            assert lessons.WIDGET not in data, f"cell {c.id} saved a widget, which dies"
+            safe = "image/svg+xml" not in data and not lessons.UNSAFE.search(
+                data.get("text/html", "")
+            )
+            assert safe, f"cell {c.id} saved what a page that is not trusted does not show"
+            text = o.get("text") or data.get("text/plain", "")
             long = [x for x in text.splitlines() if len(x) > lessons.WIDTH]
             assert not long, f"cell {c.id} saved a line of {len(long[0])} columns"
         lines = [x for x in c.source.splitlines() if x.strip() and not x.startswith("#|")]
@@ -327,6 +333,28 @@ def test_folding():
 
     assert folded == [True, True, True, False, False, False, False, True]
     assert on_the_page == [c.cell_type == "code" for c in nb.cells]
+
+
+def test_what_a_page_does_not_show_is_a_picture(monkeypatch):
+    "SVG and styles; plain tables stay what they are, and a picture that is there is taken."
+    size = {"width": 3, "height": 2}
+    monkeypatch.setattr(lessons, "photograph", lambda html: (f"of {html}", size))
+    kinds = {
+        "drawing": {"image/svg+xml": "<svg/>"},
+        "styled": {"text/html": '<b style="color:red">'},
+        "both": {"text/html": "<svg/>", "image/png": "there"},
+        "table": {"text/html": "<table></table>"},
+    }
+    outputs = {name: nbformat.v4.new_output("display_data", data) for name, data in kinds.items()}
+
+    for output in outputs.values():
+        lessons.as_picture(output)
+
+    assert outputs["drawing"].data == {"image/png": "of <svg/>"}
+    assert outputs["drawing"].metadata == {"image/png": size}
+    assert outputs["styled"].data == {"image/png": 'of <b style="color:red">'}
+    assert outputs["both"].data == {"image/png": "there"} and outputs["both"].metadata == {}
+    assert outputs["table"].data == kinds["table"]
 
 
 def test_nbdev_clean_leaves_what_is_folded():
