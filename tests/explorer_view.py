@@ -4,6 +4,16 @@ import re
 
 from browser import pixels
 
+# what of an output sticks out of its cell
+REACH = """output => {
+  const edge = output.closest(".jp-Cell-outputArea").getBoundingClientRect();
+  const all = output.querySelectorAll("input, select, button, .beit-pad, output, .says, img");
+  return [...all].filter((e) => e.getClientRects().length).map((e) => {
+    const box = e.getBoundingClientRect();
+    return box.left < edge.left - 1 || box.right > edge.right + 1 ? e.outerHTML.slice(0, 80) : "";
+  }).filter(Boolean);
+}"""
+
 
 class ExplorerView:
     "One explorer on a page; `output` is a locator of its output area."

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 from browser import until
-from explorer_view import ExplorerView
+from explorer_view import REACH, ExplorerView
 from PIL import Image
 from playwright.sync_api import expect
 
@@ -165,16 +165,6 @@ def test_after_a_bad_file_the_last_picture_stays(view):
     assert (np.asarray(view.pad_pixels((320, 320))) == before).all()
     assert view.chosen("picture") == "red.png"
     assert "letter.png" not in view.field("picture").inner_text()
-
-
-REACH = """output => {
-  const edge = output.closest(".jp-Cell-outputArea").getBoundingClientRect();
-  const all = output.querySelectorAll("input, select, button, .beit-pad, output, .says, img");
-  return [...all].filter((e) => e.getClientRects().length).map((e) => {
-    const box = e.getBoundingClientRect();
-    return box.left < edge.left - 1 || box.right > edge.right + 1 ? e.outerHTML.slice(0, 80) : "";
-  }).filter(Boolean);
-}"""
 
 
 @pytest.mark.parametrize("width", (640, 1000, 1280, 1920))

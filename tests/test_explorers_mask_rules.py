@@ -1,5 +1,7 @@
 """beit_nb.explorers.mask_rules: rules, their line of code, the game as a film, statistics."""
 
+import re
+
 import numpy as np
 import pytest
 from numpy.random import default_rng
@@ -12,16 +14,20 @@ from beit_nb.explorers.mask_rules import (
     OFFICIAL,
     RANDOM,
     MaskRule,
+    chance_rate,
+    clumps_html,
     count_html,
+    counts_html,
     describe_block,
+    mask_line,
+    often_html,
     python_call,
     replay,
     sample_statistics,
     single_patches,
-    statistics_html,
     tell_game,
 )
-from beit_nb.masking import MaskBlock, mask_of, mask_statistics
+from beit_nb.masking import MaskBlock, mask_of, mask_statistics, neighbor_rate
 
 RULES = [
     *(MaskRule(algorithm) for algorithm in ALGORITHMS),
@@ -29,6 +35,9 @@ RULES = [
     MaskRule(OFFICIAL, (7, 7), 18, 16),
     MaskRule(ALGORITHM_1, (8, 14), 40, 6, 0.4),
 ]
+
+
+NAMES = vars(masking) | {"default_rng": default_rng, "np": np}
 
 
 def finish(generator):
@@ -42,10 +51,34 @@ def finish(generator):
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_line_of_code_gives_the_mask(rule):
-    names = vars(masking) | {"default_rng": default_rng}
     for seed in range(30):
         mask = rule.mask(default_rng(seed))
-        assert (mask == eval(python_call(rule, seed), dict(names))).all()
+        assert (mask == eval(python_call(rule, seed), dict(NAMES))).all()
+        assert mask_line(rule, seed, mask) == python_call(rule, seed)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_line_of_code_gives_what_a_hand_made_of_the_mask(rule):
+    drawn = rule.mask(default_rng(3))
+    few = drawn.copy()
+    few[0, :2] ^= True
+
+    for mask in (
+        few,
+        ~drawn,
+        ~few,
+        drawn & False,
+        drawn | True,
+        default_rng(0).random(drawn.shape) < 0.5,
+    ):
+        line = mask_line(rule, 3, mask)
+        assert (eval(line, dict(NAMES)) == mask).all()
+    assert mask_line(rule, 3, few).startswith(python_call(rule, 3))  # the shortest of three
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+def test_a_rule_is_written_as_the_code_that_makes_it(rule):
+    assert eval(repr(rule)) == rule and repr(MaskRule()) == "MaskRule()"
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -91,11 +124,11 @@ def test_single_patches_cover_the_mask_once():
 @pytest.mark.parametrize(
     "block,words",
     [
-        (MaskBlock(0, 0, 3, 6, 18, True), "3 × 6: hides 18 more"),
-        (MaskBlock(0, 0, 1, 1, 1, True), "a single patch: hides 1 more"),
-        (MaskBlock(0, 0, 14, 2, 0, False), "14 × 2 refused: a block may not span the grid"),
-        (MaskBlock(0, 0, 3, 5, 0, False), "3 × 5 refused: hides nothing new"),
-        (MaskBlock(0, 0, 2, 4, 7, False), "2 × 4 refused: would hide 7 more, only 6 may be"),
+        (MaskBlock(0, 0, 3, 6, 18, True), "3 × 6: masks 18 more"),
+        (MaskBlock(0, 0, 1, 1, 1, True), "a single patch: masks 1 more"),
+        (MaskBlock(0, 0, 14, 2, 0, False), "14 × 2 refused: a block may not span the picture"),
+        (MaskBlock(0, 0, 3, 5, 0, False), "3 × 5 refused: masks nothing new"),
+        (MaskBlock(0, 0, 2, 4, 7, False), "2 × 4 refused: would mask 7 more, only 6 may be"),
     ],
     ids=("accepted", "single", "span", "nothing", "too many"),
 )
@@ -107,33 +140,44 @@ def test_a_move_in_words(block, words):
 def test_film_shows_every_attempt_and_ends_with_the_mask(rule):
     blocks = list(rule.steps(default_rng(3)))
 
-    *frames, end = replay(rule, blocks)
+    start, *frames, end = replay(rule, blocks)
 
-    assert len(frames) == len(blocks) and end.caption == ""
-    assert (end.hidden == rule.mask(default_rng(3))).all()
-    assert len(end.boxes) == sum(block.accepted for block in blocks)
+    assert len(frames) == len(blocks) and not start.hidden.any() and not start.boxes
+    assert (end.hidden == rule.mask(default_rng(3))).all() and end.caption == tell_game(blocks)
+    large = [b for b in blocks if b.accepted and b.height * b.width > 1]
+    assert [box.color for box in end.boxes] == ["#ffffff"] * len(large)
     for frame, block in zip(frames, blocks):
-        assert ("refused" in frame.caption) != block.accepted
+        assert ("refused" in frame.caption) == frame.refused == (not block.accepted)
+        assert (frame.boxes[-1].line == "dashed") == frame.refused  # not by colour alone
+        assert frame.boxes[-1].top + frame.boxes[-1].height <= rule.grid_size[0]
     hidden = [frame.hidden.sum() for frame in frames]
     assert hidden == sorted(hidden)
 
 
-def test_words_of_a_game_and_of_a_hand():
+def test_a_game_in_words():
+    block = MaskBlock(0, 0, 4, 4, 16, True)
+    refused = MaskBlock(0, 0, 14, 4, 0, False)
+    single = MaskBlock(0, 0, 1, 1, 1, True)
+
+    assert tell_game([block]) == "1 block in 1 attempt, none refused"
+    assert tell_game([refused, block, block]) == "2 blocks in 3 attempts, 1 refused"
+    assert tell_game([block, single]) == "1 block and 1 single patch in 2 attempts, none refused"
+    assert tell_game([single] * 3) == "3 single patches in 3 attempts, none refused"
+
+
+def test_words_of_a_mask_and_of_a_hand():
     rule = MaskRule()
-    blocks = list(rule.steps(default_rng(3)))
-    drawn = mask_of(blocks)
-    touched = drawn.copy()
-    touched[tuple(np.argwhere(drawn)[0])] = False
-    touched[tuple(np.argwhere(~drawn)[0])] = True
+    *_, end = replay(rule, rule.steps(default_rng(3)))
+    touched = end.hidden.copy()
+    touched[tuple(np.argwhere(end.hidden)[0])] = False
+    touched[tuple(np.argwhere(~end.hidden)[0])] = True
 
-    before = tell_game(rule, blocks, drawn, drawn)
-    after = tell_game(rule, blocks, touched, drawn)
+    before = count_html(rule, end.hidden, end)
+    after = count_html(rule, touched, end)
 
-    assert before == "6 blocks in 11 attempts"
-    assert after == before + " · by hand: 1 more, 1 fewer"
-    html = count_html(rule, 3, touched, after)
-    assert "<b>75</b></span> of 75 wanted · 38.3% of 196 patches" in html
-    assert python_call(rule, 3) in html
+    assert "6 blocks in 11 attempts, 5 refused" in before and "hand" not in before
+    assert "by hand: 1 more, 1 fewer" in after
+    assert "75</span> of 196 patches masked (38.3%) · 75 wanted" in before
 
 
 @pytest.mark.parametrize("seconds", (0.0001, 10))
@@ -148,11 +192,37 @@ def test_statistics_do_not_depend_on_the_size_of_a_piece(seconds):
     assert (stats["counts"] == direct["counts"]).all()
 
 
-def test_statistics_as_html_ask_nobody_outside():
+def test_charts_say_the_statistics_and_ask_nobody_outside():
     rule = MaskRule()
     stats = finish(sample_statistics(rule, 300))
+    mask = rule.mask(default_rng(3))
 
-    html = statistics_html(stats, rule, 300)
+    often = often_html(stats)
+    counts = counts_html(stats, rule, mask)
+    clumps = clumps_html(mask, stats)
 
-    assert f"exactly 75 in {stats['exactly']:.0%} of 300 draws" in html
-    assert html.count("<rect") >= 4 and "http" not in html
+    assert f"exactly 75 in {stats['exactly']:.0%} of 300 masks" in counts
+    assert counts.count("<rect") >= 4 and "this mask: 75" in counts
+    assert f'alt="centre {stats["center"]:.0%}, corners {stats["corner"]:.0%}"' in often
+    for rate in (neighbor_rate(mask[None]), stats["neighbor_rate"], 74 / 195):
+        assert f">{rate:.0%}<" in clumps
+    assert "http" not in often + counts + clumps
+
+
+@pytest.mark.parametrize("count", (0, 5, 196))
+def test_a_mask_far_from_its_rule_is_still_on_the_chart(count):
+    stats = finish(sample_statistics(MaskRule(), 100))
+    mask = (np.arange(196) < count).reshape(14, 14)
+
+    chart = counts_html(stats, MaskRule(), mask)
+
+    [points] = re.findall(r'polygon class="pointer" points="([^"]+)"', chart)
+    assert 38 <= float(points.split(",")[0]) <= 400 and f"this mask: {count}" in chart
+
+
+def test_by_chance_means_as_many_patches_at_random():
+    masks = [MaskRule(RANDOM, num_mask_patches=60).mask(default_rng(i)) for i in range(300)]
+
+    assert chance_rate(masks[0]) == 59 / 195
+    assert abs(neighbor_rate(np.stack(masks)) - 59 / 195) < 0.02  # of 17,000 neighbours: 4 sigma
+    assert chance_rate(np.zeros((14, 14), bool)) == 0

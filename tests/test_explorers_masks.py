@@ -2,13 +2,13 @@
 
 import asyncio
 
-import numpy as np
 import pytest
 import torch
 from numpy.random import default_rng
 
 from beit_nb.explorers.mask_rules import ALGORITHMS, OFFICIAL, RANDOM, MaskRule
-from beit_nb.explorers.masks import MaskControls, MaskExplorer, MaskView, StatisticsView
+from beit_nb.explorers.masks import MaskExplorer
+from beit_nb.images import house_pictures
 from beit_nb.masking import blockwise_mask
 
 
@@ -20,31 +20,49 @@ def mean_color(picture, mask):
 
 @pytest.fixture
 def explorer():
-    return MaskExplorer(seed=3)
+    return MaskExplorer()
 
 
-def test_controls_keep_the_official_settings():
-    controls = MaskControls("chelsea", MaskRule(), 7, 224, [8, 14, 16, 28, 32])
+def again(explorer):
+    "The explorer that its line of code makes."
+    return eval(explorer.link(), {"MaskExplorer": MaskExplorer, "MaskRule": MaskRule})
 
-    assert (controls.rule, controls.seed) == (MaskRule(), 7)
+
+def screen(explorer):
+    "What of an explorer must be the same for the same state."
+    view = explorer.mask_view
+    return (
+        view.pad.marked,
+        view.pad.boxes,
+        view.pad.picture,
+        view.words.value,
+        view.line.code,
+        view.scrubber.value,
+        explorer.controls.rule,
+        explorer.controls.seed,
+        explorer.statistics.counts.value,
+        explorer.statistics.clumps.value,
+    )
 
 
-def test_controls_say_a_rule():
-    controls = MaskControls("chelsea", MaskRule(), 7, 224, [8, 14, 16, 28, 32])
+def test_the_first_sight_shows_blocks_and_refusals(explorer):
+    assert (explorer.mask == blockwise_mask(rng=default_rng(3))).all()
+    assert "6 blocks in 11 attempts, 5 refused" in explorer.mask_view.words.value
 
-    controls.ratio.value = 0.4
-    controls.patch_size.value = 32
-    controls.smallest.value = 3
-    controls.aspect.value = 0.5
-    controls.algorithm.value = RANDOM
-    controls.resample.click()
 
-    assert controls.rule == MaskRule(RANDOM, (7, 7), 20, 3, 0.5) and controls.seed == 8
+@pytest.mark.parametrize("name", ("ratio", "smallest"))
+def test_the_first_presses_of_a_slider_change_the_mask(explorer, name):
+    slider = getattr(explorer.controls, name)
+    masks = []
+    for _ in range(3):  # one that does nothing looks broken
+        masks.append(explorer.mask)
+        slider.index += 1
+        assert (explorer.mask != masks[-1]).any()
 
 
 def test_every_algorithm_draws_its_mask(explorer):
     for name in (*ALGORITHMS[1:], OFFICIAL):
-        explorer.controls.algorithm.value = name
+        explorer.controls.algorithm.choose(name)
         assert (explorer.mask == MaskRule(name).mask(default_rng(3))).all()
 
 
@@ -52,7 +70,7 @@ def test_resample_takes_the_next_seed(explorer):
     explorer.controls.resample.click()
 
     assert (explorer.mask == blockwise_mask(rng=default_rng(4))).all()
-    assert "default_rng(4)" in explorer.mask_view.words.value
+    assert "default_rng(4)" in explorer.mask_view.line.code
 
 
 def test_a_click_is_counted_as_done_by_hand(explorer):
@@ -62,67 +80,224 @@ def test_a_click_is_counted_as_done_by_hand(explorer):
     explorer.mask_view.pad.press(0)
 
     assert (explorer.mask != before).sum() == 1 and "by hand" in words.value
-    assert f"<b>{explorer.mask.sum()}</b>" in words.value
+    assert f">{explorer.mask.sum()}</span>" in words.value
+    assert f"this mask: {explorer.mask.sum()}" in explorer.statistics.counts.value
     explorer.mask_view.pad.press(0)
     assert "by hand" not in words.value
 
 
-def test_film_ends_where_the_game_ended():
-    view = MaskView(392)
-    view.show_picture("chelsea")
-    view.draw_mask(MaskRule(), 3)
-    wanted = view.pad.mask
-
-    waits = [(seconds, view.caption) for seconds in view.play()]
-
-    assert len(waits) == len(view.attempts) == 11
-    assert all(0 < seconds <= 0.6 for seconds, _ in waits)
-    assert sum("refused" in caption for _, caption in waits) == 5
-    assert (view.pad.mask == wanted).all() and "6 blocks in 11 attempts" in view.words.value
-
-
-async def play_and_touch():
-    explorer = MaskExplorer(seed=3)
-    explorer.controls.play.click()
-    await asyncio.sleep(0.5)
-    playing = (explorer.player.busy, len(explorer.mask_view.pad.boxes))
+def paint(explorer):
     explorer.mask_view.pad.press(0)
+    explorer.mask_view.pad.press(20)
+
+
+def scrub(explorer):
+    explorer.mask_view.scrubber.value = 4
+
+
+def scrub_and_paint(explorer):
+    scrub(explorer)
+    paint(explorer)
+
+
+def other_settings(explorer):
+    explorer.controls.picture.menu.choose("rocket")
+    explorer.controls.algorithm.choose(RANDOM)
+    explorer.controls.patch_size.value = 28
+    explorer.controls.ratio.value = 0.6
+
+
+@pytest.mark.parametrize("act", (lambda e: None, paint, scrub, scrub_and_paint, other_settings))
+def test_the_link_makes_the_same_screen(explorer, act):
+    act(explorer)
+
+    assert screen(again(explorer)) == screen(explorer)
+
+
+def test_an_uploaded_picture_is_linked_by_its_file_and_one_of_yours_not_at_all():
+    own = MaskExplorer({"a cat": house_pictures()[0]})
+
+    assert own.link() == "" and MaskExplorer({"a cat": "chelsea"}).link() != ""
+    assert MaskExplorer(predict=mean_color).link() == ""
+
+
+def drag(explorer, cells):
+    "What the browser sends while a finger is drawn over these cells."
+    pad = explorer.mask_view.pad
+    stroke = pad.stroke + 1
+    for cell in cells:
+        pad.set_state({"stroke": stroke, "marked": sorted({*pad.marked} ^ {cell})})
+
+
+def test_undo_takes_back_stroke_by_stroke(explorer):
+    states = [screen(explorer)]
+    assert explorer.buttons.undo.disabled
+    acts = (
+        lambda: drag(explorer, [0, 1, 2, 3]),
+        lambda: drag(explorer, [30]),
+        explorer.buttons.clear.click,
+        lambda: drag(explorer, [50, 51]),
+        explorer.buttons.invert.click,
+    )
+    for act in acts:
+        act()
+        states.append(screen(explorer))
+    assert explorer.mask.sum() == 194
+
+    for state in reversed(states[:-1]):
+        assert not explorer.buttons.undo.disabled
+        explorer.buttons.undo.click()
+        assert screen(explorer) == state
+    assert explorer.buttons.undo.disabled
+
+
+@pytest.mark.parametrize(
+    "act",
+    (
+        lambda e: e.controls.resample.click(),
+        other_settings,
+        scrub,
+        lambda e: e.buttons.play.click(),
+        lambda e: e.buttons.step.click(),
+    ),
+    ids="resample settings scrub play step".split(),
+)
+def test_what_a_hand_painted_is_never_lost(explorer, act):
+    explorer.controls.picture.menu.choose("rocket")
+    paint(explorer)
+    painted = screen(explorer)
+
+    act(explorer)
+    lost = screen(explorer)
+    explorer.buttons.undo.click()
+
+    assert lost != painted and screen(explorer) == painted
+
+
+def test_another_picture_keeps_what_was_painted(explorer):
+    paint(explorer)
+    painted = explorer.mask
+
+    explorer.controls.picture.menu.choose("rocket")
+
+    assert (explorer.mask == painted).all()
+
+
+def test_the_ground_of_the_screen_changes_nothing(explorer):
+    scrub_and_paint(explorer)
+    before = screen(explorer)
+
+    explorer.guide.ground = [True, 2]
+
+    assert screen(explorer) == before
+
+
+def test_steps_go_through_the_game_and_begin_anew(explorer):
+    seen = []
+    for _ in range(13):
+        explorer.buttons.step.click()
+        seen.append(explorer.mask_view.state.attempt)
+
+    assert seen == [*range(1, 12), None, 1]
+
+
+def test_a_film_ends_where_the_game_ended(explorer):
+    before = screen(explorer)
+    seen = []
+    explorer.mask_view.scrubber.observe(lambda change: seen.append(change.new), "value")
+
+    explorer.buttons.play.click()  # at once, without an event loop
+
+    assert seen == [*range(1, 13)] and screen(explorer) == before
+    assert explorer.buttons.play.description == "Play" and explorer.guide.done == [0]
+
+
+async def play_and(act):
+    explorer = MaskExplorer()
+    explorer.buttons.play.click()
+    await asyncio.sleep(0.4)
+    playing = (explorer.player.busy, explorer.mask_view.state.attempt)
+    act(explorer)
     return playing, explorer
 
 
-def test_a_hand_stops_the_film():
-    (busy, boxes), explorer = asyncio.run(play_and_touch())
+@pytest.mark.parametrize(
+    "act",
+    (
+        lambda e: e.mask_view.pad.press(0),
+        lambda e: e.buttons.play.click(),
+        lambda e: e.controls.resample.click(),
+        scrub,
+    ),
+    ids="hand pause resample scrub".split(),
+)
+def test_what_stops_a_film(act):
+    (busy, attempt), explorer = asyncio.run(play_and(act))
 
-    assert busy and boxes == 1
-    assert not explorer.player.busy and "stopped by your hand" in explorer.mask_view.words.value
-
-
-def test_statistics_are_remembered_for_each_rule():
-    statistics = StatisticsView(print, draws=50)
-    statistics.start(MaskRule())
-    first = statistics.charts.value
-    statistics.start(MaskRule(RANDOM))
-    other = statistics.charts.value
-    known = dict(statistics.known)
-    statistics.start(MaskRule())
-
-    assert first == statistics.charts.value != other and statistics.known == known
-    assert len(known) == 2 and "of 50 draws" in first
+    assert busy and attempt == 1
+    assert not explorer.player.busy and explorer.buttons.play.description == "Play"
 
 
-def test_clumps_compare_mask_rule_and_chance(explorer):
-    clumps = explorer.statistics.clumps.value
+def test_a_paused_film_stays_where_it_is():
+    _, explorer = asyncio.run(play_and(lambda e: e.buttons.play.click()))
 
-    for name in ("this mask", "this rule", "by chance"):
-        assert name in clumps
-    assert ">0.86<" in clumps and ">0.38<" in clumps
+    assert explorer.mask_view.state.attempt == 1 and "attempt 1 of 11" in explorer.describe()
+
+
+def test_a_rule_that_cannot_work_is_said_beside_its_slider(explorer):
+    before = screen(explorer)[:6]
+
+    explorer.controls.smallest.value = 76
+
+    says = explorer.controls.smallest.says
+    assert says.startswith("no block of 76 patches fits into 75") and explorer.guide.error == ""
+    assert screen(explorer)[:6] == before
+    assert all("stale" in view._dom_classes for view in explorer.results)
+    explorer.controls.smallest.value = 75
+    assert explorer.controls.smallest.says == "" and "2 blocks in 2" in explorer.describe()
+    assert not any("stale" in view._dom_classes for view in explorer.results)
+
+
+def test_undo_also_leaves_a_wrong_setting(explorer):
+    paint(explorer)
+    painted = screen(explorer)
+    explorer.controls.smallest.value = 90
+    explorer.buttons.clear.click()
+
+    explorer.buttons.undo.click()
+
+    assert screen(explorer) == painted and explorer.controls.smallest.says == ""
+
+
+def test_from_random_patches_back_to_a_rule_that_cannot_work(explorer):
+    explorer.controls.algorithm.choose(RANDOM)
+    explorer.controls.ratio.value = 0.05
+    explorer.controls.algorithm.choose(OFFICIAL)
+
+    assert "no block of 16 patches fits into 10" in explorer.controls.smallest.says
+    assert not explorer.controls.smallest.disabled
+
+
+def test_no_act_is_done_at_first_and_all_can_be_done(explorer):
+    assert explorer.guide.done == []
+
+    explorer.buttons.play.click()
+    explorer.controls.smallest.value = 100
+    assert explorer.guide.done == [0, 1]
+    explorer.buttons.invert.click()
+    explorer.buttons.clear.click()
+    for col in (1, 2, 5, 9):  # a wide stripe and two narrow ones
+        assert explorer.guide.done == [0, 1]
+        drag(explorer, range(col, 196, 14))
+
+    assert explorer.guide.done == [0, 1, 2]
 
 
 def test_prediction_follows_the_mask():
     explorer = MaskExplorer("coffee", predict=mean_color)
     before = explorer.prediction.gallery.value
 
-    explorer.mask_view.pad.mask = np.ones((14, 14), bool) ^ explorer.mask
+    explorer.buttons.invert.click()
 
     assert "data:image/png" in before and explorer.prediction.gallery.value != before
     assert explorer.controls.patch_size.disabled
@@ -141,14 +316,9 @@ def test_a_bad_picture_spoils_no_game(explorer):
 
     menu = explorer.controls.picture
     menu.upload.set_state({"name": "letter.txt", "content": b"Dear reader", "count": 1})
+    missing = MaskExplorer("missing.png")
 
     assert "letter.txt is not a picture" in menu.upload.says
     assert (explorer.mask == before).all() and menu.name == "chelsea"
-
-
-def test_a_rule_that_cannot_work_shows_no_mask(explorer):
-    explorer.controls.smallest.value = 40
-    explorer.controls.ratio.value = 0.1
-
-    assert "so masks would stay empty" in explorer.guide.error
-    assert not explorer.mask.any()
+    assert "missing.png is not a picture" in missing.guide.error
+    assert (missing.mask == before).all()

@@ -201,6 +201,9 @@ function renderField(model, el) {
     if (input.checkValidity() && input.value != "") tell(model, { value: Number(input.value) });
     else input.value = model.get("value"); // what cannot be is taken back
   };
+  input.onkeydown = (event) => {
+    if (event.key == "Enter") input.onchange();
+  };
   const unlabel = followLabel(model, el, input);
   const show = () => {
     input.min = model.get("min");
