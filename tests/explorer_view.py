@@ -65,7 +65,7 @@ class ExplorerView:
         return self.output.inner_text()
 
     def errors(self):
-        return self.output.locator(".error").all_inner_texts()
+        return [words for words in self.output.locator(".error").all_inner_texts() if words]
 
     def pad_pixels(self, size):
         "The pad on the screen as an RGB picture of that size."

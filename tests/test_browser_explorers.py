@@ -1,12 +1,11 @@
 """nbs/explorers.ipynb in a real browser: the screen against the functions that it should show."""
 
-import base64
 import io
 import re
 
 import numpy as np
 import pytest
-from browser import CHANGE_THEME, STDERR, THEME_IS, THEMES, pixels, until
+from browser import CHANGE_THEME, STDERR, THEME_IS, THEMES, until
 from explorer_view import ExplorerView
 from PIL import Image
 from playwright.sync_api import expect
@@ -15,10 +14,11 @@ from beit_nb.attention import attention_maps
 from beit_nb.explorers.attention import heads_picture, heads_table, ready_mim
 from beit_nb.explorers.elbo import AlphabetExplorer, GapFigure, TemperatureExplorer
 from beit_nb.explorers.figures import PAPER
+from beit_nb.explorers.guess import GuessExplorer
 from beit_nb.explorers.predictor import mim_predictor
 from beit_nb.explorers.recipes import recipe_curves
 from beit_nb.explorers.tokens import some_digits, token_probs
-from beit_nb.images import normalize, to_pil, to_tensor
+from beit_nb.images import normalize, to_pil
 from beit_nb.pretraining import pretrain
 from beit_nb.recipes import recipe_named
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
@@ -226,32 +226,15 @@ def test_schedules(page):
     assert view.errors() == []
 
 
-def test_the_model_follows_the_mask(page, runs):
-    view = PageView(page, "mim_predictor(f")
-    predict = mim_predictor(runs)
-    cells = view.pad.get_by_role("gridcell")
-    expect(cells).to_have_count(64)
-    seen = view.output.get_by_role("img", name="the model's guess")
-    big = to_pil(some_digits()[3]).resize((448, 448), 0)
-    picture = to_tensor(big.resize((32, 32), Image.Resampling.BOX))  # as the explorer hands it on
+def test_the_model_of_the_demo_is_asked(page, runs):
+    view = PageView(page, "GuessExplorer(runs")
+    explorer = GuessExplorer(mim_predictor(runs))
 
-    def mask():
-        states = cells.evaluate_all("all => all.map(cell => cell.ariaSelected)")
-        return np.array([state == "true" for state in states]).reshape(8, 8)
-
-    def shown():
-        data = base64.b64decode(seen.get_attribute("src").split(",")[1])
-        return Image.open(io.BytesIO(data)).convert("RGB").tobytes()
-
-    def agrees():
-        until(lambda: shown() == to_pil(predict(picture, mask())["the model's guess"]).tobytes())
-        assert np.asarray(pixels(seen, (32, 32))).std() > 10  # and it is really there
-
-    agrees()
-    old = mask()
-    view.cell(6, 1).click()
-    until(lambda: (mask() != old).sum(), 1)
-    agrees()
+    for _ in range(2):
+        until(lambda: f"{explorer.guess.right.sum()} of 26 right." in view.text())
+        view.button("Another mask").click()
+        explorer.controls.again.click()
+    assert "your own beit demo" in view.text() and view.errors() == []
 
 
 def luminance(rgb):

@@ -137,7 +137,7 @@ def mim_predictor(folder: str | Path = "runs/demo") -> MimPredictor:
 
 # %% ../../nbs/81_explorers_predictor.ipynb #rival
 @cache
-def commonest_tokens(tokenizer: Tokenizer, size: int = 32, n: int = 1000) -> Tensor:
+def commonest_tokens(tokenizer: Tokenizer, size: int = 32, n: int = 500) -> Tensor:
     "The most frequent token of each place over `n` training digits of that size: ids (h, w)."
     digits = to_float(Digits("train", places=1).images[:n])
     sized = F.interpolate(digits, (size, size), mode="bilinear", antialias=True)
