@@ -30,6 +30,7 @@ HOMES = {
     "attention": "AttentionExplorer ready_mim",
     "recipes": "ScheduleExplorer",
     "predictor": "MimPredictor mim_predictor",
+    "workbench": "Workbench",
     "guess": "GuessExplorer",
 }
 _HOME_OF = {name: module for module, names in HOMES.items() for name in names.split()}

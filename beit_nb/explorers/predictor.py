@@ -105,10 +105,9 @@ class MimPredictor:
     def guess(self, picture: Tensor, mask: np.ndarray) -> Guess:
         "What is said of a picture (3, H, W) in [0, 1] under a mask (h, w), and the truth."
         hidden = torch.as_tensor(mask)
-        seen = self._resize(picture, self.recipe.token_size)
+        seen = self.token_view(picture)
         truth = self.tokenizer.get_codebook_indices(seen)[0]
-        patch_view = self._resize(picture, self.recipe.img_size)
-        images = preprocess(patch_view, self.recipe.mean_std)
+        images = self.patch_view(picture)
         logits = self.model(images, hidden[None], return_all_tokens=True)[0]  # (h*w, V)
         return Guess(hidden, truth, logits.softmax(-1).view(*truth.shape, -1))
 
@@ -124,8 +123,17 @@ class MimPredictor:
             "the true tokens": self.paint(guess.truth),
         }
 
-    def _resize(self, picture: Tensor, size: int) -> Tensor:
-        return F.interpolate(picture[None], (size, size), mode="bilinear", antialias=True)
+    def token_view(self, picture: Tensor) -> Tensor:
+        "What the tokenizer sees of a picture (3, H, W): (1, 3, S, S) in [0, 1]."
+        return _resize(picture, self.recipe.token_size)
+
+    def patch_view(self, picture: Tensor) -> Tensor:
+        "What the network sees of it, normalised: (1, 3, S, S)."
+        return preprocess(_resize(picture, self.recipe.img_size), self.recipe.mean_std)
+
+
+def _resize(picture: Tensor, size: int) -> Tensor:
+    return F.interpolate(picture[None], (size, size), mode="bilinear", antialias=True)
 
 
 def mim_predictor(folder: str | Path = "runs/demo") -> MimPredictor:
