@@ -8,6 +8,7 @@ __all__ = ['RIGHT', 'WRONG', 'POINTED', 'ENLARGED', 'score_html', 'swatch_pictur
 # %% ../../nbs/82_explorers_answers.ipynb #imports
 import base64
 from functools import cache
+from typing import Any
 
 import ipywidgets as W
 import torch
@@ -93,7 +94,7 @@ class GuessPads(W.HBox):
 
     def __init__(self, grid_size: tuple[int, int], canvas: int = 32):
         rows, cols = grid_size
-        grid = dict(rows=rows, cols=cols, width=256, unit="cell", hovers=True)
+        grid: dict[str, Any] = dict(rows=rows, cols=cols, width=256, unit="cell", hovers=True)
         about = "cells of the picture; space hides and shows"
         self.hide = PatchPad(label=about, words=["shown", "hidden"], **grid)
         self.guess = PatchPad(mode="pick", ring=False, label="cells of the guess", **grid)
@@ -138,9 +139,9 @@ class GuessPads(W.HBox):
 
     def frame(self, guess: Guess, cell: tuple[int, int]) -> None:
         "Frames around what is right, what is wrong, and the cell that one looks at."
-        here = Box(*cell, 1, 1, POINTED)
-        right = [Box(*at, 1, 1, *RIGHT) for at in guess.right.nonzero().tolist()]
-        wrong = [Box(*at, 1, 1, *WRONG) for at in guess.wrong.nonzero().tolist()]
+        here = Box(cell[0], cell[1], 1, 1, POINTED)
+        right = [Box(row, col, 1, 1, *RIGHT) for row, col in guess.right.nonzero().tolist()]
+        wrong = [Box(row, col, 1, 1, *WRONG) for row, col in guess.wrong.nonzero().tolist()]
         self.guess.boxes = [*right, *wrong, here]
         self.hide.boxes = self.truth.boxes = [here]
 
