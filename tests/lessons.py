@@ -147,7 +147,8 @@ def fold(nb, name: str):
 
 UNSAFE = re.compile(r"<svg|<style|\bstyle=")  # what JupyterLab takes out of pages of others
 PAGE = """<style>body {{ margin: 0; font: 14px/1.5 system-ui, sans-serif; color: #212121; }}
-#it {{ display: inline-block; max-width: 840px; padding: 2px; }} {css}</style>
+#it {{ display: inline-block; max-width: 840px; padding: 4px 10px; }}
+{css} svg {{ overflow: visible; }}</style>
 <div id="it">{html}</div>"""
 
 

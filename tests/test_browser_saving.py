@@ -71,6 +71,49 @@ def test_who_reads_and_plays_changes_nothing(clone):
     page.evaluate(SHUT_DOWN)
 
 
+WHERE = """() => {
+  const notebook = window.jupyterapp.shell.currentWidget.content;
+  return notebook.node.querySelector('.jp-WindowedPanel-outer').scrollTop;
+}"""
+FAILED = '[data-mime-type="application/vnd.jupyter.error"]'
+
+
+def test_the_map_can_be_run(clone):
+    "It opens on its table without a line of code in sight; Run All writes nothing; Home goes up."
+    repository, open_lesson = clone
+    page = open_lesson("index.ipynb")
+    page.get_by_role("link", name="The explorers").wait_for()
+    page.get_by_role("link", name="What shall we look at all along?").nth(1).wait_for()
+    assert page.locator(".jp-CodeCell .cm-content").count() == 0
+
+    page.evaluate(RUN_ALL)
+    below = page.evaluate(WHERE)
+    page.keyboard.press("Home")
+    page.wait_for_function(f"() => ({WHERE})() == 0")
+    page.evaluate(SAVE)
+
+    assert below > 1000 and page.locator(FAILED).count() == 0
+    assert git(repository, "status", "--porcelain") == ""
+    page.evaluate(SHUT_DOWN)
+
+
+def test_explorers_work_before_any_demo(clone):
+    "With the networks that came along; and no run is made in silence."
+    repository, open_lesson = clone
+    assert not (repository / "runs").exists()
+    page = open_lesson(PAGE)
+
+    page.evaluate(RUN_ALL)
+    page.wait_for_function(READY)
+    for heading in ("What is a token?", "Where does it look?"):
+        page.get_by_role("heading", name=heading).scroll_into_view_if_needed()
+        page.get_by_text("which came with beit_nb").first.wait_for()
+
+    assert page.locator(FAILED).count() == 0
+    assert not (repository / "runs").exists()
+    page.evaluate(SHUT_DOWN)
+
+
 def test_who_edits_keeps_the_edit_and_its_outputs(clone):
     "And the pictures, but no widget whose kernel will be gone."
     repository, open_lesson = clone
