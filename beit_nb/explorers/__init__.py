@@ -26,12 +26,13 @@ HOMES = {
     "cuts": "Cut vit_cost",
     "patches": "PatchExplorer",
     "elbo": "GapExplorer TemperatureExplorer AlphabetExplorer",
-    "tokens": "TokenExplorer ready_tokenizer some_digits",
+    "tokens": "ready_tokenizer some_digits digits_by_name Tiles",
     "attention": "AttentionExplorer ready_mim",
     "recipes": "ScheduleExplorer",
     "predictor": "MimPredictor mim_predictor",
     "workbench": "Workbench",
     "guess": "GuessExplorer",
+    "spelling": "TokenExplorer",
 }
 _HOME_OF = {name: module for module, names in HOMES.items() for name in names.split()}
 

@@ -197,9 +197,16 @@ function renderMenu(model, el) {
 function renderField(model, el) {
   el.innerHTML = labelled('<input type="number" step="1">');
   const input = el.querySelector("input");
+  const complain = (words) => {
+    el.querySelector(".says").textContent = words;
+  };
   input.onchange = () => {
+    complain(model.get("says"));
     if (input.checkValidity() && input.value != "") tell(model, { value: Number(input.value) });
-    else input.value = model.get("value"); // what cannot be is taken back
+    else {
+      input.value = model.get("value"); // what cannot be is taken back
+      complain(`only whole numbers from ${model.get("min")} to ${model.get("max")}`);
+    }
   };
   input.onkeydown = (event) => {
     if (event.key == "Enter") input.onchange();
@@ -336,6 +343,106 @@ function renderPicture(model, el) {
   };
 }
 
+// ---------------------------------------------------------------------------- tiles
+
+// Radio buttons that are small pictures, cut from one: a table of them with names around it, or
+// (with bars) a list. A table's tiles have patches, of which one may be marked in all of them.
+function renderTiles(model, el) {
+  el.innerHTML = '<div class="beit-tiles" role="radiogroup"></div>';
+  const table = el.firstChild;
+  const group = `tiles-${Math.random()}`; // radio buttons of one name belong together
+  const make = (tag, className, text = "") =>
+    Object.assign(document.createElement(tag), { className, textContent: text });
+  let sheet = "";
+
+  const makeTile = (i) => {
+    const tile = make("label", "tile");
+    const input = Object.assign(make("input", ""), { type: "radio", name: group, value: i });
+    input.onchange = () => tell(model, { index: i });
+    tile.append(input, make("i", ""));
+    tile.style.setProperty("--x", i % model.get("cols"));
+    tile.style.setProperty("--y", Math.floor(i / model.get("cols")));
+    return tile;
+  };
+  const makeBar = ([share, text]) => {
+    const bar = make("span", "bar");
+    bar.append(make("span", ""));
+    bar.firstChild.style.width = `${100 * share}%`;
+    return [bar, make("span", "odds", text)];
+  };
+  const build = () => {
+    const [cols, heads, bars] = [model.get("cols"), model.get("heads"), model.get("bars")];
+    const parts = heads.length ? ["", ...heads].map((name) => make("span", "head", name)) : [];
+    model.get("sides").forEach((side, row) => {
+      const tiles = Array.from({ length: cols }, (_, col) => makeTile(row * cols + col));
+      parts.push(make("span", "side", side), ...tiles, ...(bars[row] ? makeBar(bars[row]) : []));
+    });
+    table.style.setProperty("--cols", cols);
+    table.style.setProperty("--rows", model.get("sides").length);
+    table.classList.toggle("list", bars.length > 0);
+    table.ariaLabel = model.get("label");
+    table.title = model.get("help");
+    table.replaceChildren(...parts);
+    name();
+    choose();
+  };
+  const inputs = () => [...table.querySelectorAll("input")];
+  const name = () =>
+    inputs().forEach((input, i) => {
+      input.ariaLabel = input.parentElement.title = model.get("names")[i] ?? "";
+    });
+  const choose = () =>
+    inputs().forEach((input, i) => {
+      input.checked = i == model.get("index");
+    });
+  const paint = () => {
+    URL.revokeObjectURL(sheet);
+    sheet = URL.createObjectURL(new Blob([model.get("picture")]));
+    table.style.setProperty("--sheet", `url(${sheet})`);
+  };
+  const mark = () => {
+    const [rows, cols] = model.get("patches");
+    const here = model.get("pointed");
+    table.classList.toggle("pointed", here >= 0);
+    const values = { rows, cols, row: Math.floor(here / cols), col: here % cols };
+    for (const [name, value] of Object.entries(values)) {
+      table.style.setProperty(`--patch-${name}`, value);
+    }
+  };
+  const point = (here) => {
+    if (here != model.get("pointed")) tell(model, { pointed: here });
+  };
+  table.onpointermove = (event) => {
+    const [rows, cols] = model.get("patches");
+    const tile = event.target.closest(".tile");
+    if (!tile || rows * cols == 1) return point(-1);
+    const area = tile.getBoundingClientRect();
+    const at = (share, n) => Math.max(0, Math.min(n - 1, Math.floor(share * n)));
+    const row = at((event.clientY - area.top) / area.height, rows);
+    point(row * cols + at((event.clientX - area.left) / area.width, cols));
+  };
+  table.onpointerleave = () => point(-1);
+  table.onkeydown = (event) => {
+    const step = { ArrowUp: -1, ArrowDown: 1 }[event.key];
+    const next = inputs()[Number(event.target.value) + step * model.get("cols")];
+    if (!step || model.get("cols") == 1) return; // the browser moves in a list by itself
+    event.preventDefault();
+    next?.focus();
+    next?.click();
+  };
+  const unfollow = follow(model, {
+    "cols heads sides bars label help": build,
+    names: name,
+    index: choose,
+    picture: paint,
+    "patches pointed": mark,
+  });
+  return () => {
+    unfollow();
+    URL.revokeObjectURL(sheet);
+  };
+}
+
 // ---------------------------------------------------------------------------- line of code
 
 const CODE = `
@@ -372,6 +479,7 @@ const PARTS = {
   field: renderField,
   upload: renderUpload,
   picture: renderPicture,
+  tiles: renderTiles,
   code: renderCode,
 };
 

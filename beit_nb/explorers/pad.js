@@ -57,7 +57,8 @@ function buildGrid(model, ui) {
 
 // Which cells are marked, where the cursor is, and a sentence for each cell ("patch 2,9 masked")
 // for those who listen to a screen instead of seeing it. In mode "pick" the cursor is what is
-// selected, and a cell is called by its place, with a note if there is one.
+// selected, and a cell is called by its place, with a note if there is one; a cursor beyond the last
+// cell selects none.
 function showCells(model, ui) {
   const marked = new Set(model.get("marked"));
   const cursor = model.get("cursor");
@@ -75,7 +76,7 @@ function showCells(model, ui) {
     const state = notes[i] ?? (pick ? "" : words[+marked.has(i)]);
     cell.ariaSelected = pick ? i == cursor : marked.has(i);
     cell.classList.toggle("marked", marked.has(i));
-    cell.tabIndex = i == cursor ? 0 : -1;
+    cell.tabIndex = i == (cursor < ui.cells.length ? cursor : 0) ? 0 : -1;
     cell.ariaLabel = [model.get("unit"), place, state].join(" ").trim();
   });
   if (ui.grid.contains(document.activeElement)) {
