@@ -8,7 +8,6 @@ import pytest
 from browser import CHANGE_THEME, STDERR, THEME_IS, THEMES, until
 from explorer_view import ExplorerView
 from PIL import Image
-from playwright.sync_api import expect
 
 from beit_nb.attention import attention_maps
 from beit_nb.explorers.attention import heads_picture, heads_table, ready_mim
@@ -17,11 +16,11 @@ from beit_nb.explorers.figures import PAPER
 from beit_nb.explorers.guess import GuessExplorer
 from beit_nb.explorers.predictor import mim_predictor
 from beit_nb.explorers.recipes import recipe_curves
-from beit_nb.explorers.tokens import some_digits, token_probs
-from beit_nb.images import normalize, to_pil
+from beit_nb.explorers.tokens import some_digits
+from beit_nb.images import normalize
 from beit_nb.pretraining import pretrain
 from beit_nb.recipes import recipe_named
-from beit_nb.tokenizer import load_tokenizer, train_tokenizer
+from beit_nb.tokenizer import train_tokenizer
 
 pytest_plugins = ["browser"]
 
@@ -88,40 +87,6 @@ class PageView(ExplorerView):
     def shows(self, make_picture):
         "Wait for the picture that `make_picture` makes; it is called anew each time."
         until(lambda: self.looks_like(make_picture()))
-
-
-def test_tokens(page, runs):
-    view = PageView(page, "TokenExplorer(")
-    tokenizer = load_tokenizer(runs / "tokenizer")
-    probs = token_probs(tokenizer, some_digits()[3])
-    ids = probs.argmax(0)
-
-    def painted():
-        picture = to_pil(tokenizer.decode(ids[None])[0])
-        return picture.resize((256, 256), Image.Resampling.NEAREST)
-
-    view.shows(painted)
-    view.cell(2, 4, "cell").click()
-    best = probs[:, 2, 4].topk(8)
-    first = f"token {best.indices[0]}\n{best.values[0].item():.1%}"
-    until(lambda: first in view.text())
-
-    view.cell(5, 0, "candidate").click()  # the mouse writes the sixth best
-    ids[2, 4] = best.indices[5]
-    view.shows(painted)
-    view.cell(5, 0, "candidate").press("ArrowDown")  # the keyboard the seventh
-    ids[2, 4] = best.indices[6]
-    expect(view.field("write token")).to_have_value(str(int(ids[2, 4])))
-    view.shows(painted)
-    view.field("write token").fill("77")
-    view.field("write token").press("Enter")
-    ids[2, 4] = 77
-    view.shows(painted)
-
-    view.button("As read").click()
-    ids = probs.argmax(0)
-    view.shows(painted)
-    assert view.errors() == []
 
 
 def test_attention(page, runs):

@@ -200,7 +200,7 @@ function renderField(model, el) {
   const complain = (words) => {
     el.querySelector(".says").textContent = words;
   };
-  input.onchange = () => {
+  const take = () => {
     complain(model.get("says"));
     if (input.checkValidity() && input.value != "") tell(model, { value: Number(input.value) });
     else {
@@ -208,8 +208,9 @@ function renderField(model, el) {
       complain(`only whole numbers from ${model.get("min")} to ${model.get("max")}`);
     }
   };
+  input.onchange = take;
   input.onkeydown = (event) => {
-    if (event.key == "Enter") input.onchange();
+    if (event.key == "Enter") take(); // JupyterLab keeps the browser from it
   };
   const unlabel = followLabel(model, el, input);
   const show = () => {

@@ -162,6 +162,8 @@ class TokenExplorer(Explorer):
         self.tokenizer = tokenizer
         self.images, names = named_pictures(images)
         self.written = dict(written or {})
+        self.best: list[int] = []
+        self.sure = 1.0
         rows, cols = (n // tokenizer.downsample for n in self.images.shape[2:])
         self.pads = TokenPads(rows, cols, cell)
         self.pad = self.pads.picture
@@ -209,6 +211,7 @@ class TokenExplorer(Explorer):
         self.probs = token_probs(self.tokenizer, self.image)
         self.read = self.probs.argmax(0)
         self.painted_as_read = self.tokenizer.decode(self.read[None])[0]
+        self.paint()
         self.point()
 
     def point(self, change=None) -> None:
@@ -227,7 +230,7 @@ class TokenExplorer(Explorer):
             bars=[[log_bar(p), text] for p, text in zip(shares.tolist(), said)],
             index=-1,
         )
-        self.paint()
+        self.settle()
 
     def choose(self, change) -> None:
         if change.new >= 0:
@@ -245,40 +248,43 @@ class TokenExplorer(Explorer):
             self.written[self.cell] = token
         self.before.value = False
         self.paint()
+        self.settle()
 
     def forget(self, button=None) -> None:
         self.written = {}
+        self.before.value = False
         self.paint()
+        self.settle()
 
     def paint(self, change=None) -> None:
-        "Show what stands in the cells, and what is painted from it."
+        "Show what stands in all cells, and what is painted from it; or both as they were read."
         self.ids = self.read.clone()
         for cell, token in self.written.items():
             self.ids[cell] = token
         self.painting = self.tokenizer.decode(self.ids[None])[0]
-        self.before.disabled = self.reset.disabled = not self.written
-        if not self.written:
-            self.before.value = False
-        token = int(self.ids[self.cell])
-        self.token.value = token
-        self.candidates.index = self.best.index(token) if token in self.best else -1
-        self._show_pads()
-        self.words.value = words_html(token_words(self))
-
-    def _show_pads(self) -> None:
-        P = self.tokenizer.downsample
-        shown = self.painted_as_read if self.before.value else self.painting
-        self.pads.tokens.show(self.sheet.picture(self.read if self.before.value else self.ids))
-        big = to_pil(shown).resize(self.pads.size, Image.Resampling.NEAREST)
+        ids, painting = self.ids, self.painting
+        if self.before.value:
+            ids, painting = self.read, self.painted_as_read
+        self.pads.tokens.show(self.sheet.picture(ids))
+        big = to_pil(painting).resize(self.pads.size, Image.Resampling.NEAREST)
         self.pads.painted.show(big)
-        seen = around(self.cell, self.reach, self.pads.rows, self.pads.cols)
-        changed = changed_cells(self.painted_as_read, self.painting, P)
-        self.pads.frame(seen, changed, self.written)
         chances = self.probs.gather(0, self.ids[None])[0].flatten().tolist()
         pairs = zip(self.ids.flatten().tolist(), chances)
         notes = [f"is token {token} ({odds(p)})" for token, p in pairs]
         for pad in self.pads.all:
             pad.notes = notes
+
+    def settle(self) -> None:
+        "Bring list, number, frames and words to the chosen cell and what stands in it."
+        token = int(self.ids[self.cell])
+        self.token.value = token
+        self.candidates.index = self.best.index(token) if token in self.best else -1
+        self.before.disabled = self.reset.disabled = not self.written
+        P = self.tokenizer.downsample
+        seen = around(self.cell, self.reach, self.pads.rows, self.pads.cols)
+        changed = changed_cells(self.painted_as_read, self.painting, P)
+        self.pads.frame(seen, changed, self.written)
+        self.words.value = words_html(token_words(self))
 
     def describe(self) -> str:
         return plain_words(self.words.value)
