@@ -7,6 +7,7 @@ from PIL import Image
 from beit_nb.explorers.controls import CodeLine, Field, Guide, Menu, Part, Picture, Slider, Upload
 from beit_nb.explorers.figures import DARK_INK, PAPER, Screen
 from beit_nb.explorers.pad import asset
+from beit_nb.explorers.tokens import Tiles
 
 
 def test_browser_half_asks_only_for_traits_of_the_parts():
@@ -18,6 +19,7 @@ def test_browser_half_asks_only_for_traits_of_the_parts():
         Upload(),
         Picture(),
         CodeLine(),
+        Tiles("tokens"),
     )
     known = {name for part in parts for name in part.traits(sync=True)}
     asked = {piece.split('"')[0] for piece in asset("controls.js").split('model.get("')[1:]}
