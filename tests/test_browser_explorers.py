@@ -11,7 +11,6 @@ from PIL import Image
 
 from beit_nb.attention import attention_maps
 from beit_nb.explorers.attention import heads_picture, heads_table, ready_mim
-from beit_nb.explorers.elbo import AlphabetExplorer, GapFigure, TemperatureExplorer
 from beit_nb.explorers.figures import PAPER
 from beit_nb.explorers.guess import GuessExplorer
 from beit_nb.explorers.predictor import mim_predictor
@@ -113,48 +112,6 @@ def test_attention(page, runs):
     view.shows(heads((2, 6), 1.0))
 
 
-def power_of_two(readout):
-    "The value of a logarithmic slider, of which the screen shows two digits."
-    return 2 ** (round(4 * np.log2(readout)) / 4)
-
-
-@pytest.mark.parametrize(
-    "code,slider,make,exact",
-    [
-        ("GapExplorer()", "q to posterior", GapFigure, float),
-        ("TemperatureExplorer()", "temperature", lambda: TemperatureExplorer().draw, power_of_two),
-        ("AlphabetExplorer()", "KL weight", lambda: AlphabetExplorer().draw, power_of_two),
-    ],
-    ids=("gap", "temperature", "alphabet"),
-)
-def test_functions(page, code, slider, make, exact):
-    view = PageView(page, code)
-    draw = make()
-
-    def value():
-        return exact(float(view.readout(slider)))
-
-    def words_agree():
-        words = re.sub(r"<.*?>", "", draw(value())[1])
-        return " ".join(words.split()) in " ".join(view.text().split())
-
-    def agrees():
-        view.shows(lambda: draw(value())[0])
-        until(words_agree)
-
-    agrees()
-    before = value()
-    for _ in range(3):
-        view.handle(slider).press("ArrowRight")  # keyboard
-    until(lambda: value() > before)
-    agrees()
-    before = value()
-    view.drag(slider, 70)  # mouse
-    until(lambda: value() > before)
-    agrees()
-    assert view.errors() == []
-
-
 def test_schedules(page):
     view = PageView(page, "ScheduleExplorer()")
     names = (("finetune", "base-in1k"), ("pretrain", "base-in1k"))
@@ -225,9 +182,6 @@ def test_words_can_be_read_and_nothing_is_cut_off(page, theme):
     codes = (
         "TokenExplorer(",
         "AttentionExplorer(",
-        "GapExplorer()",
-        "TemperatureExplorer()",
-        "AlphabetExplorer()",
         "ScheduleExplorer()",
     )
     for code in codes:

@@ -318,13 +318,16 @@ function renderPicture(model, el) {
   const unfollow = follow(model, { picture: show, "alt help width touchable": describe });
 
   let pressed = false;
+  let start = []; // where; a busy kernel may hear of the drag only
   let count = 0; // so that a second touch of the same place is news
   const touch = (kind, event) => {
-    if (!model.get("touchable")) return;
+    const hovering = kind == "hover" || kind == "leave";
+    if (!model.get("touchable") || (hovering && !model.get("hovers"))) return;
     const area = image.getBoundingClientRect();
     const x = (event.clientX - area.left) / area.width;
     const y = (event.clientY - area.top) / area.height;
-    tell(model, { touch: [kind, x, y, ++count] });
+    if (kind == "press") start = [x, y];
+    tell(model, { touch: [kind, x, y, ++count, ...start] });
   };
   image.onpointerdown = (event) => {
     if (event.button || !model.get("touchable")) return;

@@ -163,7 +163,8 @@ class Picture(Part):
     width = T.Int(0).tag(sync=True)
     alt = T.Unicode().tag(sync=True)
     touchable = T.Bool(False).tag(sync=True)
-    touch = T.List().tag(sync=True)  # kind, x, y, and a number that makes each one new
+    hovers = T.Bool(False).tag(sync=True)  # are "hover" and "leave" heard, too?
+    touch = T.List().tag(sync=True)  # kind, x, y, a number that makes it new, x, y of the press
 
     def __init__(self, help: str = ""):
         super().__init__(kind="picture", help=help)
@@ -175,8 +176,17 @@ class Picture(Part):
             self.width = image.width // density
             self.alt = alt
 
-    def on_touch(self, callback: Callable[[str, float, float], object]) -> None:
+    @property
+    def pressed_at(self) -> tuple[float, float]:
+        "Where the present touch began: while the kernel is busy a press may become a drag."
+        x, y = self.touch[4:6] or self.touch[1:3]
+        return x, y
+
+    def on_touch(
+        self, callback: Callable[[str, float, float], object], hovers: bool = True
+    ) -> None:
         self.touchable = True
+        self.hovers = hovers
         self.observe(lambda change: callback(*change.new[:3]), "touch")
 
 # %% ../../nbs/72_explorers_controls.ipynb #guide

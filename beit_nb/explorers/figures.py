@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
@@ -291,6 +292,18 @@ class BlittedFigure:
         for artist in self.moving:
             artist.draw(self.canvas.renderer)
         return Image.fromarray(np.array(self.canvas.buffer_rgba()))
+
+    def data_at(self, ax: Axes, x: float, y: float) -> tuple[float, float]:
+        "Numbers of an axes at shares x, y of the picture's width and height, from the top left."
+        width, height = self.canvas.get_width_height()
+        place = ax.transData.inverted().transform((x * width, (1 - y) * height))
+        return float(place[0]), float(place[1])
+
+    def share_of(self, ax: Axes, a: float, b: float) -> tuple[float, float]:
+        "The way back: where the numbers a, b of an axes lie, as shares of width and height."
+        width, height = self.canvas.get_width_height()
+        x, y = ax.transData.transform((a, b))
+        return float(x / width), float(1 - y / height)
 
 
 def on_white(picture: Image.Image) -> Image.Image:

@@ -1,0 +1,114 @@
+"""beit_nb.explorers.temperature: dots that keep their winner, and what a gradient is worth."""
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from beit_nb.explorers.temperature import (
+    CORNERS,
+    TAUS,
+    PriceFigure,
+    TemperatureExplorer,
+    TriangleFigure,
+    exact_gradient,
+    gradient_errors,
+    toy_log_likelihood,
+)
+from beit_nb.gumbel import sample_gumbel
+
+LOGITS = torch.tensor([0.0, 1.0, -1.0])
+
+
+@pytest.fixture(scope="module")
+def explorer():
+    return TemperatureExplorer()
+
+
+def test_exact_gradient_is_autograds():
+    leaf = LOGITS.clone().requires_grad_()
+
+    (leaf.softmax(0) @ toy_log_likelihood(torch.eye(3))).backward()
+
+    assert_close(exact_gradient(LOGITS), leaf.grad)
+
+
+def test_cold_is_shaky_and_hot_is_wrong():
+    noise = sample_gumbel((20_000, 3), generator=torch.Generator().manual_seed(0))
+
+    errors = np.array([gradient_errors(LOGITS, noise, tau) for tau in TAUS[::4]])
+
+    assert (np.diff(errors[:, 1]) < 0).all()  # spread
+    assert errors[-1, 0] > 5 * errors[1, 0]  # bias at 8 and at 1/16
+
+
+def test_dots_lie_in_the_triangle():
+    figure = TriangleFigure(n=300)
+    shares = torch.eye(3)[torch.arange(300) % 3]
+
+    figure(shares, 0)
+
+    to_shares = torch.linalg.inv(torch.cat([CORNERS.T, torch.ones(1, 3)]))
+    back = torch.cat([figure.places, torch.ones(300, 1)], 1) @ to_shares.T
+    assert back.min() > 0 and back.amax(1).min() > 0.9
+
+
+def test_figures_are_pure(explorer):
+    triangle, price = TriangleFigure(), PriceFigure()
+    shares, errors = explorer.shares, explorer.errors
+
+    assert triangle(shares, 1).tobytes() == triangle(shares, 1).tobytes()
+    assert triangle(shares, 1).tobytes() != triangle(shares, 2).tobytes()
+    assert price(errors, 1.0).tobytes() != price(errors, 2.0).tobytes()
+    assert price(errors, 1.0).tobytes() == price(errors, 1.0).tobytes()
+
+
+def test_no_temperature_changes_a_winner():
+    explorer = TemperatureExplorer(tau=8)
+    winners = explorer.shares.argmax(1)
+
+    for explorer.tau.value in (1.0, 1 / 32):
+        assert torch.equal(explorer.shares.argmax(1), winners)
+
+    assert explorer.shares.amax(1).mean() > 0.97
+
+
+def test_logits_change_the_odds():
+    explorer = TemperatureExplorer()
+
+    explorer.logits[2].value = 3.0
+
+    p = torch.tensor([0.0, 1.0, 3.0]).softmax(0)
+    counts = torch.bincount(explorer.shares.argmax(1), minlength=3)
+    assert (counts - 500 * p).abs().max() < 40  # four standard deviations
+    assert explorer.guide.error == ""
+
+
+def test_the_acts():
+    explorer = TemperatureExplorer()
+    assert explorer.guide.done == []
+
+    explorer.tau.value = 1 / 16
+    assert explorer.guide.done == [0]
+    figure = explorer.triangle_figure
+    place = figure.figure.share_of(figure.ax, *figure.places[42].tolist())
+    explorer.triangle_view.touch = ["press", *place, 1]
+    explorer.tau.value = 1 / 4
+    assert explorer.dot.value == 42 and explorer.guide.done == [0, 1]
+    figure = explorer.price_figure
+    place = figure.figure.share_of(figure.ax, explorer.crossing(), 1)
+    explorer.price_view.touch = ["drag", *place, 1]
+
+    assert explorer.guide.done == [0, 1, 2]
+    assert explorer.tau.value == explorer.crossing()
+
+
+def test_link_makes_the_same_state():
+    explorer = TemperatureExplorer(tau=2**-1.25, logits=(1, -0.5, 2), dot=77)
+    explorer.again.click()
+
+    again = eval(explorer.link())
+
+    assert again.link() == explorer.link() and again.seed.value == 1
+    assert again.triangle_view.picture == explorer.triangle_view.picture
+    assert again.words.value == explorer.words.value
