@@ -14,7 +14,6 @@ from beit_nb.explorers.attention import heads_picture, heads_table, ready_mim
 from beit_nb.explorers.figures import PAPER
 from beit_nb.explorers.guess import GuessExplorer
 from beit_nb.explorers.predictor import mim_predictor
-from beit_nb.explorers.recipes import recipe_curves
 from beit_nb.explorers.tokens import some_digits
 from beit_nb.images import normalize
 from beit_nb.pretraining import pretrain
@@ -112,42 +111,6 @@ def test_attention(page, runs):
     view.shows(heads((2, 6), 1.0))
 
 
-def test_schedules(page):
-    view = PageView(page, "ScheduleExplorer()")
-    names = (("finetune", "base-in1k"), ("pretrain", "base-in1k"))
-    rates = [recipe_curves(recipe_named(*name))["learning rate"] for name in names]
-
-    def values_shown():
-        title = view.output.locator("h4", has_text=re.compile(r"^learning rate\b")).first
-        return title.inner_text().split()[2:]
-
-    def values_at(percent):
-        return [f"{np.interp(percent, *curve):.3g}" for curve in rates]
-
-    assert values_shown() == values_at(25) and view.output.locator("svg").count() == 4
-    for _ in range(5):
-        view.handle("% of the run").press("ArrowRight")
-    until(values_shown, values_at(30))
-
-    mark = view.output.locator("svg").first.locator("line.axis")
-    before = float(mark.get_attribute("x1"))
-    view.drag("% of the run", 80)
-    until(lambda: float(mark.get_attribute("x1")) > before + 20)
-    until(values_shown, values_at(int(view.readout("% of the run"))))
-
-    blue_line = view.output.locator("svg").last.locator("polyline").last
-
-    def heights():
-        return re.findall(r",([\d.]+)", blue_line.get_attribute("points"))
-
-    assert len(set(heights())) > 1
-    view.handle("layer decay").press("End")  # no decay: a level line
-    until(lambda: len(set(heights())), 1)
-    view.field("recipe (blue)").select_option("tokenizer nano")
-    until(lambda: view.output.locator("svg").count(), 6)
-    assert view.errors() == []
-
-
 def test_the_model_of_the_demo_is_asked(page, runs):
     view = PageView(page, "GuessExplorer(runs")
     explorer = GuessExplorer(mim_predictor(runs))
@@ -182,7 +145,6 @@ def test_words_can_be_read_and_nothing_is_cut_off(page, theme):
     codes = (
         "TokenExplorer(",
         "AttentionExplorer(",
-        "ScheduleExplorer()",
     )
     for code in codes:
         view = PageView(page, code)

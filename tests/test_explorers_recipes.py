@@ -1,130 +1,107 @@
-"""beit_nb.explorers.recipes: the curves of every recipe, and the explorer over them."""
+"""beit_nb.explorers.recipes: two recipes over their run, with knobs."""
 
-import math
-
-import numpy as np
 import pytest
 
+from beit_nb import BeitError
 from beit_nb.configs import Run
-from beit_nb.engine.optim import param_groups
-from beit_nb.explorers.recipes import (
-    PANELS,
-    ScheduleExplorer,
-    layer_decay_of,
-    recipe_curves,
-    schedule_figure,
-    schedule_panels,
-)
-from beit_nb.recipes import COMMANDS, recipe_named
-from beit_nb.vit import VisionTransformer
-
-TRAININGS = [name for name, command in COMMANDS.items() if issubclass(command.recipe, Run)]
-PRESETS = [(command, name) for command in TRAININGS for name in COMMANDS[command].presets]
+from beit_nb.explorers.recipes import ScheduleExplorer, known_recipes
+from beit_nb.recipes import COMMANDS
 
 
-def test_the_trainings_are_known():
-    assert {"tokenizer", "pretrain", "finetune"} <= set(TRAININGS)
+@pytest.fixture
+def explorer():
+    return ScheduleExplorer()
 
 
-@pytest.mark.parametrize("command,name", PRESETS)
-def test_curves_of_every_recipe(command, name):
-    recipe = recipe_named(command, name)
+def test_every_preset_of_a_training_can_be_chosen():
+    trainings = [name for name, command in COMMANDS.items() if issubclass(command.recipe, Run)]
 
-    curves = recipe_curves(recipe)
+    names = known_recipes()
 
-    assert set(curves) <= set(PANELS)
-    for x, y in curves.values():
-        assert len(x) == len(y) and np.isfinite(y).all() and (np.diff(x) >= 0).all()
-    assert 0.98 * recipe.lr < curves["learning rate"][1].max() <= recipe.lr * (1 + 1e-9)
-    assert (curves["weight decay"][1] == recipe.weight_decay).all()
+    assert {"tokenizer", "pretrain", "finetune"} <= set(trainings)
+    assert [*names] == [f"{name} {p}" for name in trainings for p in COMMANDS[name].presets]
 
 
-@pytest.mark.parametrize("name", COMMANDS["tokenizer"].presets)
-def test_temperature_runs_from_start_to_end(name):
-    recipe = recipe_named("tokenizer", name)
-
-    _, tau = recipe_curves(recipe)["temperature"]
-
-    assert math.isclose(tau[0], recipe.tau_start) and math.isclose(tau[-1], recipe.tau_end)
-
-
-def test_a_run_that_stops_early_has_the_curves_of_the_whole():
-    "--max-steps and --dry-run stop a run, and its schedules are still those of all its steps."
-    whole = recipe_curves(recipe_named("pretrain", "nano"))
-    for changes in (dict(max_steps=7), dict(dry_run=True)):
-        stopped = recipe_curves(recipe_named("pretrain", "nano", **changes))
-        assert all(np.array_equal(stopped[name][1], y) for name, (_, y) in whole.items())
-
-
-def test_dalles_schedules_are_those_of_its_training():
-    recipe = recipe_named("tokenizer", "dalle")
-
-    curves = recipe_curves(recipe)
-
-    percent, rate = curves["learning rate"]
-    assert np.allclose(rate[percent > 40.5], recipe.min_lr)  # 1.2 of 3 million steps
-    percent, tau = curves["temperature"]
-    assert np.allclose(tau[percent > 5.5], recipe.tau_end)  # 150,000 steps
-
-
-@pytest.mark.parametrize("command", ("pretrain", "finetune"))
-def test_depth_is_that_of_the_network(command):
-    recipe = recipe_named(command, "base-in1k", depth=4, embed_dim=48, num_heads=3)
-    rate = recipe.drop_path_rate
-    shape = dict(embed_dim=48, depth=4, num_heads=3)
-    network = VisionTransformer(32, 16, **shape, drop_path_rate=rate)
-
-    curves = recipe_curves(recipe)
-
-    assert np.allclose(curves["drop path"][1], [b.drop_path.p for b in network.blocks])
-    groups = param_groups(network, 0.05, layer_decay_of(recipe))
-    scales = {round(group["lr_scale"], 9) for group in groups}
-    assert scales <= set(np.round(curves["learning rate by layer"][1], 9))
-
-
-def test_panels_show_what_either_recipe_has():
-    finetune, tokenizer = (
-        recipe_curves(recipe_named(command, "nano")) for command in ("finetune", "tokenizer")
-    )
-
-    alone = schedule_panels([finetune], 50)
-    both = schedule_panels([finetune, tokenizer], 50)
-
-    assert alone.count("<svg") == 4 and both.count("<svg") == 6
-    assert f">{np.interp(50, *finetune['learning rate']):.3g}<" in alone
-    assert schedule_figure([finetune, tokenizer]).size == (800, 360)
-
-
-def test_knobs_turn_the_blue_recipe_only():
-    explorer = ScheduleExplorer()
-    other = explorer.curves[1]["learning rate"][1].copy()
+def test_knobs_turn_the_first_recipe_only(explorer):
+    other = explorer.courses[1]
 
     explorer.controls.warmup.value = 40
     explorer.controls.decay.value = 0.5
 
-    percent, rate = explorer.curves[0]["learning rate"]
-    assert 39 < percent[rate.argmax()] < 41
-    assert explorer.curves[0]["learning rate by layer"][1][0] == 0.5**13
-    assert np.array_equal(explorer.curves[1]["learning rate"][1], other)
+    first = explorer.courses[0]
+    percent, rate = first.curves["learning rate"]
+    assert 39 < percent[rate.argmax()] < 41 and first.warmup == 40
+    assert first.curves["learning rate by layer"][1][0] == 0.5**13
+    assert explorer.courses[1] is other
+    assert "finetune base-in1k (turned)" in explorer.view.value
 
 
-def test_another_recipe_sets_the_knobs():
-    explorer = ScheduleExplorer()
+@pytest.mark.parametrize("name", known_recipes())
+def test_a_recipe_sets_the_knobs_without_being_turned(explorer, name):
+    explorer.controls.recipe.choose(name)
+
+    recipe = known_recipes()[name]
     controls = explorer.controls
-
-    controls.recipe.value = "pretrain base-plus-in22k"
-    assert controls.warmup.disabled and controls.decay.disabled and controls.warmup.value == 0
-    controls.recipe.value = "finetune large-in1k"
-
-    assert controls.decay.value == 0.75 and controls.warmup.value == 5
-    assert not controls.warmup.disabled and not controls.decay.disabled
+    assert controls.turned_recipe() == recipe and controls.changes() == {}
+    assert controls.warmup.disabled == (recipe.warmup_steps is not None)
+    assert controls.decay.disabled == (not name.startswith("finetune"))
+    assert explorer.guide.error == "" and controls.warmup.says == ""
 
 
-def test_another_moment_computes_nothing_anew():
-    explorer = ScheduleExplorer()
-    curves = explorer.curves
+def test_another_moment_computes_nothing_anew(explorer):
+    courses = [*explorer.courses]
     before = explorer.view.value
 
     explorer.controls.percent.value = 60
 
-    assert explorer.curves is curves and explorer.view.value != before
+    assert all(new is old for new, old in zip(explorer.courses, courses))
+    assert explorer.view.value != before
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused_beside_its_slider(explorer, capsys):
+    explorer.controls.recipe.choose("finetune base-in1k-384")
+    before = explorer.view.value
+
+    explorer.controls.warmup.value = 10
+
+    assert explorer.controls.warmup.says == "the whole run has 10 epochs; take less"
+    assert "stale" in explorer.view._dom_classes and explorer.view.value == before
+    explorer.controls.warmup.value = 9.5
+    assert explorer.controls.warmup.says == "" and "stale" not in explorer.view._dom_classes
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        dict(),
+        dict(recipe="tokenizer dalle", beside="tokenizer nano", percent=0),
+        dict(recipe="pretrain nano", beside="pretrain nano", percent=100),
+        dict(percent=70, warmup_epochs=5.5, layer_decay=0.9),
+    ],
+    ids=str,
+)
+def test_link_makes_the_same_again(state):
+    explorer = ScheduleExplorer(**state)
+
+    again = eval(explorer.link())
+
+    assert again.link() == explorer.link() == explorer.code_line.code
+    assert again.view.value == explorer.view.value
+    assert explorer.percent == state.get("percent", 25)
+
+
+def test_acts_are_open_until_they_are_done(explorer):
+    assert explorer.guide.done == []
+
+    explorer.controls.percent.value = 20
+    assert explorer.guide.done == [0]
+    explorer.controls.decay.value = 1
+    explorer.controls.beside.choose("tokenizer dalle")
+
+    assert explorer.guide.done == [0, 1, 2]
+
+
+def test_an_unknown_recipe_is_one_line():
+    with pytest.raises(BeitError, match="'finetune huge' is no recipe; there are tokenizer nano"):
+        ScheduleExplorer("finetune huge")

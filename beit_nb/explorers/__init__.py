@@ -30,6 +30,7 @@ HOMES = {
     "alphabet": "AlphabetExplorer",
     "tokens": "ready_tokenizer some_digits digits_by_name Tiles",
     "attention": "AttentionExplorer ready_mim",
+    "courses": "Course course_of",
     "recipes": "ScheduleExplorer",
     "predictor": "MimPredictor mim_predictor",
     "workbench": "Workbench",
