@@ -6,7 +6,8 @@ import torch
 
 from beit_nb.dalle import DalleDecoder, DalleEncoder, DalleVAE
 from beit_nb.dvae import DiscreteVAE
-from beit_nb.explorers.spelling import ACTS, TokenExplorer, TokenPads, token_legend, token_words
+from beit_nb.explorers.spelling import ACTS, TokenExplorer, TokenPads, token_words
+from beit_nb.explorers.tokens import token_legend
 from beit_nb.images import to_pil
 from beit_nb.tokens import Tokenizer
 
@@ -92,6 +93,14 @@ def test_what_was_read_is_not_written(explorer):
 
     assert explorer.written == {} and torch.equal(explorer.ids, explorer.read)
     assert explorer.before.disabled and explorer.candidates.index == 0
+
+
+def test_a_link_may_name_what_was_read(explorer, tokenizer, images):
+    same = {(1, 3): int(explorer.read[1, 3])}
+
+    twin = TokenExplorer(tokenizer, images=images, number=1, cell=(1, 3), written=same)
+
+    assert twin.written == {} and twin.describe() == explorer.describe()
 
 
 def test_before_and_after(explorer):

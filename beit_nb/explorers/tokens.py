@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'ready_tokenizer', 'some_digits', 'digits_by_name', 'named_pictures', 'token_probs', 'swatches', 'saliency',
-           'sight', 'around', 'changed_cells', 'overlay_heat', 'odds', 'log_bar', 'TokenSheet', 'Tiles']
+           'sight', 'around', 'changed_cells', 'overlay_heat', 'odds', 'log_bar', 'TokenSheet', 'token_legend', 'Tiles']
 
 # %% ../../nbs/78_explorers_tokens.ipynb #imports
 import math
@@ -22,7 +22,7 @@ from ..engine.sources import Digits
 from .controls import Part
 from .figures import as_tiles, mosaic
 from .pad import png_bytes
-from ..images import to_float, to_pil
+from ..images import PALETTE, to_float, to_pil
 from ..networks import ready_networks
 from ..tokenizer import load_tokenizer
 from ..tokens import Tokenizer
@@ -166,6 +166,20 @@ class TokenSheet:
             middle = (side / 2, side / 2)
             draw.text(middle, str(token), "white", font, "mm", stroke_width=3, stroke_fill="black")
         return np.asarray(cell)
+
+# %% ../../nbs/78_explorers_tokens.ipynb #legend
+def token_legend(reach: int, P: int) -> str:
+    "What glow, frames and bars mean, as HTML."
+    seen = (2 * reach + 1) * P
+    dot = '<span class="dot" style="--color:{}"></span>'
+    orange = dot.format(PALETTE["orange"])
+    blue = dot.format(PALETTE["blue"])
+    return (
+        f"{orange} glow in 1: the pixels on which the choice of the token hangs most.<br>"
+        f"{orange} ring: the cell. Dots in 1: all that it sees, {seen} x {seen} pixels; dots in 3: "
+        f"all that changed by more than 5 % of the range.<br>"
+        f"{blue} frame: a cell that you wrote."
+    )
 
 # %% ../../nbs/78_explorers_tokens.ipynb #tiles
 class Tiles(Part):
