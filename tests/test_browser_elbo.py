@@ -44,10 +44,15 @@ class FigureView(ExplorerView):
         return self.output.locator(".acts li.done").count()
 
     def check_link(self):
-        "The line of code makes, here, what is on the screen there."
-        twin = eval(self.link())
-        assert twin.link() == self.link()
-        assert twin.describe() == self.output.locator(".said").inner_text()
+        "The line of code makes, here, what is on the screen there, once the drag has arrived."
+
+        def agrees():
+            link = self.link()
+            twin = eval(link)
+            said = self.output.locator(".said").inner_text()
+            return (twin.link(), twin.describe()) == (link, said)
+
+        until(agrees)
 
 
 @pytest.fixture

@@ -93,11 +93,11 @@ def test_link_makes_the_same_state():
     assert again.page_view.picture == explorer.page_view.picture
 
 
-def test_all_grey_is_marked_where_it_is_for_this_picture():
+def test_all_alike_is_marked_where_it_is_for_this_picture():
     explorer = AlphabetExplorer({"mine": house_pictures(224)[1]})
     marks = {name: WEIGHTS[index] for index, name in explorer.weight.marks}
 
-    explorer.weight.value = marks["all grey"]
+    explorer.weight.value = marks["all alike"]
 
     assert marks["DALL-E"] == 6.6 and explorer.fit.cost < 0.05
     assert explorer.fit.codes.std(0).max() < 3 / 255

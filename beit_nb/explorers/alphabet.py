@@ -120,7 +120,7 @@ class CurveFigure:
             figure = Figure((3.4, 2.5), dpi=100 * screen.density, layout="constrained")
             self.ax = ax = figure.subplots()
             ax.axhline(alphabet.gray_error, color=PALETTE["grey"], ls="--", lw=1.2)
-            ax.text(4.1, alphabet.gray_error, "a grey card", ha="right", va="bottom")
+            ax.text(4.1, alphabet.gray_error, "one plain card", ha="right", va="bottom")
             [self.line] = ax.plot([], [], color=PALETTE["blue"], lw=2)
             for beta, name in SPECIAL.items():
                 fit = alphabet.at(beta)
@@ -171,7 +171,7 @@ class AlphabetExplorer(Explorer):
     NOTICE = (
         "The KL weight is a price on being specific. At first it is nearly free to pay less: the "
         "curve is flat. But from some weight on saying nothing is cheapest, and the whole alphabet "
-        "collapses into one grey stamp. Whoever takes the mean over 192 values for the error but "
+        "collapses into one dull stamp. Whoever takes the mean over 192 values for the error but "
         "not for the KL has multiplied the weight by 192 without a word, and trains just that."
     )
 
@@ -204,7 +204,7 @@ class AlphabetExplorer(Explorer):
         if other:
             self.source = self.menu.value
             self.alphabet = Alphabet(to_tensor(read_picture(self.source, 224)))
-            names = SPECIAL | {self.alphabet.gray_weight: "all grey"}
+            names = SPECIAL | {self.alphabet.gray_weight: "all alike"}
             marks = [[WEIGHTS.index(weight), names[weight]] for weight in sorted(names)]
             self.weight.marks = marks
         if other or screen != self.screen:
@@ -227,9 +227,9 @@ class AlphabetExplorer(Explorer):
         book = self.alphabet
         return (
             f"A token costs <b>{self.fit.cost:.2f}</b> of at most {math.log(64):.2f} nats. The "
-            f"squared error of the print is <b>{self.fit.error:.4f}</b>; a card in one grey has "
+            f"squared error of the print is <b>{self.fit.error:.4f}</b>; a card in its mean colour has "
             f"<b>{book.gray_error:.4f}</b>.<br>From a weight of <b>{book.critical:.0f}</b> on, all "
-            "stamps of this picture are the same grey, and a token says nothing."
+            "stamps of this picture are the same, and a token says nothing."
         )
 
     def describe(self) -> str:
