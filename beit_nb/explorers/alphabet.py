@@ -228,7 +228,8 @@ class AlphabetExplorer(Explorer):
         return (
             f"A token costs <b>{self.fit.cost:.2f}</b> of at most {math.log(64):.2f} nats. The "
             f"squared error of the print is <b>{self.fit.error:.4f}</b>; a card in its mean "
-            f"colour has <b>{book.gray_error:.4f}</b>.<br>From a weight of <b>{book.critical:.0f}</b> on, all "
+            f"colour has <b>{book.gray_error:.4f}</b>.<br>"
+            f"From a weight of <b>{book.critical:.0f}</b> on, all "
             "stamps of this picture are the same, and a token says nothing."
         )
 
