@@ -285,7 +285,7 @@ class PatchPad(PadTraits):
     def press(self, cell: int) -> None:
         "What a click on a cell does."
         if self.mode == "paint":
-            self.stroke += 1
+            self.stroke = int(self.stroke) + 1
             self.marked = sorted(set(self.marked) ^ {cell})
         self.cursor = cell
 

@@ -121,7 +121,7 @@ class Explorer(W.VBox):
     SEE = ""
     ACTS: tuple[Act, ...] = ()
     NOTICE = ""
-    results: tuple[W.Widget, ...] = ()
+    results: tuple[W.DOMWidget, ...] = ()
 
     def __init__(
         self,
@@ -288,9 +288,10 @@ Draw = Callable[..., tuple[Image.Image, str]]  # values -> (picture, words)
 class FunctionExplorer(Explorer):
     "Controls over one picture: make(screen)(*values of the controls) gives (picture, words)."
 
-    def __init__(self, make: Callable[[Screen], Draw], *controls: W.Widget):
+    def __init__(self, make: Callable[[Screen], Draw], *controls: Any):  # they have a `value`
         self.make = make
-        self.screen: Screen | None = None
+        self.screen = PAPER
+        self.draw = make(PAPER)
         self.controls = controls
         self.view = Picture()
         self.words = W.HTML()

@@ -98,9 +98,10 @@ def tell_score(guess: Guess, rival: Tensor) -> str:
 
 def verdict_boxes(guess: Guess) -> list[Box]:
     "A frame around every hidden cell: green where the guess is right, else dotted and red."
-    right = [Box(*cell, 1, 1, PALETTE["green"]) for cell in guess.right.nonzero().tolist()]
-    wrong = [Box(*cell, 1, 1, PALETTE["red"], "dotted") for cell in guess.wrong.nonzero().tolist()]
-    return right + wrong
+    right = guess.right.nonzero().tolist()
+    wrong = guess.wrong.nonzero().tolist()
+    boxes = [Box(row, col, 1, 1, PALETTE["green"]) for row, col in right]
+    return boxes + [Box(row, col, 1, 1, PALETTE["red"], "dotted") for row, col in wrong]
 
 # %% ../../nbs/87_explorers_workbench.ipynb #stations
 SIZE = 168  # pixels of a station
@@ -268,8 +269,8 @@ class Workbench(Explorer):
         "Ask both networks, and show what they say."
         self.reading = read_picture_whole(self.predictor, self.menu.value, self.mask)
         guess = self.reading.guess
-        both = torch.stack([guess.truth, guess.ids])
-        self.stations.show_reading(*self.predictor.tokenizer.decode(both), verdict_boxes(guess))
+        tokens, guessed = self.predictor.tokenizer.decode(torch.stack([guess.truth, guess.ids]))
+        self.stations.show_reading(tokens, guessed, verdict_boxes(guess))
         self.look_up()
         self.show_state()
 
