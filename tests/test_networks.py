@@ -24,6 +24,7 @@ from beit_nb.targets import tokenize_dataset
 from beit_nb.tokenizer import build_dvae, evaluate_tokenizer, is_dalle, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
+BROUGHT = {"tokenizer": THOROUGH["tokenizer_steps"], "mim": THOROUGH["pretrain_steps"]}
 
 
 def notes_of(name):
@@ -52,15 +53,16 @@ def test_the_package_brings_two_small_networks():
     assert "recursive-include beit_nb/nets *" in (ROOT / "MANIFEST.in").read_text()
 
 
-@pytest.mark.parametrize("name", ["tokenizer", "mim"])
+@pytest.mark.parametrize("name", BROUGHT)
 def test_they_say_who_made_them(name):
-    "The command, the version and how many steps; the note beside too."
+    "The command, the version, as many steps as it makes; the note beside too."
     notes = notes_of(name)
 
     assert notes["command"] == "beit demo --thorough"
     assert notes["version"] == __version__
+    assert notes["steps"] == str(BROUGHT[name])
     told = (NETS / "README.md").read_text()
-    assert notes["command"] in told and f"{int(notes['steps']):,} steps" in told
+    assert notes["command"] in told and f"{BROUGHT[name]:,} steps" in told
 
 
 def test_the_tokenizer_does_what_its_notes_say():
@@ -86,7 +88,7 @@ def test_the_mim_does_what_its_notes_say():
     found = evaluate_mim(model, recipe, tokenizer, Digits("test"), prior)
 
     assert found["masked_top1"] == pytest.approx(figures["masked_top1"], abs=5e-3)
-    assert found["masked_top1"] > found["best_constant_top1"] + 0.05
+    assert found["masked_top1"] > found["best_constant_top1"] + 0.15
 
 
 def test_kept_networks_are_those_of_the_demo_in_float16(demo):
