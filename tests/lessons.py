@@ -38,7 +38,7 @@ PARTS = {  # number of the first lesson: the part of the book
     "40": "Train it, and put it to work",
     "60": "What it costs, and is it fast",
     "70": "Things to touch",
-    "90": "All of it",
+    "92": "All of it",
 }
 
 
