@@ -9,12 +9,8 @@ from browser import CHANGE_THEME, STDERR, THEME_IS, THEMES, until
 from explorer_view import ExplorerView
 from PIL import Image
 
-from beit_nb.attention import attention_maps
-from beit_nb.explorers.attention import heads_picture, heads_table, ready_mim
 from beit_nb.explorers.guess import GuessExplorer
 from beit_nb.explorers.predictor import mim_predictor
-from beit_nb.explorers.tokens import some_digits
-from beit_nb.images import normalize
 from beit_nb.pretraining import pretrain
 from beit_nb.recipes import recipe_named
 from beit_nb.tokenizer import train_tokenizer
@@ -84,30 +80,6 @@ class PageView(ExplorerView):
     def shows(self, make_picture):
         "Wait for the picture that `make_picture` makes; it is called anew each time."
         until(lambda: self.looks_like(make_picture()))
-
-
-def test_attention(page, runs):
-    view = PageView(page, "AttentionExplorer(")
-    model, _, mean_std = ready_mim(runs.parent)
-    maps = attention_maps(model, normalize(some_digits()[3:4], mean_std))
-
-    def heads(patch, mass=0.6):
-        return lambda: heads_picture(heads_table(maps, patch, (8, 8), mass), 52)
-
-    view.shows(heads((4, 4)))
-    view.cell(1, 6).click()
-    view.shows(heads((1, 6)))
-    view.cell(1, 6).press("ArrowDown")
-    view.shows(heads((2, 6)))
-    view.handle("mass to keep").press("End")
-    view.shows(heads((2, 6), 1.0))
-    assert "100% of the attention lies on 100%" in view.text() and "beit demo" in view.text()
-
-    view.drag("picture", 60)
-    number = int(view.readout("picture"))
-    assert number != 3
-    maps = attention_maps(model, normalize(some_digits()[number : number + 1], mean_std))
-    view.shows(heads((2, 6), 1.0))
 
 
 def test_the_model_of_the_demo_is_asked(page, runs):
