@@ -35,7 +35,11 @@ from playwright.sync_api import Error, sync_playwright
 ROOT = Path(__file__).parents[1]
 THEMES = {"light": "JupyterLab Light", "dark": "JupyterLab Dark"}
 STDERR = '.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]'
-KNOWN = ("too long to activate", "ms to activate")  # JupyterLab of itself, on a busy machine
+KNOWN = (  # words of JupyterLab itself, on a busy machine
+    "too long to activate",
+    "ms to activate",
+    "Failed to execute 'removeChild'",  # its React; no line of ours removes a child
+)
 
 # --------------------------------------------------------------------------------------
 # Which browser

@@ -453,7 +453,7 @@ def test_a_damaged_newest_checkpoint(tmp_path, whole):
     assert_same(out, whole)
     for file in run_checkpoints(out):
         file.write_bytes(b"ashes")
-    assert ends(born(out, steps=24)) == [2] and "is text ('ashes'), not weights" in said(out)[-1]
+    assert ends(born(out, steps=24)) == [2] and "is text ('ashes'), no weights" in said(out)[-1]
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGUSR2])
