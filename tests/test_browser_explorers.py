@@ -115,7 +115,7 @@ def test_words_can_be_read_and_nothing_is_cut_off(page, theme):
     page.wait_for_function(THEME_IS, arg=THEMES[theme])
     codes = (
         "TokenExplorer(",
-        "AttentionExplorer(",
+        "AttentionExplorer(model",
     )
     for code in codes:
         view = PageView(page, code)
