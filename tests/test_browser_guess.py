@@ -137,6 +137,12 @@ def test_a_digit_of_ones_own(view):
     view.stroke([(8, 23), (25, 14)])
     until(lambda: view.picture_of(view.truth) != view.picture_of(view.hide))
 
+    before = view.canvas.locator(".marked").count()
+    view.stroke([(27, 4), (27, 28)])
+    until(lambda: view.canvas.locator(".marked").count() > before)
+    view.button("Undo stroke").click()
+    expect(view.canvas.locator(".marked")).to_have_count(before)
+
     view.button("Hide part of it").click()
 
     expect(view.hide).to_be_visible()
@@ -144,7 +150,7 @@ def test_a_digit_of_ones_own(view):
     again = eval(view.code(), dict(GuessExplorer=GuessExplorer))
     marks = again.pads.draw.mask
     assert marks[8, 9:24].all() and marks[7:10, 15].all() and marks[25, 14]
-    assert not marks[:6].any() and not marks[12:, 24:].any()
+    assert not marks[:6].any() and not marks[12:, 24:].any() and not marks[27:].any()
     view.agrees(ink_picture(marks))
     assert (again.mask == view.mask()).all() and again.describe() in view.text()
     view.button("Draw again").click()

@@ -52,12 +52,17 @@ class GuessControls(W.VBox):
         )
         self.again = W.Button(description="Another mask", tooltip="throw the dice again")
         self.clear = W.Button()
+        self.undo = W.Button(
+            description="Undo stroke", tooltip="take back the last stroke, or the last wipe"
+        )
         self.hand = W.Button(tooltip="change what the finger does in the first picture")
-        super().__init__([self.digit, self.hide, W.HBox([self.again, self.clear, self.hand])])
+        buttons = W.HBox([self.again, self.clear, self.undo, self.hand])
+        super().__init__([self.digit, self.hide, buttons])
 
     def set_hand(self, hand: str) -> None:
         draws = hand == "draws"
         self.hide.disabled = self.again.disabled = draws
+        self.undo.layout.display = "" if draws else "none"
         self.hand.description = "Hide part of it" if draws else "Draw again"
         self.hand.layout.display = "" if self.digit.name == OWN else "none"
         self.clear.description = "Wipe" if draws else "Uncover all"
@@ -112,6 +117,8 @@ class GuessExplorer(Explorer):
         self.hand = hand
         self.cell = self.pointed = cell
         self.saw_miss = False
+        self.strokes = 0  # on the canvas so far
+        self.history: list[list[int]] = []  # what was marked there before each
         rows, cols = self.predict.grid_size
         side = self.predict.recipe.img_size
         trained = self.predict.recipe.num_mask_patches
@@ -135,14 +142,15 @@ class GuessExplorer(Explorer):
     def _listen(self) -> None:
         pads = self.pads
         on = self.guarded
-        for pad in (pads.hide, pads.draw):
-            pad.observe(on(self.update), "marked")
+        pads.hide.observe(on(self.update), "marked")
+        pads.draw.observe(on(self.draw_stroke), "marked")
         for pad in (pads.hide, pads.guess, pads.truth):
             pad.observe(on(self.point), ["pointed", "cursor"])
         self.controls.digit.observe(on(self.choose_digit), "value")
         self.controls.hide.observe(on(self.draw_mask), "value")
         self.controls.again.on_click(on(self.next_mask))
         self.controls.clear.on_click(on(self.wipe))
+        self.controls.undo.on_click(on(self.undo))
         self.controls.hand.on_click(on(self.change_hand))
 
     @property
@@ -180,8 +188,23 @@ class GuessExplorer(Explorer):
 
     def wipe(self, button=None) -> None:
         "An empty canvas, or a picture of which nothing is hidden."
-        pad = self.pads.draw if self.hand == "draws" else self.pads.hide
+        pad = self.pads.hide
+        if self.hand == "draws":
+            pad = self.pads.draw
+            self.history.append(pad.marked)
         pad.marked = []
+
+    def draw_stroke(self, change) -> None:
+        "A drag over many cells is one stroke, however many messages it takes."
+        if self.pads.draw.stroke != self.strokes:
+            self.strokes = self.pads.draw.stroke
+            self.history.append(change.old)
+        self.update()
+
+    def undo(self, button=None) -> None:
+        "The canvas as it was before the last stroke or wipe."
+        self.pads.draw.marked = self.history.pop()
+        self.update()
 
     def change_hand(self, button=None) -> None:
         "From drawing to hiding, or back; what was drawn and hidden stays."
@@ -194,6 +217,7 @@ class GuessExplorer(Explorer):
         "Ask the network, and show what it says."
         self.pads.set_hand(self.hand)
         self.controls.set_hand(self.hand)
+        self.controls.undo.disabled = not self.history
         picture = self.picture
         self.guess = self.predict.guess(picture, self.mask)
         paint = self.predict.paint

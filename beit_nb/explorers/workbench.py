@@ -82,7 +82,7 @@ def tell_patch(reading: Reading, cell: int) -> str:
         f"<b>{percent(float(taken[fan]))}</b> of what it takes in all",
     }
     rows = (f"<tr><td>{name}</td><td>{text}</td></tr>" for name, text in lines.items())
-    return words_html(f"<table>{''.join(rows)}</table>")
+    return words_html(f'<table class="beit-facts">{"".join(rows)}</table>')
 
 # %% ../../nbs/91_explorers_workbench.ipynb #verdict
 def tell_score(guess: Guess, rival: Tensor) -> str:
@@ -118,7 +118,7 @@ class Stations(W.HBox):
             "picture": "1 the picture",
             "sequence": "2 its patches, as a sequence",
             "tokens": "3 what its tokens paint",
-            "mask": "4 what is hidden: paint here",
+            "mask": "4 hidden: paint here",
             "guess": "5 what is guessed there",
             "looks": "6 who looks at the patch",
         }
@@ -135,6 +135,7 @@ class Stations(W.HBox):
         self.pads["mask"].mode = "paint"
         self.verdict: list[Box] = []
         super().__init__([titled_column(titles[name], pad) for name, pad in self.pads.items()])
+        self.add_class("beit-stations")
 
     def _pointed(self, change) -> None:
         if change.new >= 0:  # else the pointer has left, and the frame stays
@@ -229,7 +230,7 @@ class Workbench(Explorer):
         self.words = W.HTML()
         self.reader = DebouncedCallback(self.show_error)
         self._throw(hidden)
-        controls = W.HBox([self.menu, self.share, again, clear])
+        controls = W.HBox([self.menu, self.share, W.HBox([again, clear])])
         super().__init__([controls, self.stations, self.words], [self.menu])
         self.share.observe(self.guarded(self.throw), "value")
         again.on_click(self.guarded(self.throw))
