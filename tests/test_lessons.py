@@ -10,6 +10,7 @@ from pathlib import Path
 
 import lessons
 import nbformat
+import numpy as np
 import pytest
 from helpers_processes import run_python
 from kernels import ForkedKernelManager
@@ -258,8 +259,8 @@ def test_notebook_is_tidy(path):
 
 
 def test_the_book_stays_small():
-    "Who clones the book waits for its pictures: 9 MB in all."
-    assert sum(path.stat().st_size for path in NBS) < 9e6
+    "Who clones the book waits for its pictures: 8 MiB in all."
+    assert sum(path.stat().st_size for path in NBS) < 8 * 2**20
 
 
 def png(image) -> str:
@@ -283,6 +284,20 @@ def test_saved_pictures_get_small_palettes():
         assert lessons.small_png(data) == data, "tidied twice is tidied once"
     assert colors["drawing"] <= 24 < colors["photo"]
     assert not lessons.looks_like(drawing, Image.new("RGB", drawing.size, "white"))
+
+
+def test_noise_that_nobody_sees_is_not_saved():
+    noise = np.random.default_rng(0).integers(0, 8, (120, 160, 1), np.uint8)
+    image = Image.fromarray(noise.repeat(3, 2))
+    ImageDraw.Draw(image).ellipse((50, 30, 110, 90), "white")
+
+    data = lessons.small_png(png(image))
+
+    small = Image.open(io.BytesIO(base64.b64decode(data)))
+    noisy = io.BytesIO()
+    lessons.few_colors(image).save(noisy, "PNG", optimize=True)
+    assert lessons.looks_like(small, image)
+    assert len(data) * 3 / 4 < len(noisy.getvalue()) / 2
 
 
 def test_saved_lines_are_broken_as_a_narrow_terminal_would():
