@@ -112,7 +112,10 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     back |= {"layernorm.": "norm.", "beit.layernorm.": "norm."}
     official = {}
     for number in range(_depth(network, "beit.encoder.layer.")):
-        parts = [network.pop(HF_PART.format(number, part)) for part in ("query", "key", "value")]
+        names = [HF_PART.format(number, part) for part in ("query", "key", "value")]
+        if lacking := [name for name in names if name not in network]:
+            raise BeitError(f"{lacking[0]} is missing; the file is incomplete")
+        parts = [network.pop(name) for name in names]
         official[f"blocks.{number}.attn.qkv.weight"] = torch.cat(parts)
         bias = network.pop(HF_PART.format(number, "key").replace("weight", "bias"), torch.zeros(1))
         if bias.any():

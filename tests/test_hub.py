@@ -1,0 +1,373 @@
+"Folders of Hugging Face's: what transformers reads from us, and what we read from it."
+
+import json
+
+import pytest
+import torch
+from helpers_models import shaken
+from safetensors.torch import load_file, save_file
+
+from beit_nb import BeitError
+from beit_nb.classifier import BeitForImageClassification
+from beit_nb.hub import hf_config, hf_preprocessing, model_card, read_hf_folder, write_hf_folder
+from beit_nb.images import IMAGENET_MEAN_STD
+from beit_nb.mim import BeitForMaskedImageModeling
+
+SMALL = dict(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2)
+SCALE = dict(init_values=0.1)
+BASE = dict(img_size=64, embed_dim=768, depth=3, num_heads=12)
+LARGE = dict(img_size=64, embed_dim=1024, depth=2, num_heads=16)
+POSITIONS = {
+    "absolute": dict(),
+    "absolute, LayerScale": SCALE,
+    "shared": dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True) | SCALE,
+    "per block": dict(use_abs_pos_emb=False, use_rel_pos_bias=True) | SCALE,
+    "per block, no LayerScale": dict(use_abs_pos_emb=False, use_rel_pos_bias=True),
+}
+
+
+def classifier(pooling=True, **args):
+    model = BeitForImageClassification(5, use_mean_pooling=pooling, **args)
+    return shaken(model).eval()
+
+
+def mim(**args):
+    return shaken(BeitForMaskedImageModeling(vocab_size=50, **args)).eval()
+
+
+def theirs(name, folder):
+    "The network that transformers builds from a folder; all tensors must find their place."
+    transformers = pytest.importorskip("transformers")
+    kind = getattr(transformers, name)
+    model, report = kind.from_pretrained(folder, output_loading_info=True)
+    for fault in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not report[fault], fault
+    return model.eval()
+
+
+@torch.no_grad()
+def logits_of(model, their=False):
+    "Logits of two pictures; of all patches in pre-training, with some of them hidden."
+    size = model.config.image_size if their else model.patch_embed.img_size[0]
+    g = torch.Generator().manual_seed(3)
+    images = torch.randn(2, 3, size, size, generator=g)
+    if "lm_head.weight" not in model.state_dict():
+        return model(images).logits if their else model(images)
+    patch = model.config.patch_size if their else model.patch_embed.patch_size
+    hidden = torch.rand(2, (size // patch) ** 2, generator=g) < 0.4
+    if their:
+        return model(images, bool_masked_pos=hidden).logits
+    return model(images, hidden, return_all_tokens=True)
+
+
+def relative_error(ours, others):
+    return float((ours - others).abs().max() / others.abs().max())
+
+
+def assert_same_state(found, model):
+    own = model.state_dict()
+    assert found.keys() == own.keys()
+    assert [n for n in own if not torch.equal(found[n], own[n])] == []
+
+
+def rebuilt(found, kind):
+    model = kind(**found.args)
+    model.load_state_dict(found.state)
+    return model.eval()
+
+
+def edit(folder, **changes):
+    "Change values of a config.json; None takes one out."
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+
+
+# --- what transformers reads from us
+
+
+@pytest.mark.parametrize(
+    "shape, form, pooling",
+    [(BASE, form, True) for form in POSITIONS]
+    + [(LARGE, "per block", True), (BASE, "absolute", False), (BASE, "per block", False)],
+)
+def test_transformers_reads_a_classifier(shape, form, pooling, tmp_path):
+    ours = classifier(pooling, **shape, **POSITIONS[form])
+
+    write_hf_folder(tmp_path, ours.state_dict(), "abcde")
+
+    twin = theirs("BeitForImageClassification", tmp_path)
+    assert relative_error(logits_of(ours), logits_of(twin, True)) < 1e-5
+    assert twin.config.id2label[3] == "d" and twin.config.label2id["e"] == 4
+    assert_same_state(read_hf_folder(tmp_path).state, ours)
+
+
+@pytest.mark.parametrize("shape, form", [(BASE, form) for form in POSITIONS] + [(LARGE, "shared")])
+def test_transformers_reads_a_pretrained_network(shape, form, tmp_path):
+    ours = mim(**shape, **POSITIONS[form])
+
+    write_hf_folder(tmp_path, ours.state_dict())
+
+    twin = theirs("BeitForMaskedImageModeling", tmp_path)
+    assert relative_error(logits_of(ours), logits_of(twin, True)) < 1e-5
+    # a second final norm would be 2 * width more
+    assert sum(p.numel() for p in twin.parameters()) == sum(p.numel() for p in ours.parameters())
+    assert_same_state(read_hf_folder(tmp_path).state, ours)
+
+
+def test_transformers_prepares_pictures_as_we_say(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    model = classifier(**SMALL)
+    write_hf_folder(tmp_path, model.state_dict(), mean_std=IMAGENET_MEAN_STD, crop_pct=0.8)
+    images = torch.full((3, 50, 70), 255, dtype=torch.uint8)
+
+    processor = transformers.BeitImageProcessor.from_pretrained(tmp_path)
+    x = processor(images, return_tensors="pt")["pixel_values"]
+
+    mean, std = (torch.tensor(v)[:, None, None] for v in IMAGENET_MEAN_STD)
+    assert x.shape == (1, 3, 32, 32) and processor.size["height"] == 40
+    torch.testing.assert_close(x[0], ((1 - mean) / std).expand(3, 32, 32), atol=1e-5, rtol=1e-5)
+
+
+def test_every_value_that_changes_the_result_is_written():
+    "Whatever transformers' default is: a file that is silent about one of these is a trap."
+    transformers = pytest.importorskip("transformers")
+
+    config = hf_config(mim(**SMALL, **POSITIONS["shared"]).state_dict())
+
+    assert BEIT_VALUES <= transformers.BeitConfig.__dataclass_fields__.keys()
+    assert BEIT_VALUES <= config.keys()
+    assert config["layer_norm_eps"] == 1e-6  # theirs: 1e-12
+    assert config["use_mean_pooling"] is True and config["use_mask_token"] is True
+
+
+BEIT_VALUES = {
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "use_mask_token",
+    "use_absolute_position_embeddings",
+    "use_relative_position_bias",
+    "use_shared_relative_position_bias",
+    "layer_scale_init_value",
+    "drop_path_rate",
+    "use_mean_pooling",
+}
+
+
+def test_paper_form_says_positions_and_no_layer_scale():
+    config = hf_config(classifier(**SMALL).state_dict())
+    assert config["use_absolute_position_embeddings"] is True
+    assert config["layer_scale_init_value"] == 0
+
+
+def test_what_tensors_do_not_tell_is_handed_in(tmp_path):
+    shape = SMALL | dict(num_heads=4)
+    ours = classifier(**shape)
+
+    write_hf_folder(tmp_path, ours.state_dict(), known=dict(num_heads=4, drop_path_rate=0.2))
+
+    found = read_hf_folder(tmp_path)
+    assert found.args["num_heads"] == 4 and found.args["drop_path_rate"] == 0.2
+    assert relative_error(logits_of(ours), logits_of(rebuilt(found, type(ours)))) == 0
+
+
+# --- what we read from transformers
+
+
+def a_folder_of_theirs(folder, name, **args):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BeitConfig(
+        hidden_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=512,
+        image_size=32,
+        patch_size=8,
+        layer_norm_eps=1e-6,
+        **args,
+    )
+    model = shaken(getattr(transformers, name)(config)).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+THEIR_FORMS = {
+    "absolute": dict(use_absolute_position_embeddings=True, layer_scale_init_value=0.0),
+    "shared": dict(use_shared_relative_position_bias=True),
+    "per block": dict(use_relative_position_bias=True),
+}
+their_forms = pytest.mark.parametrize("form", THEIR_FORMS)
+
+
+@pytest.mark.parametrize("pooling", [True, False], ids=["mean", "class token"])
+@their_forms
+def test_a_classifier_that_transformers_saved(form, pooling, tmp_path):
+    args = THEIR_FORMS[form] | dict(use_mean_pooling=pooling, id2label=dict(enumerate("xyz")))
+    saved = a_folder_of_theirs(tmp_path, "BeitForImageClassification", **args)
+
+    found = read_hf_folder(tmp_path)
+
+    ours = rebuilt(found, BeitForImageClassification)
+    assert relative_error(logits_of(ours), logits_of(saved, True)) < 1e-5
+    assert found.classes == ["x", "y", "z"]
+
+
+@their_forms
+def test_a_pretrained_network_that_transformers_saved(form, tmp_path):
+    args = THEIR_FORMS[form] | dict(vocab_size=40, use_mask_token=True)
+    saved = a_folder_of_theirs(tmp_path, "BeitForMaskedImageModeling", **args)
+
+    found = read_hf_folder(tmp_path)
+
+    ours = rebuilt(found, BeitForMaskedImageModeling)
+    assert relative_error(logits_of(ours), logits_of(saved, True)) < 1e-5
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["torch 1.6", "before"])
+def test_pytorch_model_bin_in_the_names_of_either_generation(zipped, tmp_path):
+    saved = a_folder_of_theirs(tmp_path, "BeitForImageClassification", **THEIR_FORMS["shared"])
+    old = load_file(tmp_path / "model.safetensors")
+    new = saved.state_dict()  # as in memory
+    assert old.keys() != new.keys()
+    (tmp_path / "model.safetensors").unlink()
+    states = []
+    for state in (old, new):
+        path = tmp_path / "pytorch_model.bin"
+        torch.save(dict(state), path, _use_new_zipfile_serialization=zipped)
+        states.append(read_hf_folder(tmp_path).state)
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+
+
+def test_a_pickle_that_wants_to_run_is_refused(tmp_path):
+    class Bad:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    write_hf_folder(tmp_path, classifier(**SMALL).state_dict())
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"x": Bad()}, tmp_path / "pytorch_model.bin")
+
+    with pytest.raises(BeitError, match="refused"):
+        read_hf_folder(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+# --- wrong folders
+
+
+def two_norms(folder):
+    pytest.importorskip("transformers")
+    args = dict(use_mask_token=True, use_mean_pooling=False, vocab_size=9)
+    a_folder_of_theirs(folder, "BeitForMaskedImageModeling", **args)
+
+
+def body_alone(folder):
+    a_folder_of_theirs(folder, "BeitModel")
+
+
+def half(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def without(name):
+    "A fault: the folder's file of weights lacks a tensor."
+
+    def take_out(folder):
+        path = folder / "model.safetensors"
+        tensors = load_file(path)
+        del tensors[name]
+        save_file(tensors, path, {"format": "pt"})
+
+    return take_out
+
+
+FAULTS = {
+    "no config.json": lambda f: (f / "config.json").unlink(),
+    "no weights; expected model.safetensors": lambda f: (f / "model.safetensors").unlink(),
+    "damaged or no file of weights": half,
+    "config.json is damaged": lambda f: (f / "config.json").write_text("{"),
+    "type 'vit'": lambda f: edit(f, model_type="vit"),
+    "type None": lambda f: edit(f, model_type=None),
+    "hidden_act": lambda f: edit(f, hidden_act="relu"),
+    "image_size": lambda f: edit(f, image_size=[32, 64]),
+    "num_hidden_layers 0": lambda f: edit(f, num_hidden_layers=0),
+    "intermediate_size 1.5": lambda f: edit(f, intermediate_size=1.5),
+    "patch_size '8'": lambda f: edit(f, patch_size="8"),
+    "15 missing": lambda f: edit(f, num_hidden_layers=3),
+    "unexpected .*gamma_1": lambda f: edit(f, layer_scale_init_value=0),
+    "2 missing .*norm.*2 unexpected": lambda f: edit(f, use_mean_pooling=False),
+    "of another shape": lambda f: edit(f, intermediate_size=256),
+    "1 missing .head.bias": without("classifier.bias"),
+    "two final norms": two_norms,
+}
+
+
+@pytest.mark.parametrize("words", FAULTS)
+def test_a_wrong_folder_is_one_line(words, tmp_path):
+    write_hf_folder(tmp_path, classifier(**SMALL, **SCALE).state_dict())
+
+    FAULTS[words](tmp_path)
+
+    with pytest.raises(BeitError, match=words) as e:
+        read_hf_folder(tmp_path)
+    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+
+
+def test_a_block_without_its_keys_is_one_line(tmp_path):
+    name = "beit.encoder.layer.1.attention.attention.key.weight"
+    write_hf_folder(tmp_path, classifier(**SMALL).state_dict())
+
+    without(name)(tmp_path)
+
+    with pytest.raises(BeitError, match=f"{name} is missing"):
+        read_hf_folder(tmp_path)
+
+
+def test_a_body_without_a_head_is_one_line(tmp_path):
+    body_alone(tmp_path)
+    with pytest.raises(BeitError) as e:
+        read_hf_folder(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_network_without_a_head_or_with_other_labels_is_refused_and_nothing_written(tmp_path):
+    state = classifier(**SMALL).state_dict()
+    body = {n: x for n, x in state.items() if not n.startswith("head")}
+    for tensors, classes, words in ((body, (), "no head"), (state, "abc", "3 names of classes")):
+        with pytest.raises(BeitError, match=words):
+            write_hf_folder(tmp_path / "new", tensors, classes)
+    assert not (tmp_path / "new").exists()
+
+
+# --- the other files
+
+
+def test_preprocessing_and_classes_come_back(tmp_path):
+    state = classifier(**SMALL).state_dict()
+    write_hf_folder(tmp_path, state, "vwxyz", IMAGENET_MEAN_STD, crop_pct=0.8)
+    found = read_hf_folder(tmp_path)
+    assert found.classes == [*"vwxyz"] and found.crop_pct == 0.8
+    assert tuple(map(tuple, found.mean_std)) == IMAGENET_MEAN_STD
+
+
+def test_the_card_says_what_is_known_and_no_more():
+    config = hf_config(classifier(**SMALL).state_dict())
+    about = {"title": "Mine", "license": "mit", "recipe": "nano", "data": "digits", "top-1": 0.5}
+    full = model_card(config, hf_preprocessing(32), 1234, about)
+    bare = model_card(config, hf_preprocessing(32), 1234)
+    for words in ("license: mit", "# Mine", "| recipe | nano |", "| data | digits |", "1,234"):
+        assert words in full
+    assert full.startswith("---\nlibrary_name: transformers\nlicense: mit\ntags:\n")
+    assert "license" not in bare and "recipe" not in bare
