@@ -6,6 +6,7 @@ Holds the version, the two errors that every module may raise, the exit status t
 one road on which a line reaches a person, and the names that outside users rely on, loaded when
 they are first asked for, so that `import beit_nb` imports no torch.
 """
+
 __version__ = "0.2.0"
 
 import sys
@@ -91,7 +92,8 @@ HOMES = {
     "engine.runs": "save_checkpoint load_checkpoint",
     "data": "open_data",
     "tokenizer": "train_tokenizer load_tokenizer",
-    "checkpoints": "resize_rel_pos_bias resize_pos_embed load_backbone",
+    "checkpoints": "load_weights load_backbone load_official save_official to_timm from_timm to_hf "
+    "from_hf resize_rel_pos_bias resize_pos_embed",
     "pretraining": "pretrain",
     "finetuning": "BeitForImageClassification finetune",
     "probing": "probe",

@@ -8,7 +8,10 @@ __all__ = ['WEIGHT_INITS', 'Embeddings', 'Encoder', 'trunc_normal_one_std_', 'xa
 
 # %% ../nbs/13_vit.ipynb #imports
 from functools import partial
+from importlib import import_module
 from math import erf, sqrt
+from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -244,6 +247,15 @@ class VisionTransformer(Encoder):
     def init_weights(self) -> None:
         "Draw all weights anew; a subclass calls it again once its own parts stand."
         init_vit_weights(self, self.weight_init, self.pos_embed_init)
+
+    @classmethod
+    def from_pretrained(cls, source, **changes) -> Self:
+        "A trained network of this class: `beit_nb.checkpoints.load_pretrained` (lesson 49)."
+        return import_module("beit_nb.checkpoints").load_pretrained(cls, source, **changes)
+
+    def save_pretrained(self, folder, **notes) -> Path:
+        "A folder of Hugging Face's: `beit_nb.checkpoints.save_pretrained` (lesson 49)."
+        return import_module("beit_nb.checkpoints").save_pretrained(self, folder, **notes)
 
 # %% ../nbs/13_vit.ipynb #backbone-args
 def backbone_args(recipe) -> dict:

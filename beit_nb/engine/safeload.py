@@ -31,7 +31,7 @@ class Stub:
 
 
 STUBBED = {  # classes whose names a file may use: DALL-E's networks, pickled whole, and their parts
-    "argparse.Namespace",
+    "argparse.Namespace",  # the options in an official checkpoint
     "dall_e.encoder.Encoder",
     "dall_e.encoder.EncoderBlock",
     "dall_e.decoder.Decoder",

@@ -1,0 +1,193 @@
+"""Whole networks in and out: every direction, bit for bit, with the peers running."""
+
+from argparse import Namespace
+
+import pytest
+import timm
+import torch
+from helpers_models import SIZE, shaken
+from safetensors.torch import save_file
+from timm.models.beit import Beit
+
+from beit_nb import BeitError
+from beit_nb.checkpoints import (
+    from_hf,
+    from_timm,
+    load_official,
+    load_weights,
+    save_official,
+    to_hf,
+    to_timm,
+)
+from beit_nb.classifier import BeitForImageClassification
+from beit_nb.mim import BeitForMaskedImageModeling
+
+FORMS = {
+    "paper": dict(use_abs_pos_emb=True),
+    "per block": dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1),
+    "shared": dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1),
+}
+BASE = dict(embed_dim=768, num_heads=12, depth=2)  # B at reduced depth
+LARGE = dict(embed_dim=1024, num_heads=16, depth=2)
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def classifier(form, size=SIZE, **more):
+    return shaken(BeitForImageClassification(7, **size, **FORMS[form], **more)).eval()
+
+
+def masked(form, size=SIZE):
+    return shaken(BeitForMaskedImageModeling(vocab_size=50, **size, **FORMS[form])).eval()
+
+
+def same(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def close(a, b):
+    "Within 1e-5 of the largest logit."
+    assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@forms
+@pytest.mark.parametrize("wrapped", ("model", "module", "state_dict", None))
+def test_official_files_however_wrapped(form, wrapped, tmp_path):
+    model = classifier(form, SIZE | dict(embed_dim=256))
+    own = model.state_dict()
+    file = {wrapped: own, "epoch": 3, "args": Namespace(lr=0.1, device="cuda")} if wrapped else own
+    torch.save(file, tmp_path / "official.pth")
+
+    got = load_official(tmp_path / "official.pth")
+
+    assert type(got) is BeitForImageClassification and same(got, model)
+
+
+def test_a_namespace_is_skipped_and_never_run(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    model = classifier("per block")
+    torch.save({"model": model.state_dict(), "args": Namespace(x=Bomb())}, tmp_path / "bad.pth")
+
+    with pytest.raises(BeitError, match="refused, nothing in it was run"):
+        load_official(tmp_path / "bad.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@forms
+def test_there_and_back_by_every_road(form, tmp_path):
+    size = SIZE | dict(embed_dim=256)
+    for model in (classifier(form, size), masked(form, size)):
+        save_official(model, tmp_path / "ours.pth")
+        save_file(model.state_dict(), tmp_path / "ours.safetensors")
+        to_hf(model, tmp_path / "ours")
+
+        assert same(load_official(tmp_path / "ours.pth"), model)
+        assert same(load_official(tmp_path / "ours.safetensors"), model)
+        assert same(from_hf(tmp_path / "ours"), model)
+        assert same(from_timm(model.state_dict()), model)
+
+
+@pytest.mark.parametrize("shape", (BASE, LARGE), ids=("B", "L"))
+@pytest.mark.parametrize("img_size", (224, 384))
+def test_timm_takes_ours_strictly_and_we_take_timms(shape, img_size):
+    name = "beit_base_patch16_224" if shape is BASE else "beit_large_patch16_224"
+    theirs = timm.create_model(name, num_classes=7, img_size=img_size, depth=2).eval()
+    fields = dict(img_size=img_size, use_abs_pos_emb=False, use_rel_pos_bias=True)
+    ours = shaken(BeitForImageClassification(7, **shape, **fields, init_values=0.1)).eval()
+    x = torch.randn(1, 3, img_size, img_size)
+
+    theirs.load_state_dict(to_timm(ours), strict=True)
+    with torch.no_grad():
+        close(ours(x), theirs(x))
+        back = from_timm(theirs)
+        assert same(back, ours)
+        assert torch.equal(back(x), ours(x))
+
+
+@forms
+def test_timm_takes_the_body_of_a_pre_training_strictly(form):
+    model = masked(form)
+    flags = dict(use_abs_pos_emb=False) | FORMS[form]
+    theirs = Beit(num_classes=0, global_pool="token", **SIZE, **flags).eval()
+    theirs.load_state_dict(to_timm(model), strict=True)
+    x = torch.randn(2, 3, 32, 32)
+
+    with torch.no_grad():
+        close(model.norm(model.forward_features(x)), theirs.forward_features(x))
+
+
+@pytest.mark.parametrize("form", ("paper", "per block"))
+@pytest.mark.parametrize("mean", (True, False))
+def test_hugging_face_reads_ours_and_we_read_theirs(form, mean, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    ours = classifier(form, use_mean_pooling=mean)
+    ours.save_pretrained(tmp_path / "ours")
+    theirs = transformers.BeitForImageClassification.from_pretrained(tmp_path / "ours").eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    x = torch.randn(2, 3, 32, 32)
+
+    with torch.no_grad():
+        close(ours(x), theirs(x).logits)
+    assert same(BeitForImageClassification.from_pretrained(tmp_path / "theirs"), ours)
+
+
+def test_a_pre_training_becomes_a_classifier_of_larger_pictures(capfd):
+    model = masked("shared")
+
+    new = BeitForImageClassification.from_pretrained(model, num_classes=3, img_size=48)
+
+    tables = [block.attn.relative_position_bias_table for block in new.blocks]
+    assert all(torch.equal(table, tables[0]) for table in tables)
+    assert tables[0].shape == (23 * 23 + 3, 4)
+    assert "fresh: fc_norm.bias, fc_norm.weight, head.bias, head.weight" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "kind, source, words",
+    [
+        (BeitForImageClassification, lambda: masked("shared"), "say num_classes="),
+        (BeitForMaskedImageModeling, lambda: classifier("per block"), "say vocab_size="),
+        (BeitForImageClassification, lambda: {"a.weight": torch.zeros(2)}, "are no BEiT"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(kind, source, words):
+    with pytest.raises(BeitError, match=words) as e:
+        kind.from_pretrained(source())
+    assert "\n" not in str(e.value)
+
+
+def test_missing_and_strange_tensors_are_grouped_and_not_dumped():
+    own = classifier("per block").state_dict()
+    del own["blocks.1.norm1.weight"], own["blocks.1.norm1.bias"]
+    own["blocks.1.strange"] = torch.zeros(2)
+
+    with pytest.raises(BeitError, match=r"2 missing \(.*\), 1 unexpected \(blocks.1.strange\)"):
+        BeitForImageClassification.from_pretrained(own)
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git-LFS"),
+        (b"<!DOCTYPE html><html>", "page of a web site"),
+        (b"", "is empty"),
+    ],
+)
+def test_what_people_save_as_weights(content, words, tmp_path):
+    path = tmp_path / "beit.pth"
+    path.write_bytes(content)
+
+    with pytest.raises(BeitError, match=words):
+        load_weights(path)
+
+
+def test_half_a_file_says_so(tmp_path):
+    path = tmp_path / "half.pth"
+    torch.save({"model": classifier("paper").state_dict()}, path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    with pytest.raises(BeitError, match="damaged or no file of weights.*download it again"):
+        load_weights(path)
