@@ -105,7 +105,7 @@ def test_explorers_work_before_any_demo(clone):
 
     page.evaluate(RUN_ALL)
     page.wait_for_function(READY)
-    for heading in ("What is a token?", "Where does it look?"):
+    for heading in ("What is a token?", "Who looks at whom?"):
         page.get_by_role("heading", name=heading).scroll_into_view_if_needed()
         page.get_by_text("which came with beit_nb").first.wait_for()
 

@@ -7,7 +7,7 @@ import pytest
 from browser import until
 from explorer_view import ExplorerView
 from PIL import Image
-from playwright.sync_api import expect
+from playwright.sync_api import Error, expect
 from test_browser_controls import REACH
 
 from beit_nb.explorers.spelling import TokenExplorer
@@ -62,7 +62,11 @@ def third_picture(view):
       await e.decode();
       return [...new Uint8Array(await (await fetch(e.src)).arrayBuffer())];
     }"""
-    return Image.open(io.BytesIO(bytes(image.evaluate(code)))).convert("RGB").tobytes()
+    try:
+        png = bytes(image.evaluate(code))
+    except Error:  # the picture is being replaced
+        return None
+    return Image.open(io.BytesIO(png)).convert("RGB").tobytes()
 
 
 def shows(view, explorer):
