@@ -191,7 +191,8 @@ class GuessExplorer(Explorer):
         pad = self.pads.hide
         if self.hand == "draws":
             pad = self.pads.draw
-            self.history.append(pad.marked)
+            if pad.marked:  # a wipe of nothing is not taken back
+                self.history.append(pad.marked)
         pad.marked = []
 
     def draw_stroke(self, change) -> None:
@@ -204,7 +205,6 @@ class GuessExplorer(Explorer):
     def undo(self, button=None) -> None:
         "The canvas as it was before the last stroke or wipe."
         self.pads.draw.marked = self.history.pop()
-        self.update()
 
     def change_hand(self, button=None) -> None:
         "From drawing to hiding, or back; what was drawn and hidden stays."
