@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['BODY_ARGS', 'BIAS_TABLE', 'SHARED_TABLE', 'HEAD_ARGS', 'Network', 'load_official', 'from_timm', 'from_hf', 'to_hf',
-           'Weights', 'head_args', 'usual_crop', 'weights_of_tensors', 'weights_of_run', 'load_weights', 'check_body',
-           'load_backbone', 'args_for', 'load_pretrained', 'save_pretrained', 'save_official', 'to_timm', 'load_model']
+           'Weights', 'head_args', 'weights_of_tensors', 'weights_of_run', 'is_of_hugging_face', 'is_of_ours',
+           'load_weights', 'check_body', 'load_backbone', 'args_for', 'load_pretrained', 'save_pretrained',
+           'save_official', 'to_timm', 'load_model']
 
 # %% ../nbs/49_checkpoints.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -18,10 +19,12 @@ from torch import Tensor, nn
 from . import BeitError, warn
 from .classifier import BeitForImageClassification
 from .engine.files import read_json
-from .engine.runs import is_config, load_checkpoint, save_checkpoint
+from .engine.log import warn_unfinished
+from .engine.runs import check_state, is_config, load_checkpoint, save_checkpoint
 from .engine.safeload import flatten, read_weights_file
 from .hub import check_whole, read_hf_folder, write_hf_folder
 from .images import BEIT_MEAN_STD, IMAGENET_MEAN_STD, MEAN_STD
+from .labelled_views import usual_crop
 from .layouts import shape_of, to_official
 from .mim import BeitForMaskedImageModeling
 from .recipes import from_config
@@ -57,11 +60,6 @@ def head_args(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return args
 
 
-def usual_crop(img_size: int) -> float:
-    "Share of the resized edge that published BEiTs are scored on (official code)."
-    return 224 / 256 if img_size < 384 else 1.0
-
-
 def weights_of_tensors(tensors: Mapping[str, Tensor], source: str) -> Weights:
     "`Weights` of nothing but tensors, in any of the four spellings."
     state = to_official(tensors)
@@ -87,35 +85,54 @@ BODY_ARGS = (
 
 def weights_of_run(checkpoint: Mapping[str, Any]) -> Weights:
     "`Weights` of a checkpoint of `beit pretrain` or `beit finetune`."
+    command = checkpoint["config"]["command"]
+    if command not in ("pretrain", "finetune"):
+        raise BeitError(f"these weights come from `beit {command}` and are no BEiT")
     recipe = from_config(checkpoint["config"])
-    state = checkpoint["model"]
+    state = checkpoint.get("model", {})
     args = {name: getattr(recipe, name) for name in BODY_ARGS} | head_args(state)
     mean_std = MEAN_STD[recipe.mean_std]
-    source = f"`beit {recipe.command}`"
     classes = checkpoint.get("classes", [])
-    return Weights(state, args, classes, mean_std, usual_crop(args["img_size"]), source)
+    whole = getattr(recipe, "augment", "") == "shift"  # such pictures are never cut
+    crop_pct = 1.0 if whole else usual_crop(recipe.img_size)
+    return Weights(state, args, classes, mean_std, crop_pct, f"`beit {command}`")
 
 
-def load_weights(source: str | Path | Mapping[str, Tensor] | nn.Module) -> Weights:
+def is_of_hugging_face(folder: Path) -> bool:
+    "Has this folder a config.json that names a type of model?"
+    config = folder / "config.json"
+    return config.is_file() and "model_type" in read_json(config)
+
+
+def is_of_ours(content: Any) -> bool:
+    "Has this content of a file the recipe of a run?"
+    config = content.get("config", {}) if isinstance(content, dict) else {}
+    return is_config(config) and "command" in config
+
+
+def load_weights(source: str | Path | Mapping[str, Tensor] | nn.Module | Weights) -> Weights:
     """A trained BEiT from a file, a folder, a state dict or a network, in anybody's spelling.
 
     Files: a run's folder or checkpoint of ours, .pth or .pt of the official code or timm's,
     safetensors, a folder of Hugging Face's. Nothing in them is run. Raises BeitError in one line
     for what holds no BEiT.
     """
+    if isinstance(source, Weights):
+        return source
     if isinstance(source, nn.Module):
         source = source.state_dict()
     if isinstance(source, Mapping):
         return weights_of_tensors(source, "a state dict")
     path = Path(source)
-    config = path / "config.json"
-    if config.is_file() and "model_type" in read_json(config):
+    if is_of_hugging_face(path):
         return Weights(*read_hf_folder(path), "Hugging Face transformers")
     if path.is_dir():
-        return weights_of_run(load_checkpoint(path, ("pretrain", "finetune")))
+        warn_unfinished(path)
+        return weights_of_run(load_checkpoint(path))
     content = read_weights_file(path)
-    if isinstance(content, dict) and is_config(content.get("config")):
-        return weights_of_run(load_checkpoint(path, ("pretrain", "finetune")))
+    if is_of_ours(content):
+        check_state(content, path)
+        return weights_of_run(content)
     try:
         return weights_of_tensors(flatten(content), str(path))
     except BeitError as e:
@@ -253,11 +270,11 @@ def to_timm(model: VisionTransformer) -> dict[str, Tensor]:
 
 def load_model(source) -> VisionTransformer:
     "The network to which the weights belong, a classifier or a masked model, as `load_pretrained`."
-    args = load_weights(source).args
-    if "vocab_size" in args:
-        return load_pretrained(BeitForMaskedImageModeling, source)
-    if "num_classes" in args:
-        return load_pretrained(BeitForImageClassification, source)
+    weights = load_weights(source)
+    if "vocab_size" in weights.args:
+        return load_pretrained(BeitForMaskedImageModeling, weights)
+    if "num_classes" in weights.args:
+        return load_pretrained(BeitForImageClassification, weights)
     raise BeitError("weights without a head; use VisionTransformer.from_pretrained for the body")
 
 

@@ -290,6 +290,8 @@ def read_hf_folder(folder: str | Path) -> HfFolder:
 def _class_names(config: Mapping[str, Any]) -> list[str]:
     "The names of a classifier's classes in their order; [] where they are only numbers."
     labels = config.get("id2label") or {}
+    if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
+        raise BeitError("id2label in config.json does not map numbers to names of classes")
     names = [labels[key] for key in sorted(labels, key=int)]
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
@@ -301,6 +303,8 @@ def _preprocessing(folder: Path, args: Mapping[str, Any]) -> tuple:
     mean_std = tuple(steps.get(f"image_{part}", [0.5] * 3) for part in ("mean", "std"))
     if not steps.get("do_center_crop"):
         return mean_std, 1.0
-    size = steps["size"]  # a number in files of before 2023
-    edge = size["height"] if isinstance(size, dict) else size
+    size = steps.get("size")  # a number in files of before 2023
+    edge = size.get("height") if isinstance(size, dict) else size
+    if not isinstance(edge, int) or edge < args["img_size"]:
+        raise BeitError(f"{path} cuts out a centre of a picture of size {size!r}")
     return mean_std, args["img_size"] / edge

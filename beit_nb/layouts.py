@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HF_NAMES', 'MEMORY_NAMES', 'FIRST', 'HF_PART', 'rename', 'unwrap', 'layout_of', 'to_official', 'to_hf_names',
-           'shape_of']
+           'side_and_heads', 'shape_of']
 
 # %% ../nbs/46_layouts.ipynb #imports
 import re
@@ -131,7 +131,7 @@ def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _depth(names: Iterable[str], front: str) -> int:
     "How many blocks there are."
     numbers = [name[len(front) :].split(".")[0] for name in names if name.startswith(front)]
-    return 1 + max(map(int, numbers))
+    return 1 + max(int(number) for number in numbers if number.isdecimal())
 
 # %% ../nbs/46_layouts.ipynb #to-hf-names
 def to_hf_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -151,23 +151,47 @@ def to_hf_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return out
 
 # %% ../nbs/46_layouts.ipynb #shape
+def _sizes(state: Mapping[str, Tensor], name: str, count: int) -> tuple[int, ...]:
+    "The `count` sizes of a tensor that every BEiT has."
+    if name not in state:
+        raise BeitError(f"{name} is missing; the file is incomplete")
+    if state[name].ndim != count:
+        raise BeitError(f"{name} has {state[name].ndim} dimensions, but every BEiT has {count}")
+    return tuple(state[name].shape)
+
+
+def side_and_heads(state: Mapping[str, Tensor], width: int) -> tuple[int, int]:
+    """Patches a side and heads, as the positions tell them.
+
+    Without a table: heads of 64 numbers. Without any positions: 14 patches a side. Raises BeitError
+    where the patches make no square.
+    """
+    tables = [n for n in state if n.endswith("relative_position_bias_table")]
+    if tables:
+        rows, heads = _sizes(state, tables[0], 2)
+        side = (isqrt(max(rows - 3, 0)) + 1) // 2
+        fits = rows == (2 * side - 1) ** 2 + 3
+    else:
+        heads = width // 64
+        rows = _sizes(state, "pos_embed", 3)[1] if "pos_embed" in state else 1 + 14**2
+        side = isqrt(max(rows - 1, 0))
+        fits = rows == 1 + side**2
+    if not fits:
+        raise BeitError(f"{rows} rows of positions belong to no square of patches")
+    return side, heads
+
+
 def shape_of(state: Mapping[str, Tensor]) -> dict:
     """The arguments of the network to which these tensors belong (official names).
 
-    Heads are read off a relative table; without one they have 64 numbers each. Raises BeitError
-    where the tensors contradict each other.
+    What tensors do not tell is assumed as `side_and_heads` says. Raises BeitError where they
+    contradict each other or are incomplete.
     """
-    width, channels, patch, _ = state["patch_embed.proj.weight"].shape
-    tables = [x for name, x in state.items() if name.endswith("relative_position_bias_table")]
-    if tables:
-        side = (isqrt(len(tables[0]) - 3) + 1) // 2
-        heads = tables[0].shape[1]
-    else:
-        heads = width // 64
-        side = isqrt(state["pos_embed"].shape[1] - 1) if "pos_embed" in state else 14
+    width, channels, patch, _ = _sizes(state, "patch_embed.proj.weight", 4)
+    side, heads = side_and_heads(state, width)
     if not heads or width % heads:
         raise BeitError(f"{width} numbers a patch and {heads} heads do not go together")
-    hidden = state["blocks.0.mlp.fc1.weight"].shape[0]
+    hidden, _ = _sizes(state, "blocks.0.mlp.fc1.weight", 2)
     return {
         "img_size": side * patch,
         "patch_size": patch,

@@ -371,3 +371,27 @@ def test_the_card_says_what_is_known_and_no_more():
         assert words in full
     assert full.startswith("---\nlibrary_name: transformers\nlicense: mit\ntags:\n")
     assert "license" not in bare and "recipe" not in bare
+
+
+@pytest.mark.parametrize(
+    "file, content, words",
+    [
+        ("config.json", [1], "holds no dict"),
+        ("config.json", {"id2label": {"cat": "0"}}, "does not map numbers to names"),
+        ("config.json", {"id2label": ["cat"]}, "does not map numbers to names"),
+        ("preprocessor_config.json", "none", "holds no dict"),
+        ("preprocessor_config.json", {"size": None}, "of size None"),
+        ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, "of size"),
+        ("preprocessor_config.json", {"size": 8}, "of size 8"),
+    ],
+)
+def test_odd_settings_are_one_line(file, content, words, tmp_path):
+    write_hf_folder(tmp_path, classifier(**SMALL).state_dict(), crop_pct=0.5)
+    path = tmp_path / file
+    if isinstance(content, dict):
+        content = json.loads(path.read_text()) | content
+    path.write_text(json.dumps(content))
+
+    with pytest.raises(BeitError, match=words) as e:
+        read_hf_folder(tmp_path)
+    assert "\n" not in str(e.value)

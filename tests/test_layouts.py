@@ -41,11 +41,9 @@ def test_there_and_back_bit_for_bit(form, mean):
 def test_timm_takes_them_strictly_and_answers_the_same(form):
     ours = classifier(form).eval()
     theirs = Beit(num_classes=5, **SIZE, **FORMS["paper"] | FORMS[form]).eval()
-    theirs.load_state_dict(to_official(ours.state_dict()), strict=False)
-    missing = theirs.state_dict().keys() - ours.state_dict().keys()
+    theirs.load_state_dict(to_official(ours.state_dict()), strict=True)
     x = torch.rand(2, 3, 32, 32)
 
-    assert all(name.endswith("relative_position_index") for name in missing)
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-6, rtol=1e-5)
     assert same(to_official(theirs.state_dict()), ours.state_dict())
 
@@ -144,3 +142,31 @@ def test_the_shape_is_read_off_the_tensors(form):
 
     assert {name: shape[name] for name in SIZE} == SIZE
     BeitForImageClassification(5, **shape).load_state_dict(own, strict=True)
+
+
+@pytest.mark.parametrize(
+    "name, instead, words",
+    [
+        ("patch_embed.proj.weight", None, "is missing; the file is incomplete"),
+        ("blocks.0.mlp.fc1.weight", None, "is missing; the file is incomplete"),
+        ("patch_embed.proj.weight", torch.zeros(128, 192), "2 dimensions, but every BEiT has 4"),
+        ("pos_embed", torch.zeros(1, 1 + 10 * 7, 128), "71 rows of positions belong to no square"),
+    ],
+)
+def test_odd_tensors_are_one_line(name, instead, words):
+    own = classifier("paper").state_dict()
+    del own[name]
+    if instead is not None:
+        own[name] = instead
+
+    with pytest.raises(BeitError, match=words) as e:
+        shape_of(own)
+    assert "\n" not in str(e.value)
+
+
+def test_a_table_of_no_square_is_refused():
+    own = classifier("shared").state_dict()
+    own["rel_pos_bias.relative_position_bias_table"] = torch.zeros(19 * 13 + 3, 2)
+
+    with pytest.raises(BeitError, match="250 rows of positions"):
+        shape_of(own)

@@ -9,7 +9,7 @@ from helpers_models import SIZE, shaken
 from safetensors.torch import save_file
 from timm.models.beit import Beit
 
-from beit_nb import BeitError
+from beit_nb import BeitError, checkpoints
 from beit_nb.checkpoints import (
     from_hf,
     from_timm,
@@ -20,7 +20,11 @@ from beit_nb.checkpoints import (
     to_timm,
 )
 from beit_nb.classifier import BeitForImageClassification
+from beit_nb.configs import as_config
+from beit_nb.engine.runs import save_checkpoint
+from beit_nb.finetuning import build_classifier
 from beit_nb.mim import BeitForMaskedImageModeling
+from beit_nb.recipes import recipe_named
 
 FORMS = {
     "paper": dict(use_abs_pos_emb=True),
@@ -191,3 +195,43 @@ def test_half_a_file_says_so(tmp_path):
 
     with pytest.raises(BeitError, match="damaged or no file of weights.*download it again"):
         load_weights(path)
+
+
+def a_run(command, model, tmp_path, **fields):
+    "A checkpoint as `beit pretrain` or `beit finetune` leaves one."
+    recipe = recipe_named(command, "nano", **fields)
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"config": as_config(command, recipe), "model": model.state_dict()})
+    return path
+
+
+def test_runs_say_how_their_pictures_were_cut(tmp_path):
+    model = shaken(build_classifier(recipe_named("finetune", "nano"), 10))
+
+    whole = load_weights(a_run("finetune", model, tmp_path))
+    cut = load_weights(a_run("finetune", model, tmp_path, augment="none"))
+
+    assert (whole.crop_pct, cut.crop_pct) == (1.0, 0.875)
+    assert whole.source == "`beit finetune`" and same(load_official(tmp_path / "last.pt"), model)
+
+
+def test_files_that_only_look_like_ours(tmp_path):
+    own = classifier("paper", SIZE | dict(embed_dim=256))
+    torch.save({"config": {"lr": 0.1}, "model": own.state_dict()}, tmp_path / "theirs.pth")
+    config = as_config("tokenizer", recipe_named("tokenizer", "nano"))
+    save_checkpoint(tmp_path / "dvae.pt", {"config": config, "model": {"x": torch.zeros(2)}})
+
+    assert same(load_official(tmp_path / "theirs.pth"), own)
+    with pytest.raises(BeitError, match="come from `beit tokenizer` and are no BEiT"):
+        load_weights(tmp_path / "dvae.pt")
+
+
+def test_a_network_is_read_once(tmp_path, monkeypatch):
+    model = classifier("per block")
+    save_official(model, tmp_path / "ours.pth")
+    read = []
+    whole = checkpoints.read_weights_file
+    monkeypatch.setattr(checkpoints, "read_weights_file", lambda p: (read.append(p), whole(p))[1])
+
+    assert same(load_official(tmp_path / "ours.pth"), model)
+    assert len(read) == 1
