@@ -77,6 +77,7 @@ def test_gap_by_hand(show):
     view.pull(0, bar(0, 0.04), bar(0, 0.7))
     until(lambda: "by_hand={11: [0.7" in view.link())
     view.pull(0, bar(2, 0.1), bar(2, 0.5))
+    until(lambda: view.readout("q(token 2)") in ("49 %", "50 %", "51 %"))  # before the next
     view.pull(0, bar(1, 0.1), bar(1, goal[1]))
     until(view.done, 1)
     view.pull(0, bar(0, 0.3), bar(0, goal[0]))

@@ -178,3 +178,18 @@ def test_of_an_upload_one_square_stays(cat):
     assert (pixels(read_picture(kept)) == pixels(cat)).all()
     assert whole == f"shown: {cat.width} x {cat.height}"
     assert part == "shown: the centre 2000 x 2000 of 3000 x 2000"
+
+
+def test_a_stroke_that_was_taken_back_is_over():
+    "On a busy machine the browser sends the rest of it after the button was heard."
+    pad = PatchPad(rows=2, cols=2)
+    pad.set_state({"stroke": 1, "marked": [0]})
+
+    pad.take_back()
+    pad.marked = []
+    pad.set_state({"marked": [0, 1], "cursor": 1})
+
+    assert (pad.marked, pad.cursor) == ([], 1)
+    pad.set_state({"stroke": 2, "marked": [3]})
+    pad.set_state({"marked": [2, 3]})
+    assert pad.marked == [2, 3]

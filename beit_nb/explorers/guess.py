@@ -204,6 +204,7 @@ class GuessExplorer(Explorer):
 
     def undo(self, button=None) -> None:
         "The canvas as it was before the last stroke or wipe."
+        self.pads.draw.take_back()
         self.pads.draw.marked = self.history.pop()
 
     def change_hand(self, button=None) -> None:

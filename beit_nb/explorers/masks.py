@@ -229,6 +229,7 @@ class MaskExplorer(Explorer):
     def undo(self, button=None) -> None:
         "Back to the state before the last stroke, with its controls."
         self.stop()
+        self.mask_view.pad.take_back()
         state = self.history.pop()
         self.showing = True
         self.controls.set(state.rule, state.seed)

@@ -282,6 +282,20 @@ class PatchPad(PadTraits):
             self.marked = np.flatnonzero(mask).tolist()
             self.cursor = min(self.cursor, mask.size - 1)
 
+    taken_back = -1  # the stroke that is no longer heard
+
+    def take_back(self) -> None:
+        "The last stroke is undone: what the browser has yet to send of it is not heard."
+        self.taken_back = int(self.stroke)
+
+    def set_state(self, sync_data: dict) -> None:
+        "What the browser says, without late parts of a stroke that was taken back."
+        late = sync_data.get("stroke", self.stroke) == self.taken_back
+        if late and "marked" in sync_data:
+            sync_data = {name: x for name, x in sync_data.items() if name != "marked"}
+            self.send_state("marked")  # what counts, for the screen
+        super().set_state(sync_data)
+
     def press(self, cell: int) -> None:
         "What a click on a cell does."
         if self.mode == "paint":
