@@ -9,7 +9,6 @@ __all__ = ['HIDDEN', 'EXPLORER_STYLE', 'center_square', 'png_bytes', 'embedded_p
 # %% ../../nbs/70_explorers_pad.ipynb #imports
 import base64
 import io
-import struct
 import warnings
 import zlib
 from collections.abc import Callable
@@ -49,32 +48,14 @@ def center_square(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), resample, box, reducing_gap=2)
 
 # %% ../../nbs/70_explorers_pad.ipynb #png-bytes
-def _png_chunk(kind: bytes, data: bytes) -> bytes:
-    "Length, kind, data and checksum."
-    checksum = zlib.crc32(kind + data)
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-
-
 def png_bytes(image: Image.Image) -> bytes:
-    """A picture as PNG, written fast rather than small.
-
-    Every row is stored as its difference to the row above; zlib only looks for runs.
-    """
+    "A picture as PNG, written fast rather than small."
     if image.mode not in ("RGB", "RGBA"):
         image = image.convert("RGBA")
-    pixels = np.asarray(image)
-    height, width, channels = pixels.shape
-    rows = pixels.reshape(height, -1)
-    data = np.zeros((height, 1 + rows.shape[1]), np.uint8)
-    data[:, 0] = 2  # filter "up"
-    data[0, 1:] = rows[0]
-    np.subtract(rows[1:], rows[:-1], out=data[1:, 1:])  # modulo 256
-    packer = zlib.compressobj(1, strategy=zlib.Z_RLE)
-    packed = packer.compress(data.tobytes()) + packer.flush()
-    color_type = {3: 2, 4: 6}[channels]
-    header = struct.pack(">IIBBBBB", width, height, 8, color_type, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", packed), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(_png_chunk(*chunk) for chunk in chunks)
+    file = io.BytesIO()
+    image.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+    return file.getvalue()
+
 
 # %% ../../nbs/70_explorers_pad.ipynb #read-picture
 @cache
