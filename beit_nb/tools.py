@@ -81,27 +81,29 @@ class Predict:
     init: Place  # a run of `beit finetune`, or a checkpoint of it
     images: Places  # picture files
     top: Count = 5  # how many classes to print
+    json: bool = False  # print one JSON object a line for each picture, and nothing else
+    grid: Place | None = None  # a PNG to draw: the pictures with their first guesses
 
     def run(self) -> int:
-        import numpy as np
-        import torch
+        from beit_nb.engine.files import atomic_write
+        from beit_nb.predicting import Predictor, check_grid, draw_grid
 
-        from beit_nb.finetuning import load_classifier
-        from beit_nb.images import preprocess
-        from beit_nb.labelled_views import FinetuneTransform
-
-        model, recipe, classes = load_classifier(self.init)
-        transform = FinetuneTransform(recipe, np.zeros(1, int), training=False)  # as it was scored
+        if self.grid:
+            check_grid(self.grid, self.images)
+        predict = Predictor(self.init, self.top)
+        answers = []
 
         def answer(path: str, image) -> None:
-            x = transform(image, 0, np.random.default_rng(0)).image
-            with torch.no_grad():
-                logits = model(preprocess(x[None], recipe.mean_std))[0]
-            best = logits.softmax(-1).topk(min(self.top, len(classes)))
-            likely = zip(best.indices.tolist(), best.values.tolist())
-            say(f"{path}: {', '.join(f'{classes[i]} {p:.3f}' for i, p in likely)}")
+            said = predict(path, image)
+            say(said.json() if self.json else said.line())
+            if self.grid:
+                answers.append(said)
 
-        return each_picture(self.images, answer)
+        status = each_picture(self.images, answer)
+        if self.grid:
+            with atomic_write(self.grid) as f:
+                draw_grid(answers).save(f, "PNG")
+        return status
 
 # %% ../nbs/98_tools.ipynb #picture-names
 def picture_names(paths: tuple[str, ...], out: Path) -> dict[str, Path]:

@@ -1,0 +1,107 @@
+"""beit_nb.predicting: what a network says of a picture, in a line, as JSON and on a sheet."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import beit, refused
+from PIL import Image, ImageFont
+from torch.testing import assert_close
+
+from beit_nb import BeitError
+from beit_nb.engine.decoding import load_image
+from beit_nb.finetuning import load_classifier
+from beit_nb.images import preprocess, to_tensor
+from beit_nb.predicting import GAP, SIDE, TEXT, Prediction, check_grid, draw_grid, shorten
+
+
+def answers(n, color="red", name="cat"):
+    thumbnail = Image.new("RGB", (SIDE, SIDE), color)
+    return [Prediction(f"{i}.png", [name], [0.5], thumbnail) for i in range(n)]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    "A wide, a tall and a square picture, of noise."
+    rng = np.random.default_rng(0)
+    files = []
+    for i, size in enumerate([(20, 60), (60, 20), (32, 32)]):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(tmp_path / f"{i}.png")
+        files.append(tmp_path / f"{i}.png")
+    return files
+
+
+def test_json_is_what_the_network_says(runs, pictures):
+    words = ["predict", "--init", runs / "fine", "--images", *pictures, "--top", 10]
+    rows = [json.loads(line) for line in beit(*words, "--json").stdout.splitlines()]
+    lines = beit(*words).stdout.splitlines()
+
+    model, recipe, classes = load_classifier(runs / "fine")
+    x = to_tensor(load_image(pictures[2]))  # already of the network's size
+    with torch.no_grad():
+        expected = model(preprocess(x[None], recipe.mean_std))[0].softmax(-1)
+    said = {p["class"]: p["probability"] for p in rows[2]["predictions"]}
+    assert_close(torch.tensor([said[name] for name in classes]), expected, atol=1e-5, rtol=0)
+    assert [row["image"] for row in rows] == [str(path) for path in pictures]
+    for row, line in zip(rows, lines, strict=True):
+        likely = [f"{p['class']} {p['probability']:.3f}" for p in row["predictions"]]
+        assert line == f"{row['image']}: {', '.join(likely)}"
+
+
+def test_grid_has_a_place_for_each_readable_picture(runs, pictures, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    sheet = tmp_path / "sheet.PNG"
+    words = ["predict", "--init", runs / "fine", "--grid", sheet]
+
+    beit(*words, "--images", pictures[0], broken, *pictures[1:], ok=1)
+
+    with Image.open(sheet) as image:
+        assert image.size == (2 * (SIDE + GAP) + GAP, 2 * (SIDE + TEXT + GAP) + GAP)
+        assert image.getpixel((GAP + SIDE // 2, GAP + SIDE // 2)) != (255, 255, 255)
+        assert image.getpixel((GAP + SIDE // 2, GAP + 3)) == (255, 255, 255)  # above a wide one
+
+
+@pytest.mark.parametrize("n, columns, rows", [(1, 1, 1), (7, 3, 3), (40, 7, 6)])
+def test_sheet_is_about_as_wide_as_high(n, columns, rows):
+    sheet = draw_grid(answers(n))
+
+    assert sheet.size == (columns * (SIDE + GAP) + GAP, rows * (SIDE + TEXT + GAP) + GAP)
+    colors = {color: count for count, color in sheet.getcolors(2**16) or ()}
+    assert colors[(255, 0, 0)] == n * SIDE * SIDE  # nothing lies upon a picture
+
+
+def test_long_names_do_not_run_into_the_neighbor():
+    font = ImageFont.load_default(14)
+    assert isinstance(font, ImageFont.FreeTypeFont)
+
+    short = shorten("Chesapeake Bay retriever, a dog of Maryland", font)
+
+    assert short.startswith("Chesapeake Bay") and short.endswith("…")
+    assert font.getlength(short) <= SIDE < font.getlength(short + "mm")
+    assert shorten("cat", font) == "cat"
+
+
+@pytest.mark.parametrize(
+    "grid, images, says",
+    [
+        ("a.jpg", ("b.png",), "must be the name of a .png"),
+        ("none/a.png", ("b.png",), "no folder that exists"),
+        ("./a.png", ("b.png", "a.png"), "one of the --images"),
+        ("a.png", ("b.png",) * 1001, "at most 1,000"),
+    ],
+)
+def test_sheets_that_cannot_be(grid, images, says):
+    with pytest.raises(BeitError, match=says):
+        check_grid(grid, images)
+
+
+def test_refused_before_anything_is_asked(runs, pictures):
+    before = pictures[0].read_bytes()
+
+    refused("predict", "--init", "none", "--images", *pictures, "--grid", "x.gif", says="x.gif")
+    words = ["--images", *pictures, "--grid", pictures[0]]
+    refused("predict", "--init", runs / "fine", *words, says="one of the --images")
+
+    assert pictures[0].read_bytes() == before
