@@ -1,5 +1,8 @@
 """beit_nb.explorers.controls: sliders over lists, pictures to take and to touch, a guide."""
 
+import base64
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -116,3 +119,40 @@ def test_a_number_stays_within_its_limits(typed, taken):
     field.value = typed
 
     assert field.value == taken
+
+
+@pytest.mark.parametrize(
+    "part",
+    (
+        Guide("see"),
+        Slider("n", [1], 1),
+        Menu("rule", {"blockwise": 1}, "blockwise"),
+        Field("seed", 1),
+        Upload(),
+        CodeLine("print(1)"),
+    ),
+    ids=lambda part: part.kind,
+)
+def test_every_part_has_a_picture_for_pages_without_a_kernel(part):
+    data, _ = part._repr_mimebundle_()
+    picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("L")
+
+    assert np.asarray(picture).min() < 128  # something is written on it
+
+
+def test_a_picture_is_its_own_static_picture():
+    part = Picture()
+    part.show(Image.new("RGB", (3, 2), "red"))
+
+    data, _ = part._repr_mimebundle_()
+
+    assert Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).size == (3, 2)
+
+
+def test_tiles_are_their_own_static_picture():
+    part = Tiles("tokens")
+    part.show(np.zeros((2, 4, 4, 3), np.uint8))
+
+    data, _ = part._repr_mimebundle_()
+
+    assert "image/png" in data

@@ -7,6 +7,7 @@ __all__ = ['DIGITS', 'ready_tokenizer', 'some_digits', 'digits_by_name', 'named_
            'sight', 'around', 'changed_cells', 'overlay_heat', 'odds', 'log_bar', 'TokenSheet', 'token_legend', 'Tiles']
 
 # %% ../../nbs/83_explorers_tokens.ipynb #imports
+import io
 import math
 from collections import Counter
 from functools import cache
@@ -202,6 +203,9 @@ class Tiles(Part):
 
     def __init__(self, label: str, help: str = "", **traits):
         super().__init__(kind="tiles", label=label, help=help, **traits)
+
+    def static_picture(self) -> Image.Image:
+        return Image.open(io.BytesIO(self.picture))
 
     def show(self, tiles: np.ndarray, **traits) -> None:
         "Other tiles, (n, h, w, 3) uint8, row by row, and what else is new."
