@@ -56,7 +56,6 @@ def png_bytes(image: Image.Image) -> bytes:
     image.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return file.getvalue()
 
-
 # %% ../../nbs/70_explorers_pad.ipynb #read-picture
 @cache
 def embedded_photos() -> dict[str, Image.Image]:
