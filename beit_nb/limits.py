@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['Count', 'Size', 'Few', 'Vocabulary', 'Natural', 'Workers', 'Seed', 'Positive', 'NonNegative', 'BelowOne', 'Share',
-           'PositiveShare', 'CropScale', 'PATH', 'Place', 'Places', 'NOUNS', 'KINDS', 'Limit', 'at_least', 'spelt_out',
-           'plain_type', 'limit_of', 'asked_for', 'have_types', 'has_type', 'wrong_fields', 'nearest', 'no_such',
-           'expand_paths']
+           'PositiveShare', 'CropScale', 'PATH', 'Place', 'Places', 'NOUNS', 'KINDS', 'CHANGEABLE_FIELDS', 'Limit',
+           'at_least', 'spelt_out', 'plain_type', 'limit_of', 'asked_for', 'have_types', 'has_type', 'wrong_fields',
+           'nearest', 'no_such', 'expand_paths', 'as_config', 'check_same_run']
 
 # %% ../nbs/20_limits.ipynb #imports
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from difflib import get_close_matches
 from math import inf
 from numbers import Integral, Real
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -194,3 +195,39 @@ def expand_paths(options: Any) -> Any:
             many = isinstance(value, tuple)
             changes[field] = tuple(map(expand, value)) if many else expand(value)
     return replace(options, **changes)
+
+# %% ../nbs/20_limits.ipynb #as-config
+# fields that may change when a run goes on: they say where and how, not what
+CHANGEABLE_FIELDS = frozenset(
+    "out resume workers max_steps checkpoint_every keep_checkpoints milestone_every log_every "
+    "tensorboard dry_run max_damaged device_batch_size parallel grad_checkpointing".split()
+)
+
+
+def as_config(command: str, recipe: Any) -> dict:
+    "The resolved recipe as plain data: what config.json and every checkpoint hold."
+    fields = asdict(recipe).items()
+    return {"command": command} | {k: list(v) if isinstance(v, tuple) else v for k, v in fields}
+
+# %% ../nbs/20_limits.ipynb #check-same-run
+def check_same_run(old: dict, new: dict, where: str | Path) -> None:
+    """Raise BeitError unless a run in `where` and a new one agree in all but CHANGEABLE_FIELDS.
+
+    A field that the old one does not have came with a later version, and is no quarrel. Nor is a
+    path of which it has recorded what lay there ("inputs"): that is compared when it is read.
+    """
+
+    def plain(value: Any) -> Any:  # a known set has two spellings
+        return value.removeprefix("embedded:") if isinstance(value, str) else value
+
+    free = CHANGEABLE_FIELDS.union(old.get("inputs", ())) - {"split"}  # a name, no path
+    other = [
+        f"{k} {old.get(k)!r} there, {v!r} now"
+        for k, v in new.items()
+        if k not in free and plain(old.get(k, v)) != plain(v)
+    ]
+    if other:
+        raise BeitError(
+            f"{where} holds another run ({'; '.join(other[:3])}); choose another --out, or delete "
+            "that folder"
+        )

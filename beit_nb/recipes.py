@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from . import BeitError
 from beit_nb.configs import (
-    CHANGEABLE_FIELDS,
     Backbone,
     FinetuneRecipe,
     PretrainRecipe,
@@ -24,11 +23,9 @@ from beit_nb.configs import (
     Recipe,
     Run,
     TokenizerRecipe,
-    as_config,
     check_recipe,
-    check_same_run,
 )
-from .limits import no_such
+from .limits import CHANGEABLE_FIELDS, as_config, check_same_run, no_such
 
 # handed on; nbdev adds them to __all__
 _all_ = ["Backbone", "Run", "CHANGEABLE_FIELDS", "as_config", "check_recipe", "check_same_run"]

@@ -8,7 +8,6 @@ from helpers_models import SIZE, shaken
 
 from beit_nb import BeitError
 from beit_nb.checkpoints import load_backbone
-from beit_nb.configs import as_config
 from beit_nb.engine.runs import load_checkpoint, save_checkpoint
 from beit_nb.finetuning import (
     BeitForImageClassification,
@@ -16,6 +15,7 @@ from beit_nb.finetuning import (
     build_from_checkpoint,
     load_classifier,
 )
+from beit_nb.limits import as_config
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.pretraining import build_mim, load_mim
 from beit_nb.probing import probe_networks

@@ -14,18 +14,21 @@ import pytest
 from beit_nb import BeitError
 from beit_nb.cli import main
 from beit_nb.configs import (
-    CHANGEABLE_FIELDS,
     FinetuneRecipe,
     PretrainRecipe,
     ProbeRecipe,
     Recipe,
     Run,
     TokenizerRecipe,
-    as_config,
     check_recipe,
-    check_same_run,
 )
-from beit_nb.limits import limit_of, wrong_fields
+from beit_nb.limits import (
+    CHANGEABLE_FIELDS,
+    as_config,
+    check_same_run,
+    limit_of,
+    wrong_fields,
+)
 from beit_nb.recipes import COMMANDS, from_config
 from beit_nb.tools import TOOLS
 

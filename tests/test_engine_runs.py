@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from beit_nb import BeitError
-from beit_nb.configs import Run, as_config
+from beit_nb.configs import Run
 from beit_nb.engine import runs
 from beit_nb.engine.runs import (
     load_checkpoint,
@@ -24,6 +24,7 @@ from beit_nb.engine.runs import (
     run_config,
     save_checkpoint,
 )
+from beit_nb.limits import as_config
 
 FORK = multiprocessing.get_context("fork")
 

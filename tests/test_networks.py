@@ -9,7 +9,6 @@ import torch
 from helpers import refused
 
 from beit_nb import BeitError, __version__
-from beit_nb.configs import as_config
 from beit_nb.demo_stages import THOROUGH, DemoPlan, settings_of
 from beit_nb.engine.augment import TwoViews
 from beit_nb.engine.files import safetensors_notes, write_json
@@ -17,6 +16,7 @@ from beit_nb.engine.log import write_metrics
 from beit_nb.engine.runs import load_checkpoint, save_checkpoint
 from beit_nb.engine.sources import Digits
 from beit_nb.images import to_float
+from beit_nb.limits import as_config
 from beit_nb.networks import NETS, keep_networks, ready_networks, save_network
 from beit_nb.pretraining import build_mim, evaluate_mim, load_mim
 from beit_nb.recipes import recipe_named

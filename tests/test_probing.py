@@ -11,9 +11,10 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from beit_nb import BeitError, probing
-from beit_nb.configs import ProbeRecipe, as_config
+from beit_nb.configs import ProbeRecipe
 from beit_nb.data import open_data
 from beit_nb.engine.runs import save_checkpoint
+from beit_nb.limits import as_config
 from beit_nb.pretraining import build_mim
 from beit_nb.probing import STRENGTHS, best_on_val, linear_scores, probe, raw_pixels
 from beit_nb.recipes import recipe_named

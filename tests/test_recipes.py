@@ -15,11 +15,12 @@ from helpers_processes import run_python
 from torch import nn
 
 from beit_nb import BeitError
-from beit_nb.configs import Run, as_config, check_recipe
+from beit_nb.configs import Run, check_recipe
 from beit_nb.data import open_data
 from beit_nb.engine.optim import cosine_schedule
 from beit_nb.engine.training import Trainer
 from beit_nb.finetuning import build_classifier
+from beit_nb.limits import as_config
 from beit_nb.pretraining import build_mim
 from beit_nb.recipes import COMMANDS, DATASETS, from_config, recipe_named
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import BeitError, warn
-from ..configs import as_config, check_recipe, check_same_run
+from ..configs import check_recipe
 from beit_nb.engine.files import (
     atomic_write,
     explain_write_errors,
@@ -33,6 +33,7 @@ from beit_nb.engine.files import (
 )
 from .processes import join_processes, rank, rank_0_first
 from .safeload import describe_weights, flatten, read_weights_file
+from ..limits import as_config, check_same_run
 
 # %% ../../nbs/26_engine_runs.ipynb #save-checkpoint
 def save_checkpoint(path: str | Path, state: dict) -> None:
@@ -257,8 +258,7 @@ def lock_run_folder(command: str, recipe, resume: bool = True) -> Iterator[Path]
 def open_run(command: str, recipe, resume: bool = True) -> Iterator[Path]:
     "Where every training begins: processes are joined, and rank 0 has the folder ready for all."
     with join_processes(), ExitStack() as stack:
-        folder = lock_run_folder(command, recipe, resume)
-        yield rank_0_first(lambda: stack.enter_context(folder))
+        yield rank_0_first(lambda: stack.enter_context(lock_run_folder(command, recipe, resume)))
 
 # %% ../../nbs/26_engine_runs.ipynb #record-inputs
 def fingerprint_weights(state: Mapping[str, Tensor]) -> str:

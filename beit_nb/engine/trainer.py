@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import BeitError
-from ..configs import Length, Run, as_config, check_same_run
+from ..configs import Length, Run
 from ..device import default_device, pick_precision
 from .files import explain_write_errors
 from .optim import micro_batch_size, param_groups, step_schedule, warmup_length
@@ -34,6 +34,7 @@ from beit_nb.engine.runs import (
     save_checkpoint,
 )
 from .safeload import flatten
+from ..limits import as_config, check_same_run
 
 # %% ../../nbs/30_engine_trainer.ipynb #build-optimizer
 def build_optimizer(
