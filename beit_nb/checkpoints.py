@@ -20,6 +20,7 @@ from . import BeitError, warn
 from .classifier import BeitForImageClassification
 from .engine.files import read_json
 from .engine.log import warn_unfinished
+from .engine.processes import rank
 from .engine.runs import check_state, is_config, load_checkpoint, save_checkpoint
 from .engine.safeload import flatten, read_weights_file
 from .hub import check_whole, read_hf_folder, write_hf_folder
@@ -42,6 +43,7 @@ class Weights(NamedTuple):
     mean_std: Sequence[Sequence[float]]  # for `normalize`
     crop_pct: float  # share of the resized edge that the network sees when it is scored
     source: str  # who wrote it, in words
+    guessed: Sequence[str] = ()  # arguments of which the file says nothing
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -65,7 +67,8 @@ def weights_of_tensors(tensors: Mapping[str, Tensor], source: str) -> Weights:
     state = to_official(tensors)
     args = shape_of(state) | head_args(state)
     mean_std = IMAGENET_MEAN_STD if args["use_abs_pos_emb"] else BEIT_MEAN_STD
-    return Weights(state, args, [], mean_std, usual_crop(args["img_size"]), source)
+    guessed = () if any("relative_position" in n for n in state) else ("num_heads",)
+    return Weights(state, args, [], mean_std, usual_crop(args["img_size"]), source, guessed)
 
 # %% ../nbs/49_checkpoints.ipynb #load-weights
 BODY_ARGS = (
@@ -236,7 +239,7 @@ def load_pretrained(kind: type[Network], source, **changes) -> Network:
         check_whole(weights.state, args, weights.source)
     model = kind(**args)
     fresh = load_backbone(model, weights.state, weights.grid)
-    if fresh:
+    if fresh and rank() == 0:
         warn(f"not in the weights of {weights.source}, so fresh: {', '.join(fresh)}")
     return model.eval()
 

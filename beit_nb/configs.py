@@ -173,6 +173,7 @@ class TokenizerRecipe(Run):
 class PretrainRecipe(Backbone, Run):
     "How BEiT is pre-trained: guess the visual tokens of masked patches."
 
+    init: Place = ""  # anybody's weights to start from (`load_weights`); empty: from scratch
     # a run of `beit tokenizer`, or a checkpoint of it; or DALL-E's encoder.pkl and decoder.pkl
     # (their folder, or one of them), or its .safetensors
     tokenizer: Place = ""
@@ -223,8 +224,7 @@ class PretrainRecipe(Backbone, Run):
 class FinetuneRecipe(Backbone, Run):
     "How a (pre-trained) body learns to classify."
 
-    # a run of `beit pretrain` or `beit finetune`, or a checkpoint of it; empty: from scratch
-    init: Place = ""
+    init: Place = ""  # weights to start from: a run of ours, or its checkpoint; empty: from scratch
     labels_per_class: Count | None = None  # labelled pictures a class (drawn by seed); none: all
 
     layer_decay: Share | None = 0.65  # learning rate of a block over that of the next

@@ -1,16 +1,21 @@
 "Pre-training: masks of a recipe, one sample, the loss by three roads, and the examination."
 
+import math
+from argparse import Namespace
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from helpers_models import shaken
+from timm.models.beit import Beit
 
 from beit_nb import BeitError, pretraining
 from beit_nb.dvae import DiscreteVAE, init_codes
 from beit_nb.engine.augment import jitter_batch
+from beit_nb.engine.files import read_json
 from beit_nb.engine.loading import TrainLoader, TransformedDataset, collate
-from beit_nb.engine.log import read_metrics
+from beit_nb.engine.log import read_log, read_metrics
 from beit_nb.engine.optim import loss_weights
 from beit_nb.engine.runs import save_checkpoint
 from beit_nb.engine.sources import Digits, ImageDataset
@@ -27,11 +32,13 @@ from beit_nb.pretraining import (
     load_mim,
     mask_maker,
     pretrain,
+    start_mim,
     watch_reconstructions,
 )
 from beit_nb.recipes import as_config, recipe_named
+from beit_nb.resizing import resize_pos_embed
 from beit_nb.targets import TableTargets, TokenizerTargets, tokenize_dataset
-from beit_nb.tokenizer import train_tokenizer
+from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 from beit_nb.tokens import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("pages_unpainted")
@@ -336,3 +343,155 @@ def test_a_finished_run_makes_no_table_and_draws_nothing(tmp_path, monkeypatch):
 
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters()))
     assert read_metrics(r.out)["steps"] == 2
+
+
+# --- weights to start from
+
+
+def wide(**changes):
+    "A recipe of two heads. A file without a table does not tell, and one is assumed (of 64)."
+    return recipe(**dict(embed_dim=64) | changes)
+
+
+@pytest.fixture(scope="module")
+def tok(tmp_path_factory):
+    "A run of a tokenizer."
+    out = tmp_path_factory.mktemp("tok")
+    small = dict(width=16, vocab_size=32, steps=1, batch_size=8, out=str(out))
+    train_tokenizer(recipe_named("tokenizer", "nano", **small), quiet=True)
+    return out
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(pretraining, "open_data", lambda data: few_digits(40))
+
+
+def short_run(tok, out, **changes):
+    "A recipe of two steps of eight pictures on the CPU's numbers, each step in the log."
+    short = dict(steps=2, batch_size=8, log_every=1, precision="fp32", seed=7)
+    return wide(tokenizer=str(tok), out=str(out), **short | changes)
+
+
+def first_loss(out):
+    return next(row["loss"] for row in read_log(out) if row["step"] == 1)
+
+
+def loss_of(model, r):
+    "What the first step of that recipe costs this network; nothing of `--init` is in it."
+    samples = TransformedDataset(few_digits(40), PretrainTransform(r), r.seed, pixels=True)
+    loader = TrainLoader(samples, r, r.batch_size, add_masked_indices)
+    [batch], _ = next(iter(loader.steps(0, 1)))
+    targets = TokenizerTargets(load_tokenizer(r.tokenizer))
+    with torch.no_grad():
+        return PretrainLoss(targets, r.mean_std)(model, batch, 0)[0].item()
+
+
+def as_official_file(model, path):
+    file = {"model": model.state_dict(), "args": Namespace(lr=0.1), "epoch": 3}
+    torch.save(file, path / "theirs.pth")
+    return path / "theirs.pth"
+
+
+def as_hf_folder(model, path):
+    model.save_pretrained(path / "theirs")
+    return path / "theirs"
+
+
+def as_run_of_ours(model, path):
+    state = dict(model=model.state_dict(), config=as_config("pretrain", wide()))
+    save_checkpoint(path / "ours.pt", state)
+    return path / "ours.pt"
+
+
+@pytest.mark.parametrize("saved", [as_official_file, as_hf_folder, as_run_of_ours])
+def test_a_run_begins_with_anybodys_weights(saved, tok, few, tmp_path, capfd):
+    model = shaken(build_mim(wide()))
+    r = short_run(tok, tmp_path / "run", init=str(saved(model, tmp_path)))
+    unlike = loss_of(build_mim(r), r)
+
+    pretrain(r, quiet=True)
+
+    assert first_loss(r.out) == pytest.approx(loss_of(model, r), abs=1e-5)
+    assert abs(first_loss(r.out) - unlike) > 0.1
+    assert read_json(tmp_path / "run" / "config.json")["init"] == r.init
+    assert "fresh" not in capfd.readouterr().err
+
+
+PLUS = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+
+
+def test_a_classifier_of_timms_brings_its_body(tok, few, tmp_path, capfd):
+    size = dict(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=2)
+    theirs = shaken(Beit(num_classes=10, **size, **PLUS))
+    torch.save(theirs.state_dict(), tmp_path / "theirs.pth")
+    form = PLUS | dict(weight_init="beit")
+    r = short_run(tok, tmp_path / "run", init=str(tmp_path / "theirs.pth"), **form)
+
+    pretrain(r, quiet=True)
+
+    said = capfd.readouterr().err.splitlines()
+    assert len([line for line in said if "fresh: lm_head.bias, lm_head.weight, mask_token" in line])
+    torch.manual_seed(r.seed)
+    fresh_head = build_mim(r)
+    fresh_head.load_state_dict(theirs.state_dict(), strict=False)
+    assert first_loss(r.out) == pytest.approx(loss_of(fresh_head, r), abs=1e-5)
+    assert first_loss(r.out) == pytest.approx(math.log(32), abs=0.1)  # it prefers no token
+
+
+def test_weights_of_another_size_and_another_alphabet(tmp_path, capfd):
+    r = wide(init=str(as_official_file(shaken(build_mim(wide())), tmp_path)))
+    source = torch.load(r.init, weights_only=False)["model"]
+
+    larger = start_mim(replace(r, img_size=48), tmp_path)
+    assert "fresh" not in capfd.readouterr().err
+    other = start_mim(replace(r, vocab_size=99), tmp_path)
+    assert "so fresh: lm_head.bias, lm_head.weight\n" in capfd.readouterr().err
+
+    want = source | {"pos_embed": resize_pos_embed(source["pos_embed"], (8, 8), (12, 12))}
+    assert all(torch.equal(x, want[name]) for name, x in larger.state_dict().items())
+    body = {name: x for name, x in source.items() if not name.startswith("lm_head")}
+    assert all(torch.equal(other.state_dict()[name], x) for name, x in body.items())
+    assert other.training and other.lm_head.out_features == 99
+
+
+def test_what_a_recipe_has_no_place_for_is_named(tmp_path):
+    ours = str(as_run_of_ours(build_mim(wide()), tmp_path))
+    shared = PLUS | dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
+    theirs = str(as_official_file(build_mim(wide(**PLUS)), tmp_path))
+
+    for init, changes, words in [
+        (ours, dict(depth=3), "depth is 2 in .*set it with --depth"),
+        (ours, dict(num_heads=4), "num_heads is 2 in .*set it with --num-heads"),
+        (ours, dict(init_values=0.1), "LayerScale"),
+        (ours, shared, "use_abs_pos_emb is True in .*set it with --use-abs-pos-emb"),
+        (theirs, PLUS | dict(num_heads=4), "num_heads is 2 in"),  # its tables tell
+        (theirs, shared, "use_rel_pos_bias is True in .*set it with --use-rel-pos-bias"),
+    ]:
+        with pytest.raises(BeitError, match=words):
+            start_mim(wide(init=init, **changes), tmp_path / "run")
+
+
+def test_a_run_that_goes_on_reads_its_own_weights(tok, few, tmp_path, capfd):
+    file = as_official_file(shaken(build_mim(wide())), tmp_path)
+    whole = pretrain(short_run(tok, tmp_path / "whole", init=str(file)), quiet=True)
+    r = short_run(tok, tmp_path / "run", init=str(file))
+    pretrain(replace(r, max_steps=1), quiet=True)
+    file.unlink()
+
+    capfd.readouterr()
+    model = pretrain(r, quiet=True)
+
+    said = capfd.readouterr().err.splitlines()
+    assert len([line for line in said if "goes on with its own weights" in line]) == 1
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), whole.parameters()))
+    with pytest.raises(BeitError, match="holds another run .*init"):
+        pretrain(replace(r, init=""), quiet=True)
+
+
+def test_a_run_that_began_with_noise_takes_no_weights_later(tok, few, tmp_path):
+    r = short_run(tok, tmp_path / "run", max_steps=1)
+    pretrain(r, quiet=True)
+
+    with pytest.raises(BeitError, match="holds another run .*init '' there"):
+        pretrain(replace(r, init=str(tok)), quiet=True)

@@ -71,7 +71,7 @@ PAPER = dict(
     weight_init="beit", pos_embed_init="normal",            # [code]: truncated normal .02
     watch_every=5000,                                       # [ours]: a hundred looks
     loss_mean="global",                                     # [ours]: `process` would be [code]
-    tokens="", jitter_on="loader",
+    tokens="", jitter_on="loader", init="",
 )
 IN22K = dict(  # [README]: --warmup_steps 10000 --epochs 150, no flag: [code]'s 0.5
     data="imagenet22k", epochs=150, warmup_epochs=0, warmup_steps=10_000, mean_std="beit")
