@@ -25,7 +25,7 @@ from .engine.runs import check_state, is_config, load_checkpoint, save_checkpoin
 from .engine.safeload import flatten, read_weights_file
 from .hub import check_whole, read_hf_folder, write_hf_folder
 from .images import BEIT_MEAN_STD, IMAGENET_MEAN_STD, MEAN_STD
-from .labelled_views import usual_crop
+from .labelled_views import scored_view, usual_crop
 from .layouts import shape_of, to_official
 from .mim import BeitForMaskedImageModeling
 from .recipes import from_config
@@ -96,8 +96,8 @@ def weights_of_run(checkpoint: Mapping[str, Any]) -> Weights:
     args = {name: getattr(recipe, name) for name in BODY_ARGS} | head_args(state)
     mean_std = MEAN_STD[recipe.mean_std]
     classes = checkpoint.get("classes", [])
-    whole = getattr(recipe, "augment", "") == "shift"  # such pictures are never cut
-    crop_pct = 1.0 if whole else usual_crop(recipe.img_size)
+    scored = command == "finetune"
+    crop_pct = scored_view(recipe).crop_pct if scored else usual_crop(recipe.img_size)
     return Weights(state, args, classes, mean_std, crop_pct, f"`beit {command}`")
 
 

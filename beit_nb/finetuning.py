@@ -36,7 +36,7 @@ from .engine.token_files import picture_records
 from .engine.trainer import build_model
 from .engine.training import Trainer, all_or_none, check_shares, fit
 from .images import preprocess
-from .labelled_views import FinetuneLoss, FinetuneTransform
+from .labelled_views import FinetuneLoss, FinetuneTransform, ScoredTransform, scored_view
 from .recipes import from_config
 from .vit import backbone_args
 
@@ -142,7 +142,7 @@ def evaluate_classifier(
     Several processes share them; all must take part, and if one fails all stop.
     """
     training = model.training
-    transform = FinetuneTransform(r, labels_in(pictures), training=False)
+    transform = ScoredTransform(scored_view(r), labels_in(pictures))
     n = len(pictures)
     ids = np.linspace(0, n - 1, min(n, most or n)).astype(int)
     samples = TransformedDataset(pictures, transform, ids=ids)
@@ -212,7 +212,7 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
         record_inputs(out, r, {"split": scored_on}, redo=read_metrics(out) is not None)
         labels = labels_in(pictures)
         ids = sample_labels(labels, r.labels_per_class, r.seed)
-        transform = FinetuneTransform(r, labels, training=True)
+        transform = FinetuneTransform(r, labels)
         samples = TransformedDataset(pictures, transform, r.seed, ids)
         length = r.length(len(samples))
         check_shares(len(samples), r.batch_size, r.device_batch_size)

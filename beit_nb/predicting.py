@@ -12,14 +12,13 @@ from math import ceil, sqrt
 from typing import NamedTuple
 
 import matplotlib
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from . import BeitError
 from .finetuning import load_classifier
 from .images import preprocess
-from .labelled_views import FinetuneTransform
+from .labelled_views import scored_view
 
 # %% ../nbs/55_predicting.ipynb #prediction
 SIDE = 160  # pixels of a picture on the sheet
@@ -55,11 +54,11 @@ class Predictor:
     def __init__(self, init: str, top: int = 5):
         self.model, self.recipe, self.classes = load_classifier(init)
         self.top = min(top, len(self.classes))
-        self.transform = FinetuneTransform(self.recipe, np.zeros(1, int), training=False)
+        self.view = scored_view(self.recipe)
 
     @torch.no_grad()
     def __call__(self, path: str, image: Image.Image) -> Prediction:
-        view = self.transform(image, 0, np.random.default_rng(0)).image  # (3, H, W)
+        view = self.view(image)  # (3, H, W)
         logits = self.model(preprocess(view[None], self.recipe.mean_std))[0]
         best = logits.softmax(-1).topk(self.top)
         classes = [self.classes[i] for i in best.indices.tolist()]

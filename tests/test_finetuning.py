@@ -100,7 +100,7 @@ def test_finetune_on_a_folder_of_photographs(folder, tmp_path, augment, extra):
     assert m["steps"] == 2 and m["split"] == "val" and 0 <= m["accuracy"] <= 1
     model, again, classes = load_classifier(tmp_path / "run")
     assert classes == ["blue", "red"] and again == r
-    larger = FinetuneTransform(replace(r, img_size=48), [1], training=True)(
+    larger = FinetuneTransform(replace(r, img_size=48), [1])(
         Image.new("L", (9, 50)).convert("RGB"), 0, np.random.default_rng(0)
     )
     assert larger.image.shape == (3, 48, 48)

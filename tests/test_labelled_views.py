@@ -8,20 +8,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import create_transform
 from torch import nn
 from torchvision.transforms.v2 import functional as TF
 
 from beit_nb import BeitError
 from beit_nb.configs import FinetuneRecipe
 from beit_nb.engine.loading import LabelledBatch
-from beit_nb.images import MEAN_STD, denormalize, preprocess
-from beit_nb.labelled_views import FinetuneLoss, FinetuneTransform, timm_transform
+from beit_nb.images import MEAN_STD, preprocess
+from beit_nb.labelled_views import (
+    FinetuneLoss,
+    FinetuneTransform,
+    ScoredTransform,
+    ScoredView,
+    scored_view,
+    timm_transform,
+)
 from beit_nb.recipes import recipe_named
 
 
 def test_an_unknown_policy_is_named_in_one_line():
     with pytest.raises(BeitError, match="'wild'") as e:
-        timm_transform(FinetuneRecipe(augment="wild"), True)
+        timm_transform(FinetuneRecipe(augment="wild"))
     assert "\n" not in str(e.value)
 
 
@@ -32,10 +40,10 @@ def test_erasing_and_filling_are_official():
     )
     # ImageNet's mean: 0 once normalised
     grey = Image.new("RGB", (224, 224), (124, 116, 104))
-    x = timm_transform(r, True)(grey)
+    x = timm_transform(r)(grey)
     noise = x[x.abs() > 0.02]
     assert 0.02 < len(noise) / x.numel() < 0.4 and abs(noise.std() - 1) < 0.1
-    turned = timm_transform(replace(r, erasing=0.0, augment="rand-m9-n8-mstd0.5-inc1"), True)
+    turned = timm_transform(replace(r, erasing=0.0, augment="rand-m9-n8-mstd0.5-inc1"))
     fill = (
         next(t for t in turned.transforms if type(t).__name__ == "RandAugment")
         .ops[0]
@@ -52,8 +60,8 @@ def test_an_endless_picture_takes_no_memory(size, augment):
     picture = torch.full((3, *size), 77, dtype=torch.uint8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
-    for training in (False, True):
-        see = FinetuneTransform(r, np.array([0]), training)
+    squash = ScoredTransform(ScoredView(224, crop_mode="squash"), [0])
+    for see in (FinetuneTransform(r, [0]), ScoredTransform(scored_view(r), [0]), squash):
         for source in (picture, TF.to_pil_image(picture)):  # both roads
             assert see(source, 0, np.random.default_rng(0)).image.shape == (3, 224, 224)
 
@@ -62,29 +70,41 @@ def test_an_endless_picture_takes_no_memory(size, augment):
 
 @pytest.mark.parametrize("augment", ["none", "shift"])
 def test_both_roads_score_an_endless_picture_alike(augment):
-    r = FinetuneRecipe(img_size=32, augment=augment)
-    see = FinetuneTransform(r, np.array([0]), training=False)
+    view = scored_view(FinetuneRecipe(img_size=32, augment=augment))
     picture = torch.zeros(3, 4, 2000, dtype=torch.uint8)
     picture[:, :, 990:1010] = 200  # the middle, which is all that counts
 
-    images = [
-        see(p, 0, np.random.default_rng(0)).image for p in (picture, TF.to_pil_image(picture))
-    ]
+    images = [view(p) for p in (picture, TF.to_pil_image(picture))]
 
     assert torch.equal(*images)
     assert images[0].float().amin() > 0.7 * images[0].float().amax() > 0
 
 
-def test_scoring_a_usual_picture_is_timms():
+@pytest.mark.parametrize("size", [(10, 200), (37, 23), (32, 32), (500, 333)])
+@pytest.mark.parametrize("crop_pct", [224 / 256, 1.0, 0.9, 0.55])
+@pytest.mark.parametrize("crop_mode, how", [("center", "bicubic"), ("squash", "bilinear")])
+def test_a_usual_picture_is_scored_as_timm_does(size, crop_pct, crop_mode, how):
     "Up to 20 : 1 the pipeline gets the whole picture, as it was."
-    r = FinetuneRecipe(img_size=32, augment="none")
-    picture = torch.randint(256, (3, 10, 200), dtype=torch.uint8)
-    see = FinetuneTransform(r, np.array([0]), training=False)
+    picture = torch.randint(256, (3, *size), dtype=torch.uint8)
 
-    image = see(picture, 0, np.random.default_rng(0)).image
+    seen = ScoredView(32, crop_pct, crop_mode, how)(picture)
 
-    want = timm_transform(r, training=False)(TF.to_pil_image(picture))
-    assert torch.equal(image, denormalize(want, MEAN_STD[r.mean_std]))
+    mean, std = MEAN_STD["imagenet"]
+    options = dict(crop_pct=crop_pct, crop_mode=crop_mode, interpolation=how, mean=mean, std=std)
+    want = create_transform(32, **options)(TF.to_pil_image(picture))
+    assert seen.dtype == torch.uint8
+    assert torch.equal(preprocess(seen, "imagenet"), want)
+
+
+def test_pictures_that_are_only_shifted_are_scored_whole():
+    assert scored_view(FinetuneRecipe(img_size=32, augment="shift")) == (
+        32,
+        1.0,
+        "center",
+        "bicubic",
+    )
+    assert scored_view(FinetuneRecipe(img_size=224)).edge == 256  # official: below 384
+    assert scored_view(FinetuneRecipe(img_size=384)).edge == 384
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])

@@ -628,15 +628,11 @@ def test_workers_score_the_same(many):
 
 
 def test_a_worker_that_scores_may_die(many, monkeypatch):
-    class Fatal(finetuning.FinetuneTransform):
+    class Fatal(finetuning.ScoredTransform):
         def __call__(self, *args):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def transform(r, labels, training):
-        return (real if training else Fatal)(r, labels, training)
-
-    real = finetuning.FinetuneTransform
-    monkeypatch.setattr(finetuning, "FinetuneTransform", transform)
+    monkeypatch.setattr(finetuning, "ScoredTransform", Fatal)
     with pytest.raises(BeitError, match="worker was killed by SIGKILL.*step 2 of 6 is saved"):
         fine(many, workers=1, checkpoint_every=100)
 
