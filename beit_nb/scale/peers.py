@@ -24,7 +24,7 @@ from ..dalle import DalleBlock, DalleConv, DalleEncoder
 from ..dvae import map_pixels
 from ..masking import blockwise_masks
 from ..mim import BeitForMaskedImageModeling
-from ..recipes import BASE, PLUS
+from ..presets import BASE, PLUS
 from ..transformer import Attention, Block
 
 # %% ../../nbs/66_scale_peers.ipynb #shapes
