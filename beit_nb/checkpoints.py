@@ -16,18 +16,16 @@ from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
-from . import BeitError, warn
-from .classifier import BeitForImageClassification
+from . import BeitError, warn, warn_once
 from .engine.files import read_json
 from .engine.log import warn_unfinished
 from .engine.processes import rank
 from .engine.runs import check_state, is_config, load_checkpoint, save_checkpoint
 from .engine.safeload import flatten, read_weights_file
-from .hub import check_whole, read_hf_folder, write_hf_folder
+from .hub import read_hf_folder, write_hf_folder
 from .images import BEIT_MEAN_STD, IMAGENET_MEAN_STD, MEAN_STD
 from .labelled_views import scored_view, usual_crop
-from .layouts import shape_of, to_official
-from .mim import BeitForMaskedImageModeling
+from .layouts import around_body, check_whole, class_of, shape_of, to_official
 from .recipes import from_config
 from .resizing import resize_pos_embed, resize_rel_pos_bias
 from .transformer import Block
@@ -38,7 +36,7 @@ class Weights(NamedTuple):
     "A trained network, whoever wrote its file."
 
     state: dict[str, Tensor]  # official names, which are ours
-    args: dict[str, Any]  # of `BeitForImageClassification` or `BeitForMaskedImageModeling`
+    args: dict[str, Any]  # of the class that `class_of` says
     classes: list[str]  # [] where they have no names
     mean_std: Sequence[Sequence[float]]  # for `normalize`
     crop_pct: float  # share of the resized edge that the network sees when it is scored
@@ -53,18 +51,20 @@ class Weights(NamedTuple):
 
 
 def head_args(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    "The arguments that belong to the head: of a classifier, or of a network that guesses tokens."
+    "The arguments of the head: of a classifier, or of a network that guesses tokens; {} of none."
     if "lm_head.weight" in state:
         return {"vocab_size": len(state["lm_head.weight"])}
-    args: dict[str, Any] = {"use_mean_pooling": "fc_norm.weight" in state}
-    if "head.weight" in state:
-        args["num_classes"] = len(state["head.weight"])
-    return args
+    if "head.weight" not in state:
+        return {}
+    pooling = "fc_norm.weight" in state
+    return {"num_classes": len(state["head.weight"]), "use_mean_pooling": pooling}
 
 
 def weights_of_tensors(tensors: Mapping[str, Tensor], source: str) -> Weights:
-    "`Weights` of nothing but tensors, in any of the four spellings."
+    "`Weights` of nothing but tensors, in any of the four spellings; says what is left out."
     state = to_official(tensors)
+    if around := around_body(tensors):
+        warn_once(f"{source} is a network for segmentation; left out: {around}")
     args = shape_of(state) | head_args(state)
     mean_std = IMAGENET_MEAN_STD if args["use_abs_pos_emb"] else BEIT_MEAN_STD
     guessed = () if any("relative_position" in n for n in state) else ("num_heads",)
@@ -128,7 +128,7 @@ def load_weights(source: str | Path | Mapping[str, Tensor] | nn.Module | Weights
         return weights_of_tensors(source, "a state dict")
     path = Path(source)
     if is_of_hugging_face(path):
-        return Weights(*read_hf_folder(path), "Hugging Face transformers")
+        return Weights(*read_hf_folder(path), source="Hugging Face transformers")
     if path.is_dir():
         warn_unfinished(path)
         return weights_of_run(load_checkpoint(path))
@@ -256,6 +256,7 @@ def save_pretrained(
     block = model.blocks[0]
     assert isinstance(block, Block)
     known = {"num_heads": block.attn.num_heads, "img_size": model.patch_embed.img_size[0]}
+    known |= {"layer_norm_eps": model.layer_norm_eps}
     state = model.state_dict()
     return write_hf_folder(folder, state, classes, mean_std, crop_pct, known, about)
 
@@ -274,11 +275,10 @@ def to_timm(model: VisionTransformer) -> dict[str, Tensor]:
 def load_model(source) -> VisionTransformer:
     "The network to which the weights belong, a classifier or a masked model, as `load_pretrained`."
     weights = load_weights(source)
-    if "vocab_size" in weights.args:
-        return load_pretrained(BeitForMaskedImageModeling, weights)
-    if "num_classes" in weights.args:
-        return load_pretrained(BeitForImageClassification, weights)
-    raise BeitError("weights without a head; use VisionTransformer.from_pretrained for the body")
+    kind = class_of(weights.args)
+    if kind is VisionTransformer:
+        raise BeitError(f"{weights.source} has no head; use VisionTransformer.from_pretrained")
+    return load_pretrained(kind, weights)
 
 
 # one door; these are the names under which people look for it

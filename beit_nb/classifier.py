@@ -25,8 +25,9 @@ class BeitForImageClassification(VisionTransformer):
         **kwargs,  # to VisionTransformer
     ):
         super().__init__(**kwargs)
-        self.norm = nn.Identity() if use_mean_pooling else nn.LayerNorm(self.embed_dim, eps=1e-6)
-        self.fc_norm = nn.LayerNorm(self.embed_dim, eps=1e-6) if use_mean_pooling else None
+        norm = nn.LayerNorm(self.embed_dim, self.layer_norm_eps)
+        self.norm = nn.Identity() if use_mean_pooling else norm
+        self.fc_norm = norm if use_mean_pooling else None
         self.head = nn.Linear(self.embed_dim, num_classes)
         self.init_weights()
         with torch.no_grad():

@@ -33,7 +33,7 @@ class BeitForMaskedImageModeling(VisionTransformer):
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
         self.mask_token = nn.Parameter(torch.zeros(1, 1, self.embed_dim))
-        self.norm = nn.LayerNorm(self.embed_dim, eps=1e-6)
+        self.norm = nn.LayerNorm(self.embed_dim, self.layer_norm_eps)
         self.lm_head = nn.Linear(self.embed_dim, vocab_size)
         self.init_weights()
 

@@ -202,7 +202,8 @@ class Block(nn.Module):
 
     `dim` is D; `mlp_ratio` the hidden width of the Mlp over D; `drop_path` the probability of
     dropping a branch; `init_values` where LayerScale (gamma_1, gamma_2) starts, none for None or 0;
-    `window_size` the patch grid (h, w), for a relative position table of its own.
+    `window_size` the patch grid (h, w), for a relative position table of its own;
+    `layer_norm_eps` what the norms add to a variance.
     """
 
     def __init__(
@@ -214,11 +215,12 @@ class Block(nn.Module):
         drop_path: float = 0.0,
         init_values: float | None = None,
         window_size: tuple[int, int] | None = None,
+        layer_norm_eps: float = 1e-6,
     ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, layer_norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias, window_size)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, layer_norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
         self.gamma_1 = nn.Parameter(torch.full((dim,), init_values)) if init_values else None

@@ -227,11 +227,13 @@ class VisionTransformer(Encoder):
         weight_init: str = "beit",
         pos_embed_init: str = "normal",
         use_checkpoint: bool = False,
+        layer_norm_eps: float = 1e-6,  # official; other libraries' networks may have another
     ):
         super().__init__(img_size, patch_size, in_chans, embed_dim, use_abs_pos_emb)
         self.weight_init = weight_init
         self.pos_embed_init = pos_embed_init
         self.use_checkpoint = use_checkpoint
+        self.layer_norm_eps = layer_norm_eps
         grid = self.patch_embed.patch_shape  # (h, w)
         self.rel_pos_bias = None
         if use_shared_rel_pos_bias:
@@ -240,7 +242,16 @@ class VisionTransformer(Encoder):
         self.blocks = nn.ModuleList()
         for i in range(depth):
             rate = drop_path_rate * i / max(depth - 1, 1)
-            block = Block(embed_dim, num_heads, mlp_ratio, qkv_bias, rate, init_values, window_size)
+            block = Block(
+                embed_dim,
+                num_heads,
+                mlp_ratio,
+                qkv_bias,
+                drop_path=rate,
+                init_values=init_values,
+                window_size=window_size,
+                layer_norm_eps=layer_norm_eps,
+            )
             self.blocks.append(block)
         self.init_weights()
 

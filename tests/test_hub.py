@@ -7,11 +7,12 @@ import torch
 from helpers_models import shaken
 from safetensors.torch import load_file, save_file
 
-from beit_nb import BeitError
+from beit_nb import SAID, BeitError
 from beit_nb.classifier import BeitForImageClassification
 from beit_nb.hub import hf_config, hf_preprocessing, model_card, read_hf_folder, write_hf_folder
 from beit_nb.images import IMAGENET_MEAN_STD
 from beit_nb.mim import BeitForMaskedImageModeling
+from beit_nb.vit import VisionTransformer
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2)
 SCALE = dict(init_values=0.1)
@@ -184,20 +185,18 @@ def test_what_tensors_do_not_tell_is_handed_in(tmp_path):
 # --- what we read from transformers
 
 
-def a_folder_of_theirs(folder, name, **args):
+def a_folder_of_theirs(folder, name, largest="50GB", **args):
     transformers = pytest.importorskip("transformers")
     config = transformers.BeitConfig(
         hidden_size=128,
-        num_hidden_layers=2,
         num_attention_heads=2,
         intermediate_size=512,
         image_size=32,
         patch_size=8,
-        layer_norm_eps=1e-6,
-        **args,
+        **dict(num_hidden_layers=2, layer_norm_eps=1e-6) | args,
     )
     model = shaken(getattr(transformers, name)(config)).eval()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=largest)
     return model
 
 
@@ -247,6 +246,134 @@ def test_pytorch_model_bin_in_the_names_of_either_generation(zipped, tmp_path):
         states.append(read_hf_folder(tmp_path).state)
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][n], states[1][n]) for n in states[0])
+
+
+def test_the_small_number_in_the_norms_is_kept(tmp_path):
+    "transformers' own default, with tokens so small that it decides the answer."
+    args = THEIR_FORMS["absolute"] | dict(layer_norm_eps=1e-12)
+    saved = a_folder_of_theirs(tmp_path / "theirs", "BeitForImageClassification", **args)
+    with torch.no_grad():
+        for p in saved.parameters():
+            p.mul_(1e-2)
+    saved.save_pretrained(tmp_path / "theirs")
+
+    ours = BeitForImageClassification.from_pretrained(tmp_path / "theirs")
+
+    assert relative_error(logits_of(ours), logits_of(saved, True)) < 1e-5
+    official = BeitForImageClassification.from_pretrained(tmp_path / "theirs", layer_norm_eps=1e-6)
+    assert relative_error(logits_of(official), logits_of(saved, True)) > 1e-3
+    ours.save_pretrained(tmp_path / "ours")
+    assert (
+        relative_error(
+            logits_of(theirs("BeitForImageClassification", tmp_path / "ours"), True),
+            logits_of(ours),
+        )
+        < 1e-5
+    )
+
+
+def in_parts(folder, zipped=None):
+    "A folder of theirs in parts: their own, or pytorch_model.bin as older versions cut it."
+    args = THEIR_FORMS["per block"] | dict(id2label=dict(enumerate("xyz")))
+    saved = a_folder_of_theirs(folder, "BeitForImageClassification", "400KB", **args)
+    index = folder / "model.safetensors.index.json"
+    parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    assert len(parts) > 2
+    if zipped is not None:
+        where = json.loads(index.read_text().replace(".safetensors", ".bin"))
+        for part in parts:
+            tensors = load_file(folder / part)
+            name = part.replace(".safetensors", ".bin")
+            torch.save(tensors, folder / name, _use_new_zipfile_serialization=zipped)
+            (folder / part).unlink()
+        index.unlink()
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(where))
+    return saved
+
+
+@pytest.mark.parametrize("zipped", [None, True, False], ids=["safetensors", "torch 1.6", "before"])
+def test_weights_in_parts(zipped, tmp_path):
+    saved = in_parts(tmp_path, zipped)
+
+    found = read_hf_folder(tmp_path)
+
+    ours = rebuilt(found, BeitForImageClassification)
+    assert relative_error(logits_of(ours), logits_of(saved, True)) < 1e-5
+
+
+def lose_a_part(folder, index):
+    next(folder.glob("*-00002-of-*")).unlink()
+
+
+def lose_a_tensor(folder, index):
+    index["weight_map"]["beit.decoder.weight"] = index["weight_map"].popitem()[1]
+
+
+def climb(folder, index):
+    index["weight_map"]["classifier.bias"] = "../model.safetensors"
+
+
+def no_map(folder, index):
+    index["weight_map"] = ["model.safetensors"]
+
+
+def number(folder, index):
+    index["weight_map"]["classifier.bias"] = 7
+
+
+@pytest.mark.parametrize(
+    "fault, words",
+    [
+        (lose_a_part, "00002-of-.* is no file"),
+        (lose_a_tensor, r"no part holds beit.decoder.weight \(1 such"),
+        (climb, "does not map tensors to files of its folder"),
+        (no_map, "does not map tensors to files of its folder"),
+        (number, "does not map tensors to files of its folder"),
+    ],
+)
+def test_parts_that_do_not_make_a_whole(fault, words, tmp_path):
+    in_parts(tmp_path)
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    fault(tmp_path, index)
+    path.write_text(json.dumps(index))
+
+    with pytest.raises(BeitError, match=words) as e:
+        read_hf_folder(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("form", ["absolute", "per block"])
+def test_the_body_of_a_network_for_segmentation(form, tmp_path, capfd):
+    transformers = pytest.importorskip("transformers")
+    args = THEIR_FORMS[form] | dict(num_hidden_layers=4, out_indices=[1, 2, 3, 4])
+    saved = a_folder_of_theirs(tmp_path, "BeitForSemanticSegmentation", **args)
+    SAID.clear()
+    capfd.readouterr()
+
+    body = VisionTransformer.from_pretrained(tmp_path)
+
+    said = capfd.readouterr().err
+    assert "left out: auxiliary_head, decode_head, fpn1, fpn2" in said and said.count("\n") == 1
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        theirs = saved.beit(images).last_hidden_state
+        assert relative_error(body(images), theirs) < 1e-5
+    assert isinstance(saved, transformers.BeitForSemanticSegmentation)
+    new = BeitForImageClassification.from_pretrained(tmp_path, num_classes=3)
+    assert new.fc_norm is not None  # the mean of the patches, as ever
+
+
+def test_names_of_classes_count_by_their_order(tmp_path):
+    "Hugging Face took two of ImageNet-22K's names out, and left their numbers unused."
+    write_hf_folder(tmp_path, classifier(**SMALL).state_dict())
+
+    edit(tmp_path, id2label={"0": "a", "10": "e", "3": "b", "4": "c", "6": "d"})
+    assert read_hf_folder(tmp_path).classes == [*"abcde"]
+
+    edit(tmp_path, id2label={"0": "a"})
+    with pytest.raises(BeitError, match="names 1 classes, but its head has 5"):
+        read_hf_folder(tmp_path)
 
 
 def test_a_pickle_that_wants_to_run_is_refused(tmp_path):
@@ -309,6 +436,7 @@ FAULTS = {
     "unexpected .*gamma_1": lambda f: edit(f, layer_scale_init_value=0),
     "2 missing .*norm.*2 unexpected": lambda f: edit(f, use_mean_pooling=False),
     "of another shape": lambda f: edit(f, intermediate_size=256),
+    "layer_norm_eps -1": lambda f: edit(f, layer_norm_eps=-1),
     "1 missing .head.bias": without("classifier.bias"),
     "two final norms": two_norms,
 }

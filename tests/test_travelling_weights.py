@@ -9,7 +9,7 @@ from helpers_models import SIZE, shaken
 from safetensors.torch import save_file
 from timm.models.beit import Beit
 
-from beit_nb import BeitError, checkpoints
+from beit_nb import SAID, BeitError, checkpoints
 from beit_nb.checkpoints import (
     from_hf,
     from_timm,
@@ -25,6 +25,7 @@ from beit_nb.finetuning import build_classifier
 from beit_nb.limits import as_config
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.recipes import recipe_named
+from beit_nb.vit import VisionTransformer
 
 FORMS = {
     "paper": dict(use_abs_pos_emb=True),
@@ -186,6 +187,39 @@ def test_what_people_save_as_weights(content, words, tmp_path):
 
     with pytest.raises(BeitError, match=words):
         load_weights(path)
+
+
+@pytest.mark.parametrize("form", ("paper", "per block"))
+def test_the_body_of_an_official_segmentation(form, tmp_path, capfd):
+    "`state_dict` of mmcv's runner: the BEiT is `backbone`, with a pyramid in it and heads beside."
+    body = shaken(VisionTransformer(**SIZE, **FORMS[form])).eval()
+    state = {f"backbone.{name}": x for name, x in body.state_dict().items()}
+    for name in ("backbone.fpn1.0.weight", "backbone.fpn1.1.running_mean", "decode_head.conv_seg"):
+        state[name] = torch.ones(3)
+    for i in range(3):
+        state[f"backbone.blocks.{i}.attn.relative_position_index"] = torch.zeros(65, 65).long()
+    content = {"meta": {"CLASSES": ("wall", "sky")}, "state_dict": state, "optimizer": {}}
+    torch.save(content, tmp_path / "upernet.pth")
+    SAID.clear()
+
+    got = VisionTransformer.from_pretrained(tmp_path / "upernet.pth", num_heads=4)
+
+    assert same(got, body)
+    said = capfd.readouterr().err
+    assert "upernet.pth is a network for segmentation; left out: decode_head, fpn1 (3" in said
+    new = BeitForImageClassification.from_pretrained(
+        tmp_path / "upernet.pth", num_classes=5, num_heads=4
+    )
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(new.forward_features(x), body(x)) and new.fc_norm is not None
+
+
+def test_names_of_openmmlab_are_told(tmp_path):
+    state = {"backbone.layers.0.attn.qkv.weight": torch.zeros(3, 3)}
+    torch.save({"state_dict": state}, tmp_path / "mm.pth")
+
+    with pytest.raises(BeitError, match="OpenMMLab's names .*take the official file"):
+        load_weights(tmp_path / "mm.pth")
 
 
 def test_half_a_file_says_so(tmp_path):
