@@ -44,7 +44,7 @@ def test_a_recipe_sets_the_knobs_without_being_turned(explorer, name):
     controls = explorer.controls
     assert controls.turned_recipe() == recipe and controls.changes() == {}
     assert controls.warmup.disabled == (recipe.warmup_steps is not None)
-    assert controls.decay.disabled == (not name.startswith("finetune"))
+    assert controls.decay.disabled == (getattr(recipe, "layer_decay", None) is None)
     assert explorer.guide.error == "" and controls.warmup.says == ""
 
 

@@ -2,8 +2,8 @@
 
 Sources: [12], [13] the paper's tables (arXiv 2106.08254v2); [code] microsoft/unilm beit/:
 run_beit_pretraining.py, run_class_finetuning.py, datasets.py, masking_generator.py; [README] its
-commands; [DALL-E] arXiv 2102.12092, App. A.2; [ours] our choice: a size of our own, or a need of
-tiny networks (lesson `presets`).
+commands; [DALL-E] arXiv 2102.12092, App. A.2; [DeiT] arXiv 2012.12877 and facebookresearch/deit;
+[ours] our choice: a size of our own, or a need of tiny networks (lesson `presets`).
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import nn
 from beit_nb.configs import check_recipe
 from beit_nb.engine.optim import cosine_schedule
 from beit_nb.engine.training import Trainer
-from beit_nb.finetuning import build_classifier
+from beit_nb.finetuning import BODY_FIELDS, build_classifier
 from beit_nb.pretraining import build_mim
 from beit_nb.recipes import COMMANDS, recipe_named
 
@@ -38,6 +38,8 @@ VANILLA = dict(  # the paper's text; [README]'s three flags
     init_values=None, use_abs_pos_emb=True, use_rel_pos_bias=False, use_shared_rel_pos_bias=False)
 BASE = dict(VIT, embed_dim=768, depth=12, num_heads=12, **VANILLA)  # [12]
 LARGE = dict(VIT, embed_dim=1024, depth=24, num_heads=16, **VANILLA)  # [12]
+VIT_SMALL = BASE | dict(embed_dim=384, num_heads=6)  # DeiT-S: [DeiT], Table 1
+VIT_TINY = BASE | dict(embed_dim=192, num_heads=3)  # DeiT-Ti
 PLUS = dict(  # [code]'s defaults
     init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
 TINY = dict(  # [ours]: CIFAR's 32 pixels; DeiT-Ti's body
@@ -72,6 +74,8 @@ IN22K = dict(  # [README]: --warmup_steps 10000 --epochs 150, no flag: [code]'s 
     data="imagenet22k", epochs=150, warmup_epochs=0, warmup_steps=10_000, mean_std="beit")
 OURS = dict(PAPER, beta2=0.98, token_size=32, min_mask_patches_per_block=4, **AIDS)  # [ours]
 PRETRAIN = {
+    "small-in1k": PAPER | VIT_SMALL | dict(epochs=300),  # [ours]: base's numbers
+    "tiny-in1k": PAPER | VIT_TINY | dict(epochs=300),  # [ours]
     "base-in1k": PAPER | BASE,
     "large-in1k": PAPER | LARGE | dict(clip_grad=1.0),  # [12]
     "base-plus-in1k": PAPER | BASE | PLUS | dict(epochs=300),  # Table 5
@@ -101,15 +105,52 @@ TABLE_13 = dict(
     weight_init="beit", pos_embed_init="normal",
     init="", labels_per_class=None, eval_every=None, split="val",  # [ours]
 )
+AGAIN = dict(  # [README], after ImageNet-22K, at 384
+    batch_size=512, lr=2e-5, weight_decay=1e-8, mixup=0.0, cutmix=0.0)
+HIGH = AGAIN | dict(  # 3.1: 10 more epochs at 384; the rest is AGAIN's
+    img_size=384, epochs=10, warmup_epochs=1)  # [ours]: its 5 of 30 epochs, in 10
+CIFAR_100 = dict(  # [13], lr out of its sweep
+    data="cifar100", epochs=150, batch_size=512, lr=3e-3, weight_decay=0.3, erasing=0.0)
+FIFTY = dict(epochs=50, warmup_epochs=5, layer_decay=0.75)  # [13] for large
+RELEASED = dict(  # [code]: fine-tuning has a table a block; 22K is normalised by 0.5
+    init_values=0.1, use_abs_pos_emb=False, use_rel_pos_bias=True, mean_std="beit")
+BASE_22K = TABLE_13 | BASE | RELEASED
+LARGE_22K = TABLE_13 | LARGE | RELEASED | FIFTY | dict(  # [README]
+    init_values=1e-5, drop_path_rate=0.2)
+LABELS_22K = dict(  # [README]: ImageNet-22K with its labels
+    data="imagenet22k", epochs=90, warmup_epochs=5, drop_path_rate=0.2, mixup=0.0, cutmix=0.0)
+BASE_THEN = BASE_22K | AGAIN | dict(  # [README]
+    epochs=30, warmup_epochs=5, layer_decay=0.85, init="runs/finetune-base-plus-in22k")
+LARGE_THEN = LARGE_22K | AGAIN | dict(  # [README]
+    epochs=30, warmup_epochs=5, layer_decay=0.9, drop_path_rate=0.4,
+    init="runs/finetune-large-plus-in22k")
 FINETUNE = {
     "base-in1k": TABLE_13 | BASE,
-    "large-in1k": TABLE_13 | LARGE | dict(  # [13], lr out of its sweep
-        epochs=50, warmup_epochs=5, layer_decay=0.75, lr=2e-3),
-    "base-in1k-384": TABLE_13 | BASE | dict(  # 3.1: 10 more epochs at 384; else [README] at 384
-        img_size=384, epochs=10, batch_size=512, lr=2e-5, layer_decay=0.85, weight_decay=1e-8,
-        mixup=0.0, cutmix=0.0, warmup_epochs=1),  # [ours]: its 5 of 30 epochs, in 10
-    "base-cifar100": TABLE_13 | BASE | dict(  # [13], lr out of its sweep
-        data="cifar100", epochs=150, batch_size=512, lr=3e-3, weight_decay=0.3, erasing=0.0),
+    "large-in1k": TABLE_13 | LARGE | FIFTY | dict(lr=2e-3),  # [13], lr out of its sweep
+    "base-in1k-384": TABLE_13 | BASE | HIGH | dict(
+        layer_decay=0.85, init="runs/finetune-base-in1k"),
+    "large-in1k-384": TABLE_13 | LARGE | HIGH | dict(
+        layer_decay=0.9, drop_path_rate=0.4, init="runs/finetune-large-in1k"),
+    "base-cifar100": TABLE_13 | BASE | CIFAR_100,
+    "base-in1k-cifar100": TABLE_13 | BASE | CIFAR_100 | dict(  # Table 11, last row
+        init="runs/finetune-base-in1k"),
+    "small-in1k": TABLE_13 | VIT_SMALL,  # [ours]: base's numbers
+    "tiny-in1k": TABLE_13 | VIT_TINY,  # [ours]
+    "base-scratch": TABLE_13 | BASE | dict(
+        epochs=300, batch_size=1024, warmup_epochs=5,  # [DeiT], Table 9
+        lr=1e-3, min_lr=1e-5,                          # its main.py: 5e-4 * batch / 512, --min-lr
+        layer_decay=None, use_mean_pooling=False, init_scale=1.0),  # a class token, as [DeiT]
+    "base-plus-in1k": BASE_22K,  # [README]: as Table 13
+    "large-plus-in1k": LARGE_22K | dict(lr=1e-3),  # [README]
+    "base-plus-in22k": BASE_22K | LABELS_22K | dict(  # [README]
+        batch_size=4096, lr=3e-3, clip_grad=3.0),
+    "large-plus-in22k": LARGE_22K | LABELS_22K | dict(  # [README]
+        batch_size=2048, lr=2e-3, clip_grad=1.0),
+    "base-plus-in22k-in1k": BASE_THEN,  # [ours]: nothing was published for 224 and 512
+    "base-plus-in22k-in1k-384": BASE_THEN | dict(img_size=384),
+    "large-plus-in22k-in1k": LARGE_THEN,
+    "large-plus-in22k-in1k-384": LARGE_THEN | dict(img_size=384),
+    "large-plus-in22k-in1k-512": LARGE_THEN | dict(img_size=512),
     "nano": TABLE_13 | NANO | AIDS | dict(  # [ours]: lessons `finetuning` and `demo` measure it
         data="digits", labels_per_class=20, epochs=1, steps=200, batch_size=32, eval_every=40,
         lr=2e-3, min_lr=1e-5, warmup_epochs=0, warmup_steps=20, clip_grad=3.0, layer_decay=0.75,
@@ -177,6 +218,18 @@ def test_every_field_of_every_preset(command, name):
     assert unlike == {}
     assert ours == wanted
     check_recipe(recipe)
+
+
+def test_a_recipe_goes_on_where_one_of_its_body_ended():
+    "Chains: `init` is where `beit finetune` leaves the recipe before it."
+    recipes = {name: r for name, (_, r) in COMMANDS["finetune"].presets.items()}
+    chains = {r.init: r for r in recipes.values() if r.init}
+    for init, r in chains.items():
+        before = recipes[init.removeprefix("runs/finetune-")]
+        for field in BODY_FIELDS:
+            assert getattr(before, field) == getattr(r, field), (init, field)
+        assert before.mean_std == r.mean_std and before.use_rel_pos_bias == r.use_rel_pos_bias
+    assert len(chains) == 4
 
 
 def test_every_preset_has_a_table():
