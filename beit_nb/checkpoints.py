@@ -52,12 +52,13 @@ class Weights(NamedTuple):
 
 def head_args(state: Mapping[str, Tensor]) -> dict[str, Any]:
     "The arguments of the head: of a classifier, or of a network that guesses tokens; {} of none."
-    if "lm_head.weight" in state:
-        return {"vocab_size": len(state["lm_head.weight"])}
-    if "head.weight" not in state:
+    rows = {name: len(x) for name, x in state.items() if name.endswith("head.weight") and x.ndim}
+    if "lm_head.weight" in rows:
+        return {"vocab_size": rows["lm_head.weight"]}
+    if "head.weight" not in rows:
         return {}
     pooling = "fc_norm.weight" in state
-    return {"num_classes": len(state["head.weight"]), "use_mean_pooling": pooling}
+    return {"num_classes": rows["head.weight"], "use_mean_pooling": pooling}
 
 
 def weights_of_tensors(tensors: Mapping[str, Tensor], source: str) -> Weights:
@@ -83,6 +84,8 @@ BODY_ARGS = (
     "use_abs_pos_emb",
     "use_rel_pos_bias",
     "use_shared_rel_pos_bias",
+    "weight_init",
+    "pos_embed_init",
 )
 
 
@@ -93,6 +96,8 @@ def weights_of_run(checkpoint: Mapping[str, Any]) -> Weights:
         raise BeitError(f"these weights come from `beit {command}` and are no BEiT")
     recipe = from_config(checkpoint["config"])
     state = checkpoint.get("model", {})
+    if recipe.depth > len(state):  # even a model without memory takes time
+        raise BeitError(f"{len(state)} tensors are too few for {recipe.depth} blocks")
     args = {name: getattr(recipe, name) for name in BODY_ARGS} | head_args(state)
     mean_std = MEAN_STD[recipe.mean_std]
     classes = checkpoint.get("classes", [])

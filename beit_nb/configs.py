@@ -259,6 +259,8 @@ class ProbeRecipe(Recipe):
 
     init: Place = ""  # a run of `beit pretrain` or `beit finetune`, or a checkpoint of it
     labels_per_class: Count | None = 20  # labelled pictures a class (drawn by seed); none: all
+    knn_k: Count = 20  # neighbours that vote; another k is chosen on val beside it
+    knn_temperature: Positive = 0.07  # of their votes, exp(cosine / temperature)
     draws: Few = 3  # repeat with other labels
     seed: Seed = 0  # of the draws
     batch_size: Count = 256  # pictures at once

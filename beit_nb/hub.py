@@ -201,7 +201,7 @@ class HfFolder(NamedTuple):
     state: dict[str, Tensor]  # official names
     args: dict[str, Any]  # of the class that `class_of` says
     classes: list[str]  # [] where they have no names
-    mean_std: tuple[list[float], list[float]]  # for `normalize`
+    mean_std: Sequence[Sequence[float]]  # for `normalize`
     crop_pct: float
 
 
@@ -307,7 +307,7 @@ def _preprocessing(folder: Path, args: Mapping[str, Any]) -> tuple:
     "mean_std and crop_pct of a folder; without a file, transformers' defaults for BEiT."
     path = folder / "preprocessor_config.json"
     steps = read_json(path) if path.is_file() else {}
-    mean_std = tuple(steps.get(f"image_{part}", [0.5] * 3) for part in ("mean", "std"))
+    mean_std = tuple(tuple(steps.get(f"image_{part}", [0.5] * 3)) for part in ("mean", "std"))
     if not steps.get("do_center_crop"):
         return mean_std, 1.0
     size = steps.get("size")  # a number in files of before 2023

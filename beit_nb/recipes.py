@@ -124,7 +124,7 @@ COMMANDS = {
     "probe": Command(
         ProbeRecipe, PROBE,
         run="beit_nb.probing:probe",
-        help="linear probe of every block",
+        help="linear probe, k-NN and rank of every block",
         pictures="beit_nb.report:probe_pictures",
     ),
 }

@@ -7,8 +7,8 @@ import torch
 from helpers_models import SIZE, shaken
 
 from beit_nb import BeitError
-from beit_nb.checkpoints import load_backbone
-from beit_nb.engine.runs import load_checkpoint, save_checkpoint
+from beit_nb.checkpoints import load_backbone, load_weights
+from beit_nb.engine.runs import save_checkpoint
 from beit_nb.finetuning import (
     BeitForImageClassification,
     build_classifier,
@@ -88,7 +88,7 @@ def loaded_body(file, r):
 
 
 def loaded_probe(file, r):
-    return probe_networks(load_checkpoint(file), seed=0)[0]
+    return probe_networks(load_weights(file), seed=0)[0]
 
 
 @pytest.mark.filterwarnings("error")

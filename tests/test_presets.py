@@ -197,7 +197,7 @@ TOKENIZER = {
 # Table 9 is probed by logistic regression here, so it has no training numbers [ours]
 LINEAR = dict(
     data="digits", out="", init="", labels_per_class=20, draws=3, seed=0, batch_size=256, workers=0,
-    split="val")
+    split="val", knn_k=20, knn_temperature=0.07)
 PROBE = {
     "nano": LINEAR,
     "in1k": LINEAR | dict(data="imagenet", labels_per_class=None, draws=1),

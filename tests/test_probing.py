@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 import torch
 from helpers import red_and_blue
+from helpers_models import shaken
+from safetensors.torch import save_file
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from beit_nb import BeitError, probing
+from beit_nb.checkpoints import save_official, to_timm
 from beit_nb.configs import ProbeRecipe
 from beit_nb.data import open_data
 from beit_nb.engine.runs import save_checkpoint
+from beit_nb.images import IMAGENET_MEAN_STD
 from beit_nb.limits import as_config
+from beit_nb.neighbours import best_on_val
 from beit_nb.pretraining import build_mim
-from beit_nb.probing import STRENGTHS, best_on_val, linear_scores, probe, raw_pixels
+from beit_nb.probing import STRENGTHS, linear_scores, probe, raw_pixels
 from beit_nb.recipes import recipe_named
 
 pytestmark = pytest.mark.usefixtures("pages_unpainted")
@@ -75,6 +80,40 @@ def test_probe_of_a_folder(folder, tmp_path, capsys):
         and len(m["pretrained"]["layers"]) == 2
         and re.search(r"pixels: 1\.000", capsys.readouterr().out)
     )
+    assert list(m["pretrained"]["knn"]) == list(m["random"]["rank"]) == ["mean", "cls"]
+    assert list(m["pixels"]["knn"]) == ["all"] and m["pixels"]["knn"]["all"]["given"]["mean"] == 1
+    assert m["pretrained"]["knn"]["cls"]["given"]["k"] == 8  # all that have labels
+    assert all(len(ranks) == 2 for ranks in m["pretrained"]["rank"]["cls"].values())
+
+
+def test_anybodys_weights_are_probed(folder, tmp_path, capsys):
+    "One network in five spellings has one score; a page of a web site has none."
+    r = recipe_named(
+        "pretrain", "nano", tokenizer="none", embed_dim=128, depth=2, num_heads=2,
+        pos_embed_init="normal", weight_init="beit", mean_std="imagenet",
+    )  # fmt: skip
+    body = shaken(build_mim(r))
+    state = body.state_dict()
+    run = dict(model=state, config=as_config("pretrain", r))
+    save_checkpoint(tmp_path / "run.pt", run)
+    save_official(body, tmp_path / "official.pth")
+    torch.save(to_timm(body), tmp_path / "timm.pth")
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "plain.safetensors")
+    body.save_pretrained(tmp_path / "hf", mean_std=IMAGENET_MEAN_STD)
+    common = dict(data=str(folder), labels_per_class=4, draws=1)
+
+    found = {
+        name: probe(ProbeRecipe(init=f"{tmp_path}/{name}", out=f"{tmp_path}/of-{name}", **common))
+        for name in ("run.pt", "official.pth", "timm.pth", "plain.safetensors", "hf")
+    }
+
+    want = found.pop("run.pt")
+    assert len(want["pretrained"]["layers"]) == 2
+    for name, got in found.items():
+        assert got["pretrained"] == want["pretrained"], name
+    (tmp_path / "page.pth").write_text("<!doctype html><title>Sign in</title>")
+    with pytest.raises(BeitError, match="a page of a web site"):
+        probe(ProbeRecipe(init=f"{tmp_path}/page.pth", out=f"{tmp_path}/of-page", **common))
 
 
 def test_a_set_that_chooses_and_is_reported_is_read_once(folder, tmp_path, monkeypatch, capsys):

@@ -145,8 +145,11 @@ def test_weights_that_do_not_fit(one_copied, run, use, edit):
     assert time.monotonic() - began < 20
 
 
-@uses
-@pytest.mark.parametrize("kind", ["timm", "official", "hf", "safetensors", "lfs", "page"])
+KINDS = ["timm", "official", "hf", "safetensors", "lfs", "page"]
+STRANGE = [(*one, kind) for one in USES for kind in KINDS if one[1] != "probe" or kind in KINDS[4:]]
+
+
+@pytest.mark.parametrize("run, use, kind", STRANGE)  # a probe takes weights of the others too
 def test_files_of_others_are_called_by_name(one_copied, run, use, kind):
     file = one_copied / run / "checkpoints" / "last.pt"
     weights = torch.load(file, weights_only=True)["model"]
