@@ -22,8 +22,9 @@ from .engine.runs import run_config
 from .engine.sources import Digits
 from .images import preprocess, to_float
 from .pretraining import load_mim
+from .probing import probe_figure
 from .reconstructions import reconstruction_figure
-from .report import probe_figure, tokens_figure
+from .report import tokens_figure
 from .tokenizer import load_tokenizer
 from .tokens import Tokenizer
 

@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'NEIGHBOURS', 'Labelled', 'pooled_features', 'nearest_rows', 'knn_guesses', 'knn_scores', 'chosen_on_val',
-           'best_on_val', 'neighbour_scores', 'effective_rank']
+           'best_on_val', 'neighbour_scores', 'effective_rank', 'neighbour_table', 'neighbours_figure']
 
 # %% ../nbs/51_neighbours.ipynb #imports
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import BeitError
 from .device import default_device, pick_precision
-from .images import BEIT_MEAN_STD, normalize, to_float
+from .images import BEIT_MEAN_STD, PALETTE, normalize, to_float
 from .vit import VisionTransformer
 
 # %% ../nbs/51_neighbours.ipynb #pooled-features
@@ -200,3 +202,43 @@ def effective_rank(
     sigma = squares[squares > noise].sqrt()
     shares = sigma / sigma.sum()
     return float(torch.special.entr(shares).sum().exp()) if len(sigma) else 0.0
+
+# %% ../nbs/51_neighbours.ipynb #neighbours-figure
+def neighbour_table(arm: dict, poolings=POOLINGS) -> np.ndarray:  # (poolings, 3, depth)
+    """What an arm's `knn` and `rank` say of every block.
+
+    Rows: accuracy with the given k, with the k chosen on val, and the effective rank without the
+    mean. Raises BeitError where they do not say it.
+    """
+    try:
+        rows = [
+            [
+                arm["knn"][pooling]["given"]["layers"],
+                arm["knn"][pooling]["chosen"]["layers"],
+                arm["rank"][pooling]["centered"],
+            ]
+            for pooling in poolings
+        ]
+        return np.array(rows, float).reshape(len(poolings), 3, -1)
+    except (KeyError, TypeError, ValueError) as e:
+        raise BeitError("these are not the figures of a probe's neighbours and ranks") from e
+
+
+def neighbours_figure(arms: dict, split: str = "test") -> Figure:
+    "k-NN accuracy and effective rank block by block, of both POOLINGS (`probe`'s figures)."
+    fig, axes = plt.subplots(1, 3, figsize=(9, 2.7), layout="constrained")
+    for name, color in (("pretrained", "blue"), ("random", "orange")):
+        for rows, pooling, line in zip(neighbour_table(arms[name]), POOLINGS, ("o-", "s:")):
+            for ax, row in zip(axes, rows):
+                blocks = range(1, 1 + len(row))
+                ax.plot(blocks, row, line, color=PALETTE[color], label=f"{name}, {pooling}")
+                ax.set(xlabel="block", xticks=blocks)
+    for ax, row in zip(axes[:2], neighbour_table(arms["pixels"], ("all",))[0]):
+        ax.axhline(row[0], color=PALETTE["grey"], ls="--", label="raw pixels")
+        ax.set(ylabel=f"{split} accuracy", ylim=(0, 1))
+    for ax, title in zip(axes, ("k-NN, k as given", "k-NN, k chosen on val", "effective rank")):
+        ax.set_title(title, fontsize=9)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[2].set_ylim(0)
+    axes[0].legend(frameon=False, fontsize=6)
+    return fig

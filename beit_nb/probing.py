@@ -4,14 +4,16 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'WholePicture', 'block_features', 'linear_scores', 'probe_networks', 'raw_pixels', 'all_features',
-           'score_arm', 'examine_arm', 'neighbours_line', 'load_probed', 'probe_arms', 'probe']
+           'score_arm', 'examine_arm', 'neighbours_line', 'load_probed', 'probe_arms', 'probe', 'probe_figure']
 
 # %% ../nbs/52_probing.ipynb #imports
 from collections.abc import Callable
 
+import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -28,7 +30,7 @@ from .engine.processes import rank
 from .engine.runs import fingerprint_weights, open_run, record_inputs
 from .engine.sources import ImageDataset
 from .engine.token_files import picture_records
-from .images import BEIT_MEAN_STD, to_float
+from .images import BEIT_MEAN_STD, PALETTE, to_float
 from beit_nb.neighbours import (
     POOLINGS,
     Labelled,
@@ -244,3 +246,16 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
                 )
                 say(neighbours_line(best))
         return write_metrics(out, {"labels": len(draws[0]), "split": r.split, **result})
+
+# %% ../nbs/52_probing.ipynb #probe-figure
+def probe_figure(arms: dict, split: str = "test") -> Figure:
+    "Probe accuracy block by block, pre-trained and random, beside raw pixels (`probe`'s figures)."
+    fig, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")
+    blocks = range(1, 1 + len(arms["pretrained"]["layers"]))
+    ax.plot(blocks, arms["pretrained"]["layers"], "o-", color=PALETTE["blue"], label="pre-trained")
+    ax.plot(blocks, arms["random"]["layers"], "o-", color=PALETTE["orange"], label="random network")
+    ax.axhline(arms["pixels"]["mean"], color=PALETTE["grey"], ls="--", label="raw pixels")
+    ax.set(xlabel="block", ylabel=f"{split} accuracy", ylim=(0, 1), xticks=blocks)
+    ax.legend(frameon=False, fontsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+    return fig

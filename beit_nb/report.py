@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEARNS', 'DRIVEN', 'DRIVEN_CURVES', 'MACHINE', 'MACHINE_CURVES', 'Pictures', 'number_in', 'RunStatus', 'run_status',
-           'newest_cards', 'failures_html', 'story_html', 'curves_html', 'tokens_figure', 'probe_figure',
-           'tokenizer_pictures', 'pretrain_pictures', 'is_arm', 'probe_pictures', 'figures_html', 'pictures_html',
-           'run_report']
+           'newest_cards', 'failures_html', 'story_html', 'curves_html', 'tokens_figure', 'tokenizer_pictures',
+           'pretrain_pictures', 'is_arm', 'probe_pictures', 'figures_html', 'pictures_html', 'run_report']
 
 # %% ../nbs/93_report.ipynb #imports
 import time
@@ -37,7 +36,8 @@ from .engine.files import read_json
 from .engine.log import read_log, read_metrics
 from .engine.runs import numbered_checkpoints, run_config
 from .engine.token_files import token_views
-from .images import PALETTE
+from .neighbours import neighbours_figure
+from .probing import probe_figure
 from .recipes import COMMANDS, Command, from_config
 from .reconstructions import decode_tokens, reconstruction_figure, rows_figure
 from .targets import decoder_of
@@ -176,19 +176,6 @@ def tokens_figure(tokenizer: Tokenizer, images: Tensor) -> Figure:
         }
     )
 
-
-def probe_figure(arms: dict, split: str = "test") -> Figure:
-    "Probe accuracy block by block, pre-trained and random, beside raw pixels (`probe`'s figures)."
-    fig, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")
-    blocks = range(1, 1 + len(arms["pretrained"]["layers"]))
-    ax.plot(blocks, arms["pretrained"]["layers"], "o-", color=PALETTE["blue"], label="pre-trained")
-    ax.plot(blocks, arms["random"]["layers"], "o-", color=PALETTE["orange"], label="random network")
-    ax.axhline(arms["pixels"]["mean"], color=PALETTE["grey"], ls="--", label="raw pixels")
-    ax.set(xlabel="block", ylabel=f"{split} accuracy", ylim=(0, 1), xticks=blocks)
-    ax.legend(frameon=False, fontsize=8)
-    ax.spines[["top", "right"]].set_visible(False)
-    return fig
-
 # %% ../nbs/93_report.ipynb #pictures
 Pictures = list[tuple[Figure, str]]  # figures and what they show
 
@@ -225,19 +212,25 @@ def is_arm(arm: Any) -> bool:
 
 
 def probe_pictures(out: Path, recipe: ProbeRecipe, metrics: dict) -> Pictures:
-    "What a straight line reads from every block."
+    "What a straight line reads from every block, the neighbours, and the effective ranks."
     if "pretrained" not in metrics:
         return []
     arms: list[Any] = [metrics.get(name) for name in ("pretrained", "random", "pixels")]
     if not all(map(is_arm, arms)) or len({len(arm["layers"]) for arm in arms[:2]}) > 1:
         raise BeitError(f"the figures in {out}/metrics.json are not those of a probe")
-    return [
-        (
-            probe_figure(metrics, recipe.split),
-            "What a straight line can read from each block; the random network and the raw pixels "
-            "show how much of it was learnt.",
-        )
-    ]
+    line = (
+        "What a straight line can read from each block; the random network and the raw pixels "
+        "show how much of it was learnt."
+    )
+    near = (
+        f"The nearest neighbours of each block, with k = {recipe.knn_k} at temperature "
+        f"{recipe.knn_temperature} and with the k that validation chooses, and over how many "
+        "directions its features spread: the mean of the patches, and the class token [S]."
+    )
+    pictures = [(probe_figure(metrics, recipe.split), line)]
+    if "knn" in arms[0]:  # earlier versions asked no neighbours
+        pictures.append((neighbours_figure(metrics, recipe.split), near))
+    return pictures
 
 # %% ../nbs/93_report.ipynb #figures-html
 def figures_html(metrics: dict) -> tuple[list[Html], list[Html]]:

@@ -191,7 +191,7 @@ def test_a_strangers_run_shows_no_picture_of_ours(runs, tmp_path):
 def test_probe(runs):
     html = report(runs / "probe")
 
-    assert '<p class="lead">Finished.' in html and html.count("<img") == 1
+    assert '<p class="lead">Finished.' in html and html.count("<img") == 2
     for features in ("pretrained", "random", "pixels"):
         assert f"<td>{features}</td>" in html
 
