@@ -193,11 +193,14 @@ def talk():
     )
 
     number = torch.tensor(10.0 + rank())
+    pulled = torch.tensor(2.0 + rank(), requires_grad=True)
+    (sum_over_ranks(pulled).square() * (1 + rank())).backward()
     mesh = init_device_mesh("cpu", (2,))
     part = distribute_tensor(torch.arange(6), mesh, [Shard(0)])
     doubled = full_tensors({"x": distribute_like(2 * torch.arange(6), part)})["x"]
     return dict(
         sum=sum_over_ranks(number).item(),
+        pull=pulled.grad.item(),
         mean=mean_over_ranks(number).item(),
         all=gather_over_ranks(rank()),
         part=part.to_local().tolist(),
@@ -210,7 +213,9 @@ def talk():
 def test_two_processes_agree(top):
     first, second = torch.load(top / "talks.pt")
 
-    for name, value in dict(sum=21.0, mean=10.5, all=[0, 1], word="said by 0").items():
+    # the sum is 5; rank 0 makes 5 ** 2 of it, rank 1 twice that: slopes 10 and 20
+    expected = dict(sum=21.0, pull=30.0, mean=10.5, all=[0, 1], word="said by 0")
+    for name, value in expected.items():
         assert first[name] == second[name] == value
     assert first["part"] + second["part"] == list(range(6))
     assert first["doubled"] == [0, 2, 4, 6, 8, 10] and second["doubled"] is None

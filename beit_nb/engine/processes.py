@@ -44,12 +44,23 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def sum_over_ranks(x: Tensor) -> Tensor:
-    "The sum of `x` over all processes; `x` itself when alone."
-    if world_size() > 1:
+class _SumOverRanks(torch.autograd.Function):
+    "The sum over all processes: what each does with it comes back to all as a gradient."
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone()
         dist.all_reduce(x)
-    return x
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _SumOverRanks.apply(gradient)
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    "The sum of `x` over all processes, gradients too; `x` itself when alone."
+    return _SumOverRanks.apply(x) if world_size() > 1 else x
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
