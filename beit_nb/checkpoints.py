@@ -24,7 +24,7 @@ from .engine.runs import check_state, is_config, load_checkpoint, save_checkpoin
 from .engine.safeload import flatten, read_weights_file
 from .hub import read_hf_folder, write_hf_folder
 from .images import BEIT_MEAN_STD, IMAGENET_MEAN_STD, MEAN_STD
-from .labelled_views import scored_view, usual_crop
+from .labelled_views import ScoredView, scored_view, usual_crop
 from .layouts import around_body, check_whole, class_of, shape_of, to_official
 from .recipes import from_config
 from .resizing import resize_pos_embed, resize_rel_pos_bias
@@ -39,7 +39,7 @@ class Weights(NamedTuple):
     args: dict[str, Any]  # of the class that `class_of` says
     classes: list[str]  # [] where they have no names
     mean_std: Sequence[Sequence[float]]  # for `normalize`
-    crop_pct: float  # share of the resized edge that the network sees when it is scored
+    view: ScoredView  # what the network sees of a picture when it is scored
     source: str  # who wrote it, in words
     guessed: Sequence[str] = ()  # arguments of which the file says nothing
 
@@ -69,7 +69,8 @@ def weights_of_tensors(tensors: Mapping[str, Tensor], source: str) -> Weights:
     args = shape_of(state) | head_args(state)
     mean_std = IMAGENET_MEAN_STD if args["use_abs_pos_emb"] else BEIT_MEAN_STD
     guessed = () if any("relative_position" in n for n in state) else ("num_heads",)
-    return Weights(state, args, [], mean_std, usual_crop(args["img_size"]), source, guessed)
+    view = ScoredView(args["img_size"], usual_crop(args["img_size"]))
+    return Weights(state, args, [], mean_std, view, source, guessed)
 
 # %% ../nbs/49_checkpoints.ipynb #load-weights
 BODY_ARGS = (
@@ -101,9 +102,9 @@ def weights_of_run(checkpoint: Mapping[str, Any]) -> Weights:
     args = {name: getattr(recipe, name) for name in BODY_ARGS} | head_args(state)
     mean_std = MEAN_STD[recipe.mean_std]
     classes = checkpoint.get("classes", [])
-    scored = command == "finetune"
-    crop_pct = scored_view(recipe).crop_pct if scored else usual_crop(recipe.img_size)
-    return Weights(state, args, classes, mean_std, crop_pct, f"`beit {command}`")
+    size = recipe.img_size
+    view = scored_view(recipe) if command == "finetune" else ScoredView(size, usual_crop(size))
+    return Weights(state, args, classes, mean_std, view, f"`beit {command}`")
 
 
 def is_of_hugging_face(folder: Path) -> bool:

@@ -15,10 +15,10 @@ import matplotlib
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from . import BeitError
-from .finetuning import load_classifier
-from .images import preprocess
-from .labelled_views import scored_view
+from . import BeitError, warn_once
+from .checkpoints import load_pretrained, load_weights
+from .classifier import BeitForImageClassification
+from .images import normalize, to_float
 
 # %% ../nbs/55_predicting.ipynb #prediction
 SIDE = 160  # pixels of a picture on the sheet
@@ -45,22 +45,31 @@ class Prediction(NamedTuple):
 
 # %% ../nbs/55_predicting.ipynb #predictor
 class Predictor:
-    """(path, picture) -> Prediction, by a fine-tuned network, as its run was scored.
+    """(path, picture) -> Prediction, by anybody's classifier, with the preprocessing of its source.
 
-    `init`: a run of `beit finetune` or a checkpoint of it; BeitError where it is none. `top`: how
-    many classes to keep.
+    `init`: what `load_weights` takes, such as a run of `beit finetune`, an official .pth or a
+    folder of Hugging Face's; BeitError where it has no head for classes. `top`: how many classes
+    to keep. Classes that have no names are called by their numbers, which is said.
     """
 
     def __init__(self, init: str, top: int = 5):
-        self.model, self.recipe, self.classes = load_classifier(init)
+        weights = load_weights(init)
+        if "num_classes" not in weights.args:
+            raise BeitError(
+                f"{init} has no head for classes; fine-tune it first (beit finetune --init {init})"
+            )
+        self.model = load_pretrained(BeitForImageClassification, weights)
+        self.classes = weights.classes or [str(i) for i in range(weights.args["num_classes"])]
+        if not weights.classes:
+            warn_once(f"{init} does not name its classes; these are their numbers, from 0")
         self.top = min(top, len(self.classes))
-        self.view = scored_view(self.recipe)
+        self.view = weights.view
+        self.mean_std = weights.mean_std
 
     @torch.no_grad()
     def __call__(self, path: str, image: Image.Image) -> Prediction:
-        view = self.view(image)  # (3, H, W)
-        logits = self.model(preprocess(view[None], self.recipe.mean_std))[0]
-        best = logits.softmax(-1).topk(self.top)
+        x = normalize(to_float(self.view(image)), self.mean_std)  # (3, H, W)
+        best = self.model(x[None])[0].softmax(-1).topk(self.top)
         classes = [self.classes[i] for i in best.indices.tolist()]
         thumbnail = ImageOps.pad(image.convert("RGB"), (SIDE, SIDE), color="white")
         return Prediction(path, classes, best.values.tolist(), thumbnail)

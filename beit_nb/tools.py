@@ -78,7 +78,8 @@ def each_picture(paths: tuple[str, ...], answer: Callable[[str, Any], None]) -> 
 class Predict:
     "Classes and probabilities of pictures."
 
-    init: Place  # a run of `beit finetune`, or a checkpoint of it
+    # a run of `beit finetune` or a checkpoint, an official or timm file, a Hugging Face folder
+    init: Place
     images: Places  # picture files
     top: Count = 5  # how many classes to print
     json: bool = False  # print one JSON object a line for each picture, and nothing else

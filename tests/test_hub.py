@@ -126,7 +126,7 @@ def test_transformers_prepares_pictures_as_we_say(tmp_path):
     x = processor(images, return_tensors="pt")["pixel_values"]
 
     mean, std = (torch.tensor(v)[:, None, None] for v in IMAGENET_MEAN_STD)
-    assert x.shape == (1, 3, 32, 32) and processor.size["height"] == 40
+    assert x.shape == (1, 3, 32, 32) and processor.size["shortest_edge"] == 40
     torch.testing.assert_close(x[0], ((1 - mean) / std).expand(3, 32, 32), atol=1e-5, rtol=1e-5)
 
 
@@ -486,7 +486,7 @@ def test_preprocessing_and_classes_come_back(tmp_path):
     state = classifier(**SMALL).state_dict()
     write_hf_folder(tmp_path, state, "vwxyz", IMAGENET_MEAN_STD, crop_pct=0.8)
     found = read_hf_folder(tmp_path)
-    assert found.classes == [*"vwxyz"] and found.crop_pct == 0.8
+    assert found.classes == [*"vwxyz"] and found.view.crop_pct == 0.8
     assert tuple(map(tuple, found.mean_std)) == IMAGENET_MEAN_STD
 
 
@@ -509,8 +509,10 @@ def test_the_card_says_what_is_known_and_no_more():
         ("config.json", {"id2label": ["cat"]}, "does not map numbers to names"),
         ("preprocessor_config.json", "none", "holds no dict"),
         ("preprocessor_config.json", {"size": None}, "of size None"),
-        ("preprocessor_config.json", {"size": {"shortest_edge": 40}}, "of size"),
+        ("preprocessor_config.json", {"size": {"longest_edge": 40}}, "of size"),
         ("preprocessor_config.json", {"size": 8}, "of size 8"),
+        ("preprocessor_config.json", {"image_mean": 0.5}, "normalises by 0.5"),
+        ("preprocessor_config.json", {"image_std": [0.5, "half", 0.5]}, "normalises by"),
     ],
 )
 def test_odd_settings_are_one_line(file, content, words, tmp_path):

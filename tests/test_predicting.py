@@ -4,16 +4,30 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from helpers import beit, refused
+from helpers_models import shaken
 from PIL import Image, ImageFont
+from timm.data import create_transform
 from torch.testing import assert_close
 
 from beit_nb import BeitError
+from beit_nb.checkpoints import save_official
+from beit_nb.classifier import BeitForImageClassification
 from beit_nb.engine.decoding import load_image
 from beit_nb.finetuning import load_classifier
 from beit_nb.images import preprocess, to_tensor
-from beit_nb.predicting import GAP, SIDE, TEXT, Prediction, check_grid, draw_grid, shorten
+from beit_nb.predicting import (
+    GAP,
+    SIDE,
+    TEXT,
+    Prediction,
+    Predictor,
+    check_grid,
+    draw_grid,
+    shorten,
+)
 
 
 def answers(n, color="red", name="cat"):
@@ -105,3 +119,108 @@ def test_refused_before_anything_is_asked(runs, pictures):
     refused("predict", "--init", runs / "fine", *words, says="one of the --images")
 
     assert pictures[0].read_bytes() == before
+
+
+# --- anybody's weights
+
+TINY = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1)
+NAMES = "ape bee cat dog elk".split()
+
+
+def shares(said):
+    "The probabilities of a prediction of five classes, in the order of the classes."
+    numbers = [NAMES.index(c) if c in NAMES else int(c) for c in said.classes]
+    return torch.tensor(said.probabilities)[torch.tensor(numbers).argsort()]
+
+
+def predicted(init, file):
+    return shares(Predictor(init)(str(file), load_image(file)))
+
+
+def answer_of(model, x):
+    with torch.no_grad():
+        said = model(x)
+    return getattr(said, "logits", said)[0].softmax(-1)
+
+
+@pytest.fixture
+def transformers_folder(tmp_path):
+    "A BEiT of transformers' own with names, saved by it, with and without a square crop."
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BeitConfig(
+        image_size=32,
+        patch_size=8,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        use_relative_position_bias=True,
+        layer_norm_eps=1e-6,
+        id2label=dict(enumerate(NAMES)),
+        label2id={name: i for i, name in enumerate(NAMES)},
+    )
+    model = shaken(transformers.BeitForImageClassification(config)).eval()
+
+    def save(**preprocessing):
+        folder = tmp_path / "hf"
+        model.save_pretrained(folder)
+        processor = transformers.BeitImageProcessor(
+            crop_size=dict(height=32, width=32), image_mean=[0.3, 0.4, 0.5], **preprocessing
+        )
+        processor.save_pretrained(folder)
+        return model, processor, folder
+
+    return save
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        dict(size=dict(height=32, width=32), do_center_crop=False),
+        dict(size=dict(height=48, width=48), do_center_crop=True),
+        dict(size=dict(shortest_edge=40), do_center_crop=True),
+        dict(size=dict(shortest_edge=40), do_center_crop=True, resample=2),
+    ],
+)
+def test_as_transformers_answers(transformers_folder, pictures, preprocessing):
+    model, processor, folder = transformers_folder(**preprocessing)
+
+    for file in pictures:
+        x = processor(to_tensor(load_image(file)), return_tensors="pt", do_rescale=False)
+        ours = predicted(folder, file)
+        assert_close(ours, answer_of(model, x["pixel_values"]), atol=0.02, rtol=0)
+    assert set(Predictor(folder).classes) == set(NAMES)
+
+
+def test_as_timm_answers(tmp_path, pictures, capsys):
+    model = timm.models.beit.Beit(
+        **TINY, num_classes=5, use_rel_pos_bias=True, use_abs_pos_emb=False, init_values=0.1
+    )
+    torch.save(shaken(model).eval().state_dict(), tmp_path / "timm.pt")
+    transform = create_transform(
+        32, interpolation="bicubic", crop_pct=224 / 256, mean=[0.5] * 3, std=[0.5] * 3
+    )
+
+    for file in pictures:
+        theirs = answer_of(model, transform(load_image(file))[None])
+        assert_close(predicted(tmp_path / "timm.pt", file), theirs, atol=1e-5, rtol=0)
+    assert capsys.readouterr().err.count("does not name its classes") == 1
+
+
+def test_official_weights_of_another_size_and_form(tmp_path, pictures, capsys):
+    model = shaken(BeitForImageClassification(5, **TINY | dict(img_size=48))).eval()
+    save_official(model, tmp_path / "official.pth")
+    transform = create_transform(48, interpolation="bicubic", crop_pct=224 / 256)
+
+    said = predicted(tmp_path / "official.pth", pictures[0])
+
+    assert_close(
+        said, answer_of(model, transform(load_image(pictures[0]))[None]), atol=1e-5, rtol=0
+    )
+    refused("predict", "--init", tmp_path / "none.pth", "--images", pictures[0], says="none.pth")
+
+
+def test_a_network_that_guesses_tokens_names_nothing(runs, pictures):
+    says = ["has no head for classes", f"beit finetune --init {runs / 'pre'}"]
+
+    refused("predict", "--init", runs / "pre", "--images", *pictures, says=says)

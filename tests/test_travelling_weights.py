@@ -245,7 +245,7 @@ def test_runs_say_how_their_pictures_were_cut(tmp_path):
     whole = load_weights(a_run("finetune", model, tmp_path))
     cut = load_weights(a_run("finetune", model, tmp_path, augment="none"))
 
-    assert (whole.crop_pct, cut.crop_pct) == (1.0, 0.875)
+    assert (whole.view.crop_pct, cut.view.crop_pct) == (1.0, 0.875)
     assert whole.source == "`beit finetune`" and same(load_official(tmp_path / "last.pt"), model)
 
 
