@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BODY_ARGS', 'BIAS_TABLE', 'SHARED_TABLE', 'HEAD_ARGS', 'Network', 'load_official', 'from_timm', 'from_hf', 'to_hf',
            'Weights', 'head_args', 'weights_of_tensors', 'weights_of_run', 'is_of_hugging_face', 'is_of_ours',
-           'load_weights', 'check_body', 'load_backbone', 'args_for', 'load_pretrained', 'save_pretrained',
-           'save_official', 'to_timm', 'load_model']
+           'weights_of_content', 'load_weights', 'check_body', 'load_backbone', 'args_for', 'load_pretrained',
+           'save_pretrained', 'save_official', 'to_timm', 'load_model']
 
 # %% ../nbs/49_checkpoints.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -119,6 +119,17 @@ def is_of_ours(content: Any) -> bool:
     return is_config(config) and "command" in config
 
 
+def weights_of_content(content: Any, path: str | Path) -> Weights:
+    "`Weights` of what `read_weights_file` found in a file. Raises BeitError where it is no BEiT."
+    if is_of_ours(content):
+        check_state(content, path)
+        return weights_of_run(content)
+    try:
+        return weights_of_tensors(flatten(content), str(path))
+    except BeitError as e:
+        raise BeitError(f"{path}: {e}") from None
+
+
 def load_weights(source: str | Path | Mapping[str, Tensor] | nn.Module | Weights) -> Weights:
     """A trained BEiT from a file, a folder, a state dict or a network, in anybody's spelling.
 
@@ -137,15 +148,8 @@ def load_weights(source: str | Path | Mapping[str, Tensor] | nn.Module | Weights
         return Weights(*read_hf_folder(path), source="Hugging Face transformers")
     if path.is_dir():
         warn_unfinished(path)
-        return weights_of_run(load_checkpoint(path))
-    content = read_weights_file(path)
-    if is_of_ours(content):
-        check_state(content, path)
-        return weights_of_run(content)
-    try:
-        return weights_of_tensors(flatten(content), str(path))
-    except BeitError as e:
-        raise BeitError(f"{path}: {e}") from None
+        return weights_of_content(load_checkpoint(path), path)
+    return weights_of_content(read_weights_file(path), path)
 
 # %% ../nbs/49_checkpoints.ipynb #check-body
 BIAS_TABLE = "relative_position_bias_table"

@@ -187,7 +187,7 @@ def _sizes(state: Mapping[str, Tensor], name: str, count: int) -> tuple[int, ...
 def side_and_heads(state: Mapping[str, Tensor], width: int) -> tuple[int, int]:
     """Patches a side and heads, as the positions tell them.
 
-    Without a table: heads of 64 numbers. Without any positions: 14 patches a side. Raises BeitError
+    Without a table: heads of 64 numbers, at least one. Without any positions: 14 patches a side. Raises BeitError
     where the patches make no square.
     """
     tables = [n for n in state if n.endswith("relative_position_bias_table")]
@@ -196,7 +196,7 @@ def side_and_heads(state: Mapping[str, Tensor], width: int) -> tuple[int, int]:
         side = (isqrt(max(rows - 3, 0)) + 1) // 2
         fits = rows == (2 * side - 1) ** 2 + 3
     else:
-        heads = width // 64
+        heads = max(1, width // 64)
         rows = _sizes(state, "pos_embed", 3)[1] if "pos_embed" in state else 1 + 14**2
         side = isqrt(max(rows - 1, 0))
         fits = rows == 1 + side**2

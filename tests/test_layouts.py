@@ -170,3 +170,11 @@ def test_a_table_of_no_square_is_refused():
 
     with pytest.raises(BeitError, match="250 rows of positions"):
         shape_of(own)
+
+
+def test_a_narrow_network_has_one_head_unless_its_file_says_more():
+    narrow = BeitForImageClassification(5, **SIZE | dict(embed_dim=48))
+    tables = BeitForImageClassification(5, **SIZE | dict(embed_dim=48), **FORMS["per block"])
+
+    assert shape_of(narrow.state_dict())["num_heads"] == 1
+    assert shape_of(tables.state_dict())["num_heads"] == 2

@@ -248,12 +248,14 @@ def what_else(head: bytes) -> str | None:
 # %% ../../nbs/24_engine_safeload.ipynb #read-weights
 def read_safetensors(path: str | Path) -> dict:
     "Its tensors by name; with a recipe of ours in its notes, a checkpoint in float32."
-    recipe = safetensors_notes(path).get("recipe")
+    notes = safetensors_notes(path)
+    recipe = notes.get("recipe")
     tensors = load_file(path)
     if recipe is None:
         return tensors
     weights = {name: x.float() for name, x in tensors.items()}
-    return {"config": json.loads(recipe), "model": weights}
+    told = {"classes": json.loads(notes["classes"])} if "classes" in notes else {}
+    return {"config": json.loads(recipe), "model": weights} | told
 
 
 def read_weights_file(path: str | Path, remedy: str = "download it again") -> Any:
