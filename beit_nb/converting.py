@@ -94,7 +94,10 @@ def about_run(content: Any, path: Path) -> dict[str, Any]:
     figures = (read_metrics(path) or {}) if path.is_dir() else {}
     rows = {"trained by": f"`beit {config['command']}`", "data": Path(config.get("data", "")).name}
     rows["updates"] = content.get("step", "unknown")
-    return rows | {name: f"{x:.4g}" for name, x in figures.items() if isinstance(x, float)}
+    for name, x in figures.items():
+        if isinstance(x, float) and not name.endswith(("_mb", "seconds")):  # those are a machine's
+            rows[name] = f"{x:.4g}"
+    return rows
 
 
 def in_words(args: Mapping[str, Any]) -> str:

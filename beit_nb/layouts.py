@@ -187,8 +187,8 @@ def _sizes(state: Mapping[str, Tensor], name: str, count: int) -> tuple[int, ...
 def side_and_heads(state: Mapping[str, Tensor], width: int) -> tuple[int, int]:
     """Patches a side and heads, as the positions tell them.
 
-    Without a table: heads of 64 numbers, at least one. Without any positions: 14 patches a side. Raises BeitError
-    where the patches make no square.
+    Without a table: heads of 64 numbers, at least one. Without any positions: 14
+    patches a side. Raises BeitError where the patches make no square.
     """
     tables = [n for n in state if n.endswith("relative_position_bias_table")]
     if tables:
