@@ -15,7 +15,6 @@ from typing import Any
 from unicodedata import normalize
 
 import numpy as np
-from torchvision import datasets as tv
 
 from . import BeitError, warn_once
 from .engine.processes import rank, rank_0_first
@@ -47,6 +46,8 @@ TORCHVISION_SETS = ("cifar10", "cifar100", "imagenette", "oxford-pets")
 
 def download_set(name: str, test: bool, root: str | Path) -> Any:
     "torchvision's own data set, from `root`, or downloaded into it; raises BeitError if neither."
+    from torchvision import datasets as tv  # here: its import takes seconds
+
     unpacked = Path(root) / "imagenette2"
     try:
         if name == "cifar10":

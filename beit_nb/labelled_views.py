@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.v2 import functional as TF
 
 from . import BeitError
 from .configs import FinetuneRecipe
@@ -25,7 +24,15 @@ from .engine.augment import TwoViews, middle_box
 from .engine.loading import LabelledBatch, TransformedDataset, sequential_batches
 from .engine.processes import gather_over_ranks, rank, world_size
 from .engine.training import all_or_none
-from .images import MEAN_STD, denormalize, normalize, preprocess, to_float
+from beit_nb.images import (
+    MEAN_STD,
+    denormalize,
+    normalize,
+    pil_to_tensor,
+    preprocess,
+    to_float,
+    to_pil_image,
+)
 
 # %% ../nbs/40_labelled_views.ipynb #timm-transform
 def timm_transform(r: FinetuneRecipe) -> Callable[[Image.Image], Tensor]:
@@ -83,7 +90,7 @@ class FinetuneTransform:
 
     def by_timm(self, picture) -> Tensor:
         "timm's pipeline, its normalisation undone: in [0, 1] but for the noise of erasing."
-        image: Any = TF.to_pil_image(picture) if isinstance(picture, Tensor) else picture
+        image: Any = to_pil_image(picture) if isinstance(picture, Tensor) else picture
         assert self.timm is not None
         return denormalize(self.timm(image), self.mean_std)
 
@@ -145,12 +152,14 @@ class ScoredView(NamedTuple):
         return int(self.img_size / self.crop_pct)
 
     def __call__(self, picture: Image.Image | Tensor) -> Tensor:
-        image: Any = TF.to_pil_image(picture) if isinstance(picture, Tensor) else picture
+        from torchvision.transforms.v2 import functional as TF  # here: it takes long to import
+
+        image: Any = to_pil_image(picture) if isinstance(picture, Tensor) else picture
         size = [self.edge] if self.crop_mode == "center" else [self.edge, self.edge]
         if self.crop_mode == "center":
             image = TF.crop(image, *middle_box(image.height, image.width))
         image = TF.resize(image, size, TF.InterpolationMode(self.interpolation))
-        return TF.pil_to_tensor(TF.center_crop(image, [self.img_size, self.img_size]))
+        return pil_to_tensor(TF.center_crop(image, [self.img_size, self.img_size]))
 
 
 def scored_view(r: FinetuneRecipe) -> ScoredView:

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
-from torchvision.utils import make_grid
 
 from . import BeitError
 from .engine.files import atomic_write
@@ -60,6 +59,8 @@ def rows_figure(rows: dict[str, Tensor], size: float = 1.15) -> Figure:
 
 def picture_strip(rows: dict[str, Tensor]) -> np.ndarray:
     "Named rows of pictures (n, 3, h, w) in [0, 1] as one picture, (H, W, 3) uint8."
+    from torchvision.utils import make_grid  # here: its import takes seconds
+
     largest = max(x.shape[-1] for x in rows.values())
     side = largest * -(-96 // largest)  # at least 96 pixels, and whole multiples
     columns = len(next(iter(rows.values())))

@@ -163,13 +163,22 @@ def wait_until_up(process, url, log, seconds=60):
     raise AssertionError("JupyterLab did not start in a minute:\n" + log.read_text())
 
 
+WITH_FORKED_KERNELS = f"""
+import sys
+sys.path.append({str(ROOT / "tests")!r})
+from jupyterlab.labapp import LabApp
+forked = "kernels.ForkedServerKernelManager"
+LabApp.launch_instance([*sys.argv[1:], f"--MultiKernelManager.kernel_manager_class={{forked}}"])
+"""
+
+
 @contextlib.contextmanager
-def serve(tmp, root, *flags, **environment):
+def serve(tmp, root, *flags, program=("-m", "jupyterlab"), **environment):
     "JupyterLab on `root`, with configuration, data and runtime folders below `tmp`: its address."
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [
-        *(sys.executable, "-m", "jupyterlab"),
+        *(sys.executable, *program),
         "--no-browser",
         "--allow-root",
         "--expose-app-in-browser",
@@ -206,7 +215,7 @@ def lab(tmp_path_factory):
     "A server on a copy of the notebooks (Lab saves what it opens), with the repository's beit_nb."
     tmp = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "nbs", tmp / "nbs")
-    own = dict(JUPYTER_CONFIG_PATH=str(ROOT / ".jupyter"))
+    own = dict(JUPYTER_CONFIG_PATH=str(ROOT / ".jupyter"), program=("-c", WITH_FORKED_KERNELS))
     with serve(tmp, tmp / "nbs", f"--ServerApp.root_dir={tmp}/nbs", **own) as url:
         yield url, tmp / "nbs"
 

@@ -1,6 +1,7 @@
 """Kernels that begin at once: forked from a process that has imported what lessons import.
 
-A fresh kernel reads torch, matplotlib and their like for five seconds, and there are 70 lessons.
+A fresh kernel reads torch, matplotlib and their like for five seconds, and there are 80 lessons,
+and notebooks in a browser.
 Of beit_nb nothing is imported early, and each kernel is still a process and a namespace of its own.
 Started as a program this file is that process: a line of JSON in, the number of a new kernel out.
 """
@@ -16,6 +17,7 @@ from functools import cache
 
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
+from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
 
 EARLY = [
     "ipykernel.kernelapp",
@@ -64,19 +66,30 @@ class ForkedProvisioner(LocalProvisioner):
         return self.connection_info
 
 
-class ForkedKernelManager(AsyncKernelManager):
-    def __init__(self, **options):
-        super().__init__(**options)
+class Forked:
+    "What makes a manager's kernels forked ones."
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
         self.provisioner = ForkedProvisioner(
             kernel_id="", kernel_spec=self.kernel_spec, parent=self
         )
+
+
+class ForkedKernelManager(Forked, AsyncKernelManager):
+    "For nbclient."
+
+
+class ForkedServerKernelManager(Forked, ServerKernelManager):
+    "For JupyterLab."
 
 
 @cache
 def kernel_server() -> subprocess.Popen:
     "The process that forks; it ends with this one, as its input does."
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    return subprocess.Popen([sys.executable, __file__], **pipes)
+    env = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"} | os.environ
+    return subprocess.Popen([sys.executable, __file__], env=env, **pipes)
 
 
 def be_kernel(words, cwd, env):

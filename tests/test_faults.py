@@ -646,6 +646,8 @@ def open_cifar(folder):
     """
     from pathlib import Path
 
+    import torchvision
+
     from beit_nb import data
 
     unpacked = []
@@ -664,7 +666,7 @@ def open_cifar(folder):
                 files.touch()
             self.targets = [i % 2 for i in range(40)]
 
-    data.tv.CIFAR10 = SlowCifar
+    torchvision.datasets.CIFAR10 = SlowCifar
     pictures = data.torchvision_set("cifar10", "train", folder)
     return len(unpacked), len(pictures)
 

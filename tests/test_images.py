@@ -3,20 +3,46 @@
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
 
 from beit_nb.images import (
     BEIT_MEAN_STD,
     IMAGENET_MEAN_STD,
     MEAN_STD,
+    center_square,
     denormalize,
     normalize,
+    photos,
+    pil_to_tensor,
     preprocess,
     show_image,
     show_images,
     to_float,
     to_pil,
+    to_pil_image,
     to_tensor,
 )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_levels_are_torchvisions(mode):
+    image = photos()["coffee"].convert(mode)
+
+    levels = pil_to_tensor(image)
+
+    assert torch.equal(levels, TF.pil_to_tensor(image))
+    assert torch.equal(to_tensor(image), TF.to_dtype(levels, torch.float32, scale=True))
+    for back in (to_pil_image(levels), TF.to_pil_image(levels)):
+        assert back.mode == mode and np.array_equal(back, image)
+
+
+@pytest.mark.parametrize("size", [33, 112, 224, 300])
+def test_the_square_is_torchvisions(size):
+    by_torchvision = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
+
+    for image in photos().values():  # wide, tall and square ones
+        assert np.array_equal(center_square(image, size), by_torchvision(image))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])

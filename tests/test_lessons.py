@@ -214,13 +214,18 @@ def test_every_module_imports_alone():
 
 
 def test_names_from_the_top():
-    "The contract's names lie at the top, and asking for none of them loads no torch."
+    """The contract's names lie at the top, and asking for none of them loads no torch.
+
+    What takes seconds to import, and is needed by few, is imported where it is used.
+    """
     code = (
         "import sys, beit_nb\n"
         "assert 'torch' not in sys.modules\n"
         "names = [n for names in beit_nb.HOMES.values() for n in names.split()]\n"
         "assert len(names) > 30 and all(getattr(beit_nb, n) is not None for n in names)\n"
         "assert set(names) <= set(dir(beit_nb))\n"
+        "late = {'matplotlib.pyplot', 'scipy', 'sklearn', 'timm', 'torch._dynamo', 'torchvision'}\n"
+        "assert not late & sys.modules.keys(), late & sys.modules.keys()\n"
     )
     run_python(code, cwd="/")
     import beit_nb

@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from numpy.random import mtrand
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
-from ..images import to_float
+from ..images import pil_to_tensor, to_float, to_pil_image
 
 # %% ../../nbs/33_engine_augment.ipynb #resized-crop-box
 Box = tuple[int, int, int, int]  # top, left, height, width
@@ -137,8 +136,8 @@ def resize(x: Tensor, size: int, how: str) -> Tensor:
     try:
         return F.interpolate(x[None], (size, size), mode=how, antialias=True)[0]
     except NotImplementedError:  # older torches leave lanczos to PIL
-        image = TF.to_pil_image(x[:3])
-        return TF.pil_to_tensor(image.resize((size, size), Image.Resampling[how.upper()]))
+        image = to_pil_image(x[:3])
+        return pil_to_tensor(image.resize((size, size), Image.Resampling[how.upper()]))
 
 # %% ../../nbs/33_engine_augment.ipynb #views
 class Views(NamedTuple):
@@ -183,7 +182,7 @@ class TwoViews:
         return (height - side) // 2, (width - side) // 2, side, side
 
     def __call__(self, image: Image.Image | Tensor) -> Views:
-        picture = image if isinstance(image, Tensor) else TF.pil_to_tensor(image)  # (3, H, W)
+        picture = image if isinstance(image, Tensor) else pil_to_tensor(image)  # (3, H, W)
         box = self.box(picture)
         steps = sample_jitter(self.color_jitter) if self.color_jitter else []
         if steps and not self.jitter_on_device:

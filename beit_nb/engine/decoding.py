@@ -21,10 +21,10 @@ from PIL import Image, UnidentifiedImageError
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from .. import UnreadableImage, warn
 from .notes import AS_EXIF, PictureFile, orientation, take_apart
+from ..images import pil_to_tensor
 
 # %% ../../nbs/18_engine_decoding.ipynb #deep-gray
 def _levels_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
@@ -226,9 +226,11 @@ def decode_image(
         with suppress(Exception):
             file = take_apart(data)
             if 0 < file.claimed_pixels <= max_pixels():
+                import torchvision  # noqa: F401  (it brings the decoder; here: it takes seconds)
+
                 encoded = torch.frombuffer(bytearray(file.data), dtype=torch.uint8)
                 pixels = torch.ops.image.decode_jpeg(encoded, 0, False)  # as it lies in the file
                 if len(pixels) != 4:  # four channels are printing inks
                     upright = turned(pixels, file.orientation)
                     return upright.expand(3, -1, -1)  # gray: one channel for three
-    return TF.pil_to_tensor(load_image(NamedBytes(data, describe), said))
+    return pil_to_tensor(load_image(NamedBytes(data, describe), said))

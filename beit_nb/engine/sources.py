@@ -17,13 +17,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
 from .. import BeitError, UnreadableImage
 from .decoding import NamedBytes, decode_image, load_image, read_bytes
 from .files import FileList, fingerprint, list_pictures
 from .walks import LeftOut, class_folders, list_entries
-from ..images import photos
+from ..images import photos, pil_to_tensor
 
 # %% ../../nbs/31_engine_sources.ipynb #image-dataset
 class ImageDataset:
@@ -68,7 +67,7 @@ class ImageDataset:
     def pixels(self, i: int) -> Tensor:
         "Picture i as (3, H, W) uint8, by the fastest way there is."
         picture = self[i]
-        return picture if isinstance(picture, Tensor) else TF.pil_to_tensor(picture)
+        return picture if isinstance(picture, Tensor) else pil_to_tensor(picture)
 
     def path(self, i: int) -> str | None:
         "Where picture i comes from, for people; None where it is no file."
