@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PALETTE', 'IMAGENET_MEAN_STD', 'BEIT_MEAN_STD', 'MEAN_STD', 'PHOTOS', 'show_image', 'show_images', 'pil_to_tensor',
-           'to_pil_image', 'to_tensor', 'to_pil', 'to_float', 'photos', 'center_square', 'house_pictures', 'normalize',
+           'to_pil_image', 'to_tensor', 'to_pil', 'to_float', 'photos', 'middle_square', 'house_pictures', 'normalize',
            'denormalize', 'preprocess']
 
 # %% ../nbs/00_images.ipynb #imports
@@ -129,7 +129,7 @@ def photos() -> dict[str, Image.Image]:
     return {name: image.convert("RGB") for name, image in album.items()}
 
 
-def center_square(image: Image.Image, size: int) -> Image.Image:
+def middle_square(image: Image.Image, size: int) -> Image.Image:
     "The shorter side resized to `size` (bilinear), and the middle square of that."
     width, height = (int(size * edge / min(image.size)) for edge in image.size)
     small = image.resize((width, height), Image.Resampling.BILINEAR)
@@ -140,7 +140,7 @@ def center_square(image: Image.Image, size: int) -> Image.Image:
 def house_pictures(size: int = 224) -> Tensor:
     "Astronaut, cat, coffee, rocket: centre squares as (4, 3, size, size) floats in [0, 1]."
     album = photos()
-    return torch.stack([to_tensor(center_square(album[name], size)) for name in PHOTOS[:4]])
+    return torch.stack([to_tensor(middle_square(album[name], size)) for name in PHOTOS[:4]])
 
 # %% ../nbs/00_images.ipynb #normalize
 @cache  # a new constant sent to a GPU would wait for all the work already there

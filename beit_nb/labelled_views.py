@@ -159,7 +159,8 @@ class ScoredView(NamedTuple):
         if self.crop_mode == "center":
             image = TF.crop(image, *middle_box(image.height, image.width))
         image = TF.resize(image, size, TF.InterpolationMode(self.interpolation))
-        return pil_to_tensor(TF.center_crop(image, [self.img_size, self.img_size]))
+        middle: Any = TF.center_crop(image, [self.img_size, self.img_size])
+        return pil_to_tensor(middle)
 
 
 def scored_view(r: FinetuneRecipe) -> ScoredView:

@@ -10,7 +10,7 @@ from beit_nb.images import (
     BEIT_MEAN_STD,
     IMAGENET_MEAN_STD,
     MEAN_STD,
-    center_square,
+    middle_square,
     denormalize,
     normalize,
     photos,
@@ -42,7 +42,7 @@ def test_the_square_is_torchvisions(size):
     by_torchvision = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
     for image in photos().values():  # wide, tall and square ones
-        assert np.array_equal(center_square(image, size), by_torchvision(image))
+        assert np.array_equal(middle_square(image, size), by_torchvision(image))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
