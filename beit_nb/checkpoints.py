@@ -6,7 +6,7 @@
 __all__ = ['BODY_ARGS', 'BIAS_TABLE', 'SHARED_TABLE', 'HEAD_ARGS', 'Network', 'load_official', 'from_timm', 'from_hf', 'to_hf',
            'Weights', 'head_args', 'weights_of_tensors', 'weights_of_run', 'is_of_hugging_face', 'is_of_ours',
            'weights_of_content', 'load_weights', 'check_body', 'load_backbone', 'args_for', 'load_pretrained',
-           'save_pretrained', 'save_official', 'to_timm', 'load_model']
+           'weights_for', 'save_pretrained', 'save_official', 'to_timm', 'load_model']
 
 # %% ../nbs/49_checkpoints.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from .images import BEIT_MEAN_STD, IMAGENET_MEAN_STD, MEAN_STD
 from .labelled_views import ScoredView, scored_view, usual_crop
 from .layouts import around_body, check_whole, class_of, shape_of, to_official
 from .recipes import from_config
-from .resizing import resize_pos_embed, resize_rel_pos_bias
+from .resizing import resize_patch_embed, resize_pos_embed, resize_rel_pos_bias
 from .transformer import Block
 from .vit import VisionTransformer
 
@@ -100,6 +100,7 @@ def weights_of_run(checkpoint: Mapping[str, Any]) -> Weights:
     if recipe.depth > len(state):  # even a model without memory takes time
         raise BeitError(f"{len(state)} tensors are too few for {recipe.depth} blocks")
     args = {name: getattr(recipe, name) for name in BODY_ARGS} | head_args(state)
+    args["in_chans"] = getattr(recipe, "in_chans", 3)
     mean_std = MEAN_STD[recipe.mean_std]
     classes = checkpoint.get("classes", [])
     size = recipe.img_size
@@ -190,8 +191,8 @@ def load_backbone(
 ) -> list[str]:  # names of the model's parameters that start fresh
     """Bring trained weights into `model`.
 
-    A shared bias table is copied to every block, tables and positions are resized, heads of another
-    shape stay behind. Raises BeitError for weights of another shape.
+    A shared bias table is copied to every block; tables, positions and channels are resized; heads
+    of another shape stay behind. Raises BeitError for weights of another shape.
     """
     own = model.state_dict()
     check_body(own, weights)
@@ -211,6 +212,8 @@ def load_backbone(
             value = resize_rel_pos_bias(value, src_grid, grid)
         if name == "pos_embed":
             value = resize_pos_embed(value, src_grid, grid)
+        if name == "patch_embed.proj.weight":
+            value = resize_patch_embed(value, old.shape[1])
         if value.shape != old.shape:
             raise _other_shape(name, value, old)
         new[name] = value
@@ -252,6 +255,22 @@ def load_pretrained(kind: type[Network], source, **changes) -> Network:
     if fresh and rank() == 0:
         warn(f"not in the weights of {weights.source}, so fresh: {', '.join(fresh)}")
     return model.eval()
+
+# %% ../nbs/49_checkpoints.ipynb #weights-for
+def weights_for(recipe: Any, fields: Sequence[str]) -> Weights:
+    """The weights that a recipe names as its `init`, of any of these kinds.
+
+    Raises BeitError where one of these fields of its network differs from theirs.
+    """
+    weights = load_weights(recipe.init)
+    for field in fields:
+        there, here = weights.args[field], getattr(recipe, field)
+        if there != here and field not in weights.guessed:
+            raise BeitError(
+                f"{field} is {there} in {recipe.init}, but {here} in this recipe; set it with "
+                f"--{field.replace('_', '-')}"
+            )
+    return weights
 
 # %% ../nbs/49_checkpoints.ipynb #save-pretrained
 def save_pretrained(

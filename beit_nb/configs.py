@@ -224,7 +224,7 @@ class PretrainRecipe(Backbone, Run):
 class FinetuneRecipe(Backbone, Run):
     "How a (pre-trained) body learns to classify."
 
-    init: Place = ""  # weights to start from: a run of ours, or its checkpoint; empty: from scratch
+    init: Place = ""  # anybody's weights to start from (`load_weights`); empty: from scratch
     labels_per_class: Count | None = None  # labelled pictures a class (drawn by seed); none: all
 
     layer_decay: Share | None = 0.65  # learning rate of a block over that of the next
@@ -236,12 +236,16 @@ class FinetuneRecipe(Backbone, Run):
     crop_scale: CropScale | None = (0.08, 1.0)  # random resized crop; none: whole picture
     flip: Share = 0.5  # probability of a mirrored picture
     mean_std: Literal["beit", "imagenet"] = "imagenet"  # as in the pre-training
+    repeated_aug: Few = 1  # views of a picture in a row; DeiT: 3, and a third of them an epoch
+    in_chans: Literal[1, 3] = 3  # channels that the network reads; 1: pictures are turned gray
 
     use_mean_pooling: bool = True  # classify the mean of the patch tokens; else the class token
     init_scale: NonNegative = 0.001  # the head starts that much smaller
     weight_init: Literal["beit", "xavier"] = "beit"  # only from scratch
     pos_embed_init: Literal["normal", "sincos"] = "normal"  # only from scratch
 
+    ema: BelowOne = 0.0  # also keep and score a running mean of the weights, this slow; 0: none
+    crop_pct: PositiveShare | None = None  # of the edge that is scored; none: 7/8, from 384 on all
     eval_every: Count | None = None  # steps between evaluations; none: at the end of each epoch
     split: Literal["val", "test"] = "val"  # choices are made on val, test is for the report
 
@@ -251,6 +255,8 @@ class FinetuneRecipe(Backbone, Run):
         at_once = min(self.batch_size, self.device_batch_size or self.batch_size)
         if (self.mixup or self.cutmix) and at_once % 2:
             yield f"mixup and cutmix pair pictures: make the batch of {at_once} pictures even"
+        if self.ema and self.parallel == "fsdp":
+            yield "ema keeps a whole copy of the weights: set parallel ddp"
 
 # %% ../nbs/21_configs.ipynb #probe-recipe
 @dataclass

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BODY_FIELDS', 'build_classifier', 'load_init', 'build_from_checkpoint', 'load_classifier', 'evaluate_classifier',
-           'EvaluateCallback', 'scored_the_same', 'last_scores', 'finetune']
+           'running_mean', 'EvaluateCallback', 'scored_the_same', 'last_scores', 'finetune']
 
 # %% ../nbs/50_finetuning.ipynb #imports
 from functools import partial
@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from . import BeitError
-from .checkpoints import load_backbone
+from . import BeitError, warn
+from .checkpoints import Weights, load_backbone, weights_for
 from .classifier import BeitForImageClassification
 from .configs import FinetuneRecipe
 from .data import labels_in, open_data, sample_labels
 from .device import default_device, set_matmul_precision
 from .engine.loading import TrainLoader, TransformedDataset
 from .engine.log import read_log, read_metrics, warn_unfinished, write_metrics
+from .engine.optim import Ema
 from .engine.processes import rank, world_size
 from beit_nb.engine.runs import (
     fingerprint_weights,
@@ -48,7 +49,7 @@ from .vit import backbone_args
 # %% ../nbs/50_finetuning.ipynb #build-classifier
 def build_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassification:
     "The model of a recipe, untrained."
-    args = backbone_args(r)
+    args = backbone_args(r) | {"in_chans": r.in_chans}
     if r.weight_init == "beit":
         args["weight_init"] = "beit_finetune"  # official; cut off 100 deviations away, so never
     return BeitForImageClassification(
@@ -62,42 +63,39 @@ BODY_FIELDS = (  # fields that must be the checkpoint's
     "depth",
     "num_heads",
     "mlp_ratio",
-    "init_values",
     "use_abs_pos_emb",
 )
 
 
-def load_init(r: FinetuneRecipe) -> dict:
-    "The checkpoint that a recipe starts from; {} from scratch."
+def load_init(r: FinetuneRecipe) -> Weights | None:
+    """The weights that a recipe starts from, in anybody's spelling; None from scratch.
+
+    Raises BeitError where they are of another shape. Says so where they saw other colors.
+    """
     if not r.init:
-        return {}
-    warn_unfinished(r.init)
-    return load_checkpoint(r.init, ("pretrain", "finetune"))
+        return None
+    weights = weights_for(r, BODY_FIELDS)
+    if rank() == 0 and not np.allclose(weights.mean_std, MEAN_STD[r.mean_std]):
+        warn(
+            f"the weights in {r.init} seem to want pictures normalised otherwise than by mean_std "
+            f"{r.mean_std!r}; see --mean-std"
+        )
+    return weights
 
 
 def build_from_checkpoint(
     r: FinetuneRecipe,
     num_classes: int,
-    state: dict | None = None,  # None: `load_init` reads it
+    weights: Weights | None = None,  # None: `load_init` reads them
 ) -> BeitForImageClassification:
-    """The model of a recipe, with the body of its `init` checkpoint where one is named.
+    """The model of a recipe, with the body of its `init` where that is named.
 
-    Raises BeitError where that is of another shape.
+    A head for as many classes comes along. Raises BeitError for a body of another shape.
     """
     model = build_classifier(r, num_classes)
-    state = load_init(r) if state is None else state
-    if not state:
-        return model
-    source = from_config(state["config"])
-    for field in BODY_FIELDS:
-        there, here = getattr(source, field), getattr(r, field)
-        if there != here:
-            raise BeitError(
-                f"{field} is {there} in {r.init}, but {here} in this recipe; set it with "
-                f"--{field.replace('_', '-')}"
-            )
-    side = source.img_size // source.patch_size
-    load_backbone(model, state["model"], (side, side))
+    weights = weights or load_init(r)
+    if weights:
+        load_backbone(model, weights.state, weights.grid)
     return model
 
 # %% ../nbs/50_finetuning.ipynb #load-classifier
@@ -136,23 +134,46 @@ def evaluate_classifier(
     unreadable = len(samples) - len(answers.label)
     return metrics | {"val_damaged": unreadable} if unreadable else metrics
 
+# %% ../nbs/50_finetuning.ipynb #running-mean
+def running_mean(model: nn.Module, decay: float) -> Ema:
+    "The mean of a model's weights over the steps to come, on the device, from these weights on."
+    ema = Ema(model.to(default_device()), decay)
+    ema.update(model)
+    return ema
+
 # %% ../nbs/50_finetuning.ipynb #evaluate-callback
 class EvaluateCallback:
     """A callback: scores the model on held-out pictures every so many steps, and at the end.
 
-    A rehearsal tries it on some of them; that is no figure of the run.
+    With a running mean of the weights it scores that too. A rehearsal tries it on some of the
+    pictures; that is no figure of the run.
     """
 
-    def __init__(self, r: FinetuneRecipe, held_out: ImageDataset, every: int):
+    def __init__(
+        self, r: FinetuneRecipe, held_out: ImageDataset, every: int, ema: Ema | None = None
+    ):
         self.recipe = r
         self.held_out = held_out
         self.every = every
+        self.ema = ema
+
+    def follow(self, trainer: Trainer) -> None:
+        "After every step, before it is saved: take its weights into the mean."
+        if self.ema:
+            self.ema.update(trainer.model)
+
+    def scores(self, model: nn.Module, most: int | None = None) -> dict:
+        scores = evaluate_classifier(model, self.recipe, self.held_out, most=most)
+        if self.ema:
+            of_mean = evaluate_classifier(self.ema.module, self.recipe, self.held_out, most=most)
+            scores |= {f"ema_{k}": of_mean[k] for k in ("accuracy", "val_loss")}
+        return scores
 
     def __call__(self, trainer: Trainer) -> dict | None:
         if trainer.finished or trainer.step % self.every == 0:
-            return evaluate_classifier(trainer.model, self.recipe, self.held_out)
+            return self.scores(trainer.model)
         if trainer.recipe.dry_run and trainer.step == trainer.end:
-            evaluate_classifier(trainer.model, self.recipe, self.held_out, most=64)
+            self.scores(trainer.model, most=64)
         return None
 
 # %% ../nbs/50_finetuning.ipynb #last-scores
@@ -168,7 +189,8 @@ def last_scores(r: FinetuneRecipe, trainer: Trainer, scored_on: list, again: boo
     """
     curve = [(row["step"], row["accuracy"]) for row in read_log(trainer.out) if "accuracy" in row]
     curve = curve[-1:] if again else curve
-    return {
+    means = [row["ema_accuracy"] for row in read_log(trainer.out) if "ema_accuracy" in row]
+    return ({"ema_accuracy": means[-1]} if means else {}) | {
         "accuracy": dict(curve).get(trainer.step),
         "curve": curve,
         "split": r.split,
@@ -199,11 +221,12 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
         length = r.length(len(samples))
         check_shares(len(samples), r.batch_size, r.device_batch_size)
         init = load_init(r)
-        weights = fingerprint_weights(init["model"]) if init else ""
+        weights = fingerprint_weights(init.state) if init else ""
         inputs = record_inputs(out, r, {"init": weights})
         classes = pictures.classes
         torch.manual_seed(r.seed)
         model = build_from_checkpoint(r, len(classes), init)
+        ema = running_mean(model, r.ema) if r.ema else None
         trainer = Trainer(
             "finetune",
             r,
@@ -211,6 +234,7 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
             model,
             length,
             layer_decay=r.layer_decay,
+            state={"ema": ema} if ema else None,
             metadata={"classes": classes},
             inputs=inputs,
             quiet=quiet,
@@ -218,9 +242,11 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
         metrics = read_metrics(out) if trainer.finished else None
         if metrics and scored_the_same(metrics, scored_on):
             return metrics  # nothing is left to do
-        loader = TrainLoader(samples, r, trainer.micro_batch_size, rank=rank(), world=world_size())
-        compute_loss = FinetuneLoss(r, len(classes), trainer.micro_batch_size)
-        evaluate = EvaluateCallback(r, held_out, r.eval_every or length.per_epoch)
-        fit(trainer, loader, compute_loss, [evaluate])
+        size = trainer.micro_batch_size
+        loader = TrainLoader(
+            samples, r, size, rank=rank(), world=world_size(), repeats=r.repeated_aug
+        )
+        evaluate = EvaluateCallback(r, held_out, r.eval_every or length.per_epoch, ema)
+        fit(trainer, loader, FinetuneLoss(r, len(classes), size), [evaluate], [evaluate.follow])
         metrics = last_scores(r, trainer, scored_on, again=metrics is not None)
         return write_metrics(out, metrics, trainer.finished)

@@ -164,9 +164,12 @@ class ScoredView(NamedTuple):
 
 
 def scored_view(r: FinetuneRecipe) -> ScoredView:
-    "How the networks of a recipe are scored; whole pictures where training only shifts them."
-    crop_pct = 1.0 if r.augment == "shift" else usual_crop(r.img_size)
-    return ScoredView(r.img_size, crop_pct)
+    """How the networks of a recipe are scored: as it says, else as usual.
+
+    Whole pictures where training only shifts them.
+    """
+    usual = 1.0 if r.augment == "shift" else usual_crop(r.img_size)
+    return ScoredView(r.img_size, r.crop_pct or usual)
 
 # %% ../nbs/40_labelled_views.ipynb #scored-transform
 class ScoredTransform:

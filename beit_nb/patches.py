@@ -68,8 +68,9 @@ class PatchEmbed(nn.Module):
     """Images (B, C, H, W) to patch vectors (B, N, D) by one linear map that all patches share.
 
     BEiT paper, section 2.1; names as in timm. The map is written as a convolution whose window and
-    step are one patch. `patch_shape` is the grid (h, w), `num_patches` is N = h * w. Raises
-    ValueError where a patch would be cut, or where pictures of another size come in.
+    step are one patch. `patch_shape` is the grid (h, w), `num_patches` is N = h * w. With one
+    channel, pictures of three are turned gray, by their mean. Raises ValueError where a patch would
+    be cut, or where pictures of another size come in.
     """
 
     def __init__(
@@ -94,6 +95,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         want = (self.proj.in_channels, *self.img_size)
+        if want[0] == 1 and x.ndim == 4 and x.shape[1] == 3:
+            x = x.mean(1, keepdim=True)
         if x.ndim != 4 or tuple(x.shape[1:]) != want:
             C, H, W = want
             raise ValueError(

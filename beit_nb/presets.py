@@ -161,7 +161,7 @@ FINETUNE |= {
         "and main.py); its head and its weights begin as ours",
         FinetuneRecipe(**BASE_1K | shared(
             epochs=300, warmup_epochs=5, lr=1e-3, min_lr=1e-5, layer_decay=None,
-            use_mean_pooling=False, init_scale=1.0))),
+            use_mean_pooling=False, init_scale=1.0, repeated_aug=3))),
 }
 
 # %% ../nbs/22_presets.ipynb #released-presets

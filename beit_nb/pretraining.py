@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import BeitError, warn
+from . import warn
 from .configs import PretrainRecipe
 from .data import open_data
 from .device import default_device, set_matmul_precision
@@ -224,14 +224,7 @@ def start_mim(r: PretrainRecipe, out: Path) -> BeitForMaskedImageModeling:
         if rank() == 0:
             warn(f"{out} goes on with its own weights; {r.init} is not read again")
         return build_mim(r)
-    weights = import_module("beit_nb.checkpoints").load_weights(r.init)
-    for field in INIT_FIELDS:
-        there, here = weights.args[field], getattr(r, field)
-        if there != here and field not in weights.guessed:
-            raise BeitError(
-                f"{field} is {there} in {r.init}, but {here} in this recipe; set it with "
-                f"--{field.replace('_', '-')}"
-            )
+    weights = import_module("beit_nb.checkpoints").weights_for(r, INIT_FIELDS)
     args = backbone_args(r) | {"vocab_size": r.vocab_size, "in_chans": 3}
     return BeitForMaskedImageModeling.from_pretrained(weights, **args).train()
 

@@ -118,7 +118,9 @@ COMMANDS = {
         run="beit_nb.finetuning:finetune",
         help="classification: from pre-trained weights or from scratch",
         shown=("loss", "accuracy"),
-        curves=dict(loss="loss", accuracy="accuracy", val_loss="loss on unseen pictures"),
+        curves=dict(
+            loss="loss", accuracy="accuracy", ema_accuracy="accuracy of the running mean",
+            val_loss="loss on unseen pictures"),
         cards=dict(loss=("{:.3f}", "loss"), accuracy=("{:.1%}", "accuracy")),
     ),
     "probe": Command(

@@ -98,6 +98,9 @@ WRONG = dict(
     precision=("fp8",),
     weight_init=("zeros",),
     likelihood=("uniform",),
+    repeated_aug=(0, -1),
+    crop_pct=(0.0, 1.5, math.nan),
+    in_chans=(0, 2, 13),
     split=("train",),
 )
 
@@ -216,6 +219,7 @@ CONFLICTS = [  # a preset, changes of it, what the refusal says
     ("tokenizer", dict(arch="dalle", width=6), "width 6 is not divisible by"),
     ("tokenizer", dict(parallel="fsdp"), "set parallel ddp"),
     ("finetune", dict(mixup=0.8, batch_size=31), "mixup and cutmix pair pictures"),
+    ("finetune", dict(ema=0.9, parallel="fsdp"), "ema keeps a whole copy"),
     ("finetune", dict(cutmix=0.8, device_batch_size=1), "mixup and cutmix pair pictures"),
 ]
 

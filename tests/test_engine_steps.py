@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers_processes import PATIENCE
+from timm.data.distributed_sampler import RepeatAugSampler
 from torch import Tensor, nn
 
 from beit_nb import BeitError
@@ -62,6 +63,25 @@ def test_every_sample_once_for_any_number_of_processes(length, batch, world, chu
     for first in (1, per_epoch, 2 * per_epoch + 1):
         resumed = list(batch_indices(length, batch, 1, first, last, chunk_starts=starts))
         assert resumed == alone[first:]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_repeated_pictures_are_handed_out_as_by_timm(world, monkeypatch):
+    "In order, each three times, copy by copy to the processes, for as long as an epoch is."
+    monkeypatch.setattr("beit_nb.engine.steps.shuffled", lambda n, rng, starts: np.arange(n))
+    ours, theirs = [], []
+    for rank in range(world):
+        batches = batch_indices(48, 12, 0, 0, 8, rank, world, repeats=3)
+        ours.append([key for batch in batches for key in batch])
+        sampler = RepeatAugSampler(range(48), world, rank, shuffle=False, selected_round=0)
+        theirs.append(list(sampler))
+
+    for mine, of_timm in zip(ours, theirs):
+        assert [key % 48 for key in mine] == 2 * of_timm  # two epochs
+    keys = [key for mine in ours for key in mine]
+    assert len(set(keys)) == len(keys) == 96  # no copy draws what another has drawn
+    alone = list(batch_indices(48, 12, 5, 0, 8, repeats=3))
+    assert list(batch_indices(48, 12, 5, 3, 8, repeats=3)) == alone[3:]
 
 
 def test_every_epoch_and_every_seed_has_a_shuffle_of_its_own():

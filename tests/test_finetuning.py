@@ -10,9 +10,13 @@ import torch.nn.functional as F
 from helpers import red_and_blue, save_gray
 from helpers_models import SIZE, shaken
 from PIL import Image
+from safetensors.torch import save_file
 
 from beit_nb import BeitError
+from beit_nb.checkpoints import save_official
 from beit_nb.configs import FinetuneRecipe
+from beit_nb.engine.log import read_log
+from beit_nb.engine.runs import load_checkpoint
 from beit_nb.engine.sources import ImageFolder
 from beit_nb.finetuning import (
     BeitForImageClassification,
@@ -22,7 +26,8 @@ from beit_nb.finetuning import (
     finetune,
     load_classifier,
 )
-from beit_nb.labelled_views import FinetuneTransform
+from beit_nb.labelled_views import FinetuneTransform, scored_view
+from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.probing import all_features, raw_pixels
 from beit_nb.recipes import recipe_named
 
@@ -161,3 +166,134 @@ def test_features_of_a_damaged_picture_are_its_neighbors(tmp_path):
     features, seen = all_features({"pixels": raw_pixels}, pictures, 32, batch_size=4)
     assert seen.tolist() == [0, 1, 2, 4, 4]  # the label that goes with it is the neighbor's too
     assert np.allclose(features["pixels"][0, 3], 80 / 255)
+
+
+def quick(folder, out, **changes):
+    "A fine-tuning of moments on photographs."
+    fields = dict(data=str(folder), out=str(out), augment="none", mixup=0.0, cutmix=0.0)
+    return FinetuneRecipe(**TINY | fields | changes)
+
+
+def test_a_running_mean_goes_on_bit_for_bit(folder, tmp_path):
+    "Stopped in the middle of an epoch of repeated pictures, it ends with the same of everything."
+    changes = dict(steps=6, batch_size=4, repeated_aug=3, ema=0.9, crop_scale=(0.3, 1.0))
+    whole = finetune(quick(folder, tmp_path / "whole", **changes), quiet=True)
+    part = quick(folder, tmp_path / "part", **changes)
+
+    finetune(replace(part, max_steps=3), quiet=True)
+    again = finetune(part, quiet=True)
+
+    a, b = (load_checkpoint(tmp_path / run, "finetune") for run in ("whole", "part"))
+    for kind in ("model", "ema"):
+        assert a[kind].keys() == b[kind].keys()
+        assert all(torch.equal(x, b[kind][name]) for name, x in a[kind].items())
+    assert not torch.equal(a["ema"]["module.head.weight"], a["model"]["head.weight"])
+    assert again["ema_accuracy"] == whole["ema_accuracy"] and again["curve"] == whole["curve"]
+
+
+def test_the_running_mean_is_scored_beside_the_weights(folder, tmp_path):
+    r = quick(folder, tmp_path / "run", ema=0.9, lr=0.05, layer_decay=None)
+    metrics = finetune(r, quiet=True)
+    state = load_checkpoint(tmp_path / "run", "finetune")
+    weights = {k.removeprefix("module."): v for k, v in state["ema"].items() if k != "n_averaged"}
+    model = build_classifier(r, 2)
+    model.load_state_dict(weights)
+
+    scores = evaluate_classifier(model, r, ImageFolder(folder / "val", labels=True))
+
+    [row] = [row for row in read_log(tmp_path / "run") if "ema_val_loss" in row]
+    assert row["ema_val_loss"] == pytest.approx(scores["val_loss"], abs=1e-6)
+    assert row["ema_val_loss"] != row["val_loss"]
+    assert metrics["ema_accuracy"] == scores["accuracy"]
+
+
+def test_another_crop_for_the_score():
+    r = recipe_named("finetune", "base-in1k")
+
+    assert scored_view(r).edge == 256 and scored_view(replace(r, img_size=384)).edge == 384
+    assert scored_view(replace(r, crop_pct=1.0)).edge == 224
+    assert scored_view(recipe_named("finetune", "nano", crop_pct=0.5)).edge == 64
+
+
+def of_timm(folder):
+    from timm.models.beit import Beit
+
+    shape = {k: TINY[k] for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    theirs = shaken(Beit(num_classes=5, use_rel_pos_bias=True, init_values=0.1, **shape))
+    torch.save(theirs.state_dict(), folder / "timm.pth")
+    return folder / "timm.pth"
+
+
+def of_hugging_face(folder):
+    from transformers import BeitConfig, BeitForMaskedImageModeling as Theirs
+
+    config = BeitConfig(
+        vocab_size=11,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        image_size=16,
+        patch_size=4,
+        layer_norm_eps=1e-6,
+        use_mean_pooling=True,
+        use_mask_token=True,
+        use_shared_relative_position_bias=True,
+    )
+    shaken(Theirs(config)).save_pretrained(folder / "hf")
+    return folder / "hf"
+
+
+def of_the_official_code(folder):
+    shape = {k: TINY[k] for k in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
+    shared = dict(use_abs_pos_emb=False, use_shared_rel_pos_bias=True, init_values=0.1)
+    ours = shaken(BeitForMaskedImageModeling(vocab_size=11, **shape, **shared))
+    save_official(ours, folder / "official.pth")
+    return folder / "official.pth"
+
+
+def of_safetensors(folder):
+    content = torch.load(of_the_official_code(folder), weights_only=True)
+    save_file(content["model"], folder / "x.safetensors")
+    return folder / "x.safetensors"
+
+
+@pytest.mark.parametrize("write", [of_timm, of_hugging_face, of_the_official_code, of_safetensors])
+@pytest.mark.parametrize("changes", [{}, dict(img_size=24, in_chans=1)])
+def test_it_starts_from_anybodys_weights(write, changes, folder, tmp_path):
+    "The body as `from_pretrained` has it, for larger and gray pictures too; norm and head are new."
+    init = write(tmp_path)
+    r = quick(folder, tmp_path / "run", init=str(init), init_scale=0.001, **PLUS | changes)
+    if write is of_timm:
+        r = replace(r, use_abs_pos_emb=True)
+
+    model = build_from_checkpoint(r, 2)
+    metrics = finetune(r, quiet=True)
+    tuned, again, _ = load_classifier(tmp_path / "run")
+
+    known = BeitForImageClassification.from_pretrained(init, num_classes=2, **changes)
+    for name, p in model.state_dict().items():
+        if not name.startswith(("head.", "fc_norm.")):
+            assert torch.equal(p, known.state_dict()[name]), name
+    assert model.head.weight.abs().max() < 0.001
+    assert (model.fc_norm.weight == 1).all() == (write is not of_timm)  # that one has been trained
+    assert metrics["steps"] == 2 and again == r
+    side = r.img_size
+    assert tuned(torch.randn(1, 3, side, side)).shape == (1, 2)
+
+
+def test_weights_of_another_shape_or_color_are_told(folder, tmp_path, capfd):
+    r = quick(folder, tmp_path / "run", init=str(of_timm(tmp_path)), **PLUS)
+    r = replace(r, use_abs_pos_emb=True)
+
+    with pytest.raises(BeitError, match="depth is 2 in .*timm.pth, but 3 in this recipe"):
+        build_from_checkpoint(replace(r, depth=3), 2)
+    with pytest.raises(BeitError, match=r"init_values \(LayerScale\) must be the checkpoint's"):
+        build_from_checkpoint(replace(r, init_values=None), 2)
+    with pytest.raises(BeitError, match="use_rel_pos_bias"):
+        build_from_checkpoint(replace(r, use_rel_pos_bias=False), 2)
+    capfd.readouterr()
+    build_from_checkpoint(replace(r, mean_std="imagenet"), 2)
+    assert capfd.readouterr().err == ""
+    build_from_checkpoint(r, 2)
+    assert "see --mean-std" in capfd.readouterr().err

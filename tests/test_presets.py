@@ -101,6 +101,8 @@ TABLE_13 = dict(
     augment="rand-m9-mstd0.5-inc1",                     # [13]: RandAugment 9 / 0.5
     crop_scale=(0.08, 1.0), flip=0.5,                   # [code]: timm's create_transform
     mean_std="imagenet",                                # as in the pre-training
+    repeated_aug=1,                                     # unilm#554: not used, whatever [13] ticks
+    ema=0.0, crop_pct=None, in_chans=3,                 # [code]: no EMA; 256 / 224; RGB
     use_mean_pooling=True, init_scale=0.001,            # 2.6; [README]: --init_scale 0.001
     weight_init="beit", pos_embed_init="normal",
     init="", labels_per_class=None, eval_every=None, split="val",  # [ours]
@@ -137,7 +139,7 @@ FINETUNE = {
     "small-in1k": TABLE_13 | VIT_SMALL,  # [ours]: base's numbers
     "tiny-in1k": TABLE_13 | VIT_TINY,  # [ours]
     "base-scratch": TABLE_13 | BASE | dict(
-        epochs=300, batch_size=1024, warmup_epochs=5,  # [DeiT], Table 9
+        epochs=300, batch_size=1024, warmup_epochs=5, repeated_aug=3,  # [DeiT], Table 9
         lr=1e-3, min_lr=1e-5,                          # its main.py: 5e-4 * batch / 512, --min-lr
         layer_decay=None, use_mean_pooling=False, init_scale=1.0),  # a class token, as [DeiT]
     "base-plus-in1k": BASE_22K,  # [README]: as Table 13

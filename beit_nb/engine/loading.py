@@ -206,8 +206,7 @@ class UnreadableLog:
 
         Raises BeitError when it is too much.
         """
-        everybody = set().union(*gather_over_ranks(self.found))
-        new = sorted(everybody - set(self.damaged))
+        new = sorted(set().union(*gather_over_ranks(self.found)) - set(self.damaged))
         self.damaged = sorted([*self.damaged, *new])
         self.found = set()
         if this_rank() == 0:
@@ -252,6 +251,7 @@ class TrainLoader(StepLoader):
         finalize_batch: Callable[[Any], tuple[Any, int]] = whole_batch,  # last touch on the CPU
         rank: int = 0,
         world: int = 1,
+        repeats: int = 1,  # views of a picture in a row
     ):
         n = len(samples)
         check_batch(n, recipe.batch_size, world)
@@ -265,6 +265,7 @@ class TrainLoader(StepLoader):
         self.unreadable = UnreadableLog(self.pictures, n, recipe.max_damaged)
         self.identity = {"pictures": len(self.pictures), "names": self.pictures.fingerprint()}
         self.chunk_starts = self.pictures.chunk_starts if n == len(self.pictures) else None
+        self.repeats = repeats
 
     @property
     def new_unreadable(self) -> int:
@@ -291,9 +292,9 @@ class TrainLoader(StepLoader):
         self.unreadable.damaged = self.unreadable.still_damaged(state.get("damaged", ()))
 
     def keys(self, first: int, last: int, rank: int, world: int) -> Iterator[list[int]]:
-        r = self.recipe
-        n = len(self.samples)
-        return batch_indices(n, r.batch_size, r.seed, first, last, rank, world, self.chunk_starts)
+        n, r = len(self.samples), self.recipe
+        order = self.chunk_starts, self.repeats
+        return batch_indices(n, r.batch_size, r.seed, first, last, rank, world, *order)
 
     def steps(self, first: int, last: int) -> Iterator[tuple[list, list[int]]]:
         if self.chunk_starts is not None:

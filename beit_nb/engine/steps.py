@@ -62,10 +62,13 @@ def batch_indices(
     rank: int = 0,  # this process
     world: int = 1,  # of how many
     chunk_starts: np.ndarray | None = None,
+    repeats: int = 1,  # how often a sample comes in a row
 ) -> Iterator[list[int]]:
     """The keys of every batch of steps [first, last): a key is epoch * length + number.
 
     A new shuffle each epoch, all samples once, the short rest dropped. A process takes every n-th.
+    With `repeats` an epoch is as long, and of fewer samples; each copy's key has an epoch of its
+    own, so that it draws its own randomness (RASampler of DeiT, RepeatAugSampler of timm).
     """
     per_epoch = length // batch_size
     shuffled_epoch = None
@@ -73,9 +76,11 @@ def batch_indices(
         epoch, b = divmod(step, per_epoch)
         if epoch != shuffled_epoch:
             ids = shuffled(length, np.random.default_rng([3, seed, epoch]), chunk_starts)
+            copies = np.arange(repeats) + epoch * repeats  # epochs to draw from
+            keys = (copies * length + ids[:, None]).ravel()  # the copies of a sample in a row
             shuffled_epoch = epoch
-        batch = ids[b * batch_size : (b + 1) * batch_size]
-        yield (epoch * length + batch[rank::world]).tolist()
+        batch = keys[b * batch_size : (b + 1) * batch_size]
+        yield batch[rank::world].tolist()
 
 # %% ../../nbs/29_engine_steps.ipynb #split-batch
 def map_batch(f: Callable[[Tensor], Tensor], batch):
