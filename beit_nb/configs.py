@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'Length', 'Run', 'Backbone', 'not_divisible', 'TokenizerRecipe', 'PretrainRecipe', 'FinetuneRecipe',
-           'ProbeRecipe', 'check_recipe']
+           'ProbeRecipe', 'LinearRecipe', 'check_recipe']
 
 # %% ../nbs/21_configs.ipynb #imports
 from collections.abc import Iterator
@@ -263,7 +263,7 @@ class FinetuneRecipe(Backbone, Run):
 class ProbeRecipe(Recipe):
     "A linear classifier on the frozen features of every block (the paper's Table 9)."
 
-    init: Place = ""  # a run of `beit pretrain` or `beit finetune`, or a checkpoint of it
+    init: Place = ""  # trained weights, whoever wrote them: what `load_weights` reads
     labels_per_class: Count | None = 20  # labelled pictures a class (drawn by seed); none: all
     knn_k: Count = 20  # neighbours that vote; another k is chosen on val beside it
     knn_temperature: Positive = 0.07  # of their votes, exp(cosine / temperature)
@@ -272,6 +272,26 @@ class ProbeRecipe(Recipe):
     batch_size: Count = 256  # pictures at once
     workers: Workers = 0  # loader processes
     split: Literal["val", "test"] = "val"  # where the block is scored
+
+# %% ../nbs/21_configs.ipynb #linear-recipe
+@dataclass
+class LinearRecipe(Run):
+    "A line on every frozen block at once, by AdamW (paper, App. D and Table 9)."
+
+    init: Place = ""  # trained weights, whoever wrote them: what `load_weights` reads
+    labels_per_class: Count | None = None  # labelled pictures a class (drawn by seed); none: all
+    pooling: Literal["mean", "both"] = "mean"  # of the patches; both: class token beside it
+
+    crop_scale: CropScale | None = (0.08, 1.0)  # random resized crop; none: whole picture
+    flip: Share = 0.5  # probability of a mirrored picture
+
+    eval_every: Count | None = None  # steps between evaluations; none: at the end of each epoch
+    split: Literal["val", "test"] = "val"  # blocks are chosen on val, test is for the report
+
+    def conflicts(self) -> Iterator[str]:
+        yield from Run.conflicts(self)
+        if self.parallel == "fsdp":
+            yield "a line is small: set parallel ddp"
 
 # %% ../nbs/21_configs.ipynb #check-recipe
 def check_recipe(recipe: Recipe) -> None:

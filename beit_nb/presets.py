@@ -6,12 +6,18 @@
 __all__ = ['BASE', 'LARGE', 'VIT_SMALL', 'VIT_TINY', 'PLUS', 'SMALL', 'NANO', 'TINY', 'LAPTOP', 'GPU', 'TOKENIZER', 'PAPER',
            'IN1K', 'IN22K', 'PRETRAIN', 'IMAGENET', 'BASE_1K', 'LARGE_1K', 'CIFAR_100', 'UNMIXED', 'AGAIN',
            'BASE_AGAIN', 'LARGE_AGAIN', 'HIGHER', 'FINETUNE', 'RELEASED', 'BASE_22K', 'LARGE_22K', 'LABELS_22K',
-           'THIRTY', 'BASE_THEN', 'LARGE_THEN', 'PROBE', 'shared']
+           'THIRTY', 'BASE_THEN', 'LARGE_THEN', 'PROBE', 'LINEAR', 'shared']
 
 # %% ../nbs/22_presets.ipynb #imports
 from typing import Any
 
-from .configs import FinetuneRecipe, PretrainRecipe, ProbeRecipe, TokenizerRecipe
+from beit_nb.configs import (
+    FinetuneRecipe,
+    LinearRecipe,
+    PretrainRecipe,
+    ProbeRecipe,
+    TokenizerRecipe,
+)
 
 # %% ../nbs/22_presets.ipynb #presets
 def shared(**fields: Any) -> dict[str, Any]:
@@ -208,6 +214,15 @@ FINETUNE |= {
 # fmt: off
 PROBE = {
     "nano": ("every block on 20 labels a class of the embedded digits", ProbeRecipe()),
-    "in1k": ("Table 9: ImageNet-1K, all labels", ProbeRecipe(
-        data="imagenet", labels_per_class=None, draws=1)),
+    "in1k": ("ImageNet-1K, 13 labels a class (1 %); not run here", ProbeRecipe(
+        data="imagenet", labels_per_class=13, draws=1)),
+}
+LINEAR = {
+    "nano": ("a line on every block of a small network, all labels of the digits", LinearRecipe(
+        data="digits", epochs=6, batch_size=60, lr=3e-2, min_lr=0.0, weight_decay=1e-4,
+        crop_scale=None, flip=0.0)),
+    "in1k": (
+        "Table 9: ImageNet-1K, all labels, 50 epochs (App. D); base and large; not run here",
+        LinearRecipe(
+            data="imagenet", epochs=50, batch_size=1024, lr=4e-3, min_lr=0.0, weight_decay=1e-4)),
 }

@@ -16,6 +16,7 @@ from . import BeitError
 from beit_nb.configs import (
     Backbone,
     FinetuneRecipe,
+    LinearRecipe,
     PretrainRecipe,
     ProbeRecipe,
     Recipe,
@@ -24,7 +25,7 @@ from beit_nb.configs import (
     check_recipe,
 )
 from .limits import CHANGEABLE_FIELDS, as_config, check_same_run, no_such
-from .presets import FINETUNE, PRETRAIN, PROBE, TOKENIZER
+from .presets import FINETUNE, LINEAR, PRETRAIN, PROBE, TOKENIZER
 
 # handed on; nbdev adds them to __all__
 _all_ = ["Backbone", "Run", "CHANGEABLE_FIELDS", "as_config", "check_recipe", "check_same_run"]
@@ -128,6 +129,14 @@ COMMANDS = {
         run="beit_nb.probing:probe",
         help="linear probe, k-NN and rank of every block",
         pictures="beit_nb.report:probe_pictures",
+    ),
+    "linear": Command(
+        LinearRecipe, LINEAR,
+        run="beit_nb.linear:linear",
+        help="linear probe of every block in steps, at any size",
+        shown=("block_loss", "accuracy"),
+        curves=dict(block_loss="loss of a block", accuracy="accuracy of the best block"),
+        cards=dict(block_loss=("{:.3f}", "loss of a block"), accuracy=("{:.1%}", "accuracy")),
     ),
 }
 

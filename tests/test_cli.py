@@ -611,6 +611,7 @@ def test_home_is_found_in_every_path(monkeypatch, tmp_path, typed, meant):
         "pretrain": ["data", "out", "tokenizer", "tokens"],
         "finetune": ["data", "out", "init"],
         "probe": ["data", "out", "init"],
+        "linear": ["data", "out", "init"],
     }.items():
         for field in path_fields:
             recipe = read_recipe(command, ["nano", f"--{field}={typed}"])
