@@ -172,7 +172,7 @@ def sequential_batches(
         report_unreadable(dataset.pictures, unreadable)
         yield SequentialBatch(batch, (torch.tensor(mine) < n) & (replaced < 0), unreadable)
 
-# %% ../../nbs/34_engine_loading.ipynb #unreadable-log
+# %% ../../nbs/34_engine_loading.ipynb #check-damage
 def check_damage(pictures: ImageDataset, damaged: list[int], total: int, share: float) -> None:
     """Raise BeitError when more of `total` pictures are unreadable than the share allows.
 
@@ -186,7 +186,7 @@ def check_damage(pictures: ImageDataset, damaged: list[int], total: int, share: 
             "them, or raise --max-damaged; or delete them, and choose another --out"
         )
 
-
+# %% ../../nbs/34_engine_loading.ipynb #unreadable-log
 class UnreadableLog:
     "Which pictures of a run nobody could read: one list for all processes, kept in checkpoints."
 

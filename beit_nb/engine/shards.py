@@ -150,7 +150,7 @@ def shard_index(tar: Path) -> np.ndarray:
     table = shard_table(tar)
     return table[1 + table[0, 3] :]
 
-
+# %% ../../nbs/32_engine_shards.ipynb #left-out-of
 def member_name(header: bytes) -> str:
     "The name in the header of a member; tarfile.TarError if it is none."
     return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").name

@@ -80,7 +80,7 @@ def check_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], where: A
             "changed: give the checkpoint of a run of this version"
         )
 
-
+# %% ../../nbs/30_engine_trainer.ipynb #build-model
 Model = TypeVar("Model", bound=nn.Module)
 
 
