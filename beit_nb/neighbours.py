@@ -7,7 +7,6 @@ __all__ = ['POOLINGS', 'NEIGHBOURS', 'Labelled', 'pooled_features', 'nearest_row
            'best_on_val', 'neighbour_scores', 'effective_rank', 'neighbour_table', 'neighbours_figure']
 
 # %% ../nbs/51_neighbours.ipynb #imports
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -226,6 +225,8 @@ def neighbour_table(arm: dict, poolings=POOLINGS) -> np.ndarray:  # (poolings, 3
 
 def neighbours_figure(arms: dict, split: str = "test") -> Figure:
     "k-NN accuracy and effective rank block by block, of both POOLINGS (`probe`'s figures)."
+    import matplotlib.pyplot as plt  # here: who probes draws nothing
+
     fig, axes = plt.subplots(1, 3, figsize=(9, 2.7), layout="constrained")
     for name, color in (("pretrained", "blue"), ("random", "orange")):
         for rows, pooling, line in zip(neighbour_table(arms[name]), POOLINGS, ("o-", "s:")):

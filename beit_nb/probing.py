@@ -9,7 +9,6 @@ __all__ = ['STRENGTHS', 'WholePicture', 'block_features', 'linear_scores', 'prob
 # %% ../nbs/52_probing.ipynb #imports
 from collections.abc import Callable
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -250,6 +249,8 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
 # %% ../nbs/52_probing.ipynb #probe-figure
 def probe_figure(arms: dict, split: str = "test") -> Figure:
     "Probe accuracy block by block, pre-trained and random, beside raw pixels (`probe`'s figures)."
+    import matplotlib.pyplot as plt  # here: who probes draws nothing
+
     fig, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")
     blocks = range(1, 1 + len(arms["pretrained"]["layers"]))
     ax.plot(blocks, arms["pretrained"]["layers"], "o-", color=PALETTE["blue"], label="pre-trained")
