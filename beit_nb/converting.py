@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'TIMM_BASE', 'TIMM_LARGE', 'TOLD', 'check_place', 'Source', 'is_tokenizer', 'notes_of', 'about_run',
-           'in_words', 'read_source', 'timm_state', 'timm_arguments', 'new_folder', 'lost', 'write_safetensors',
+           'in_words', 'read_source', 'timm_state', 'timm_arguments', 'new_folder', 'seen', 'lost', 'write_safetensors',
            'write_form', 'how_to_read', 'convert']
 
 # %% ../nbs/56_converting.ipynb #imports
@@ -34,6 +34,7 @@ from .engine.log import read_metrics, warn_unfinished
 from .engine.runs import load_checkpoint, save_checkpoint
 from .engine.safeload import flatten, read_weights_file
 from .hub import write_hf_folder
+from .labelled_views import ScoredView
 from .tokenizer import DALLE_KEY, is_dalle, load_dalle, load_tokenizer
 
 # %% ../nbs/56_converting.ipynb #check-place
@@ -205,6 +206,12 @@ def new_folder(out: Path) -> Iterator[Path]:
 TOLD = ("num_heads", "img_size", "use_mean_pooling", "layer_norm_eps")
 
 
+def seen(view: ScoredView) -> tuple:
+    "What a view does to a picture: the edge that it is resized to, and how."
+    edge = int(view.img_size / view.crop_pct + 1e-6)  # of a rounded quotient
+    return edge, view.crop_mode, view.interpolation
+
+
 def lost(before: Weights, after: Weights) -> list[str]:
     "What was known of a network and is not any more, or is guessed otherwise, in words."
     words = []
@@ -217,9 +224,10 @@ def lost(before: Weights, after: Weights) -> list[str]:
         words.append(f"the names of {len(before.classes):,} classes")
     if [*map(list, before.mean_std)] != [*map(list, after.mean_std)]:
         words.append("mean {} and std {} of its pictures".format(*before.mean_std))
-    edges = [round(w.args["img_size"] / w.crop_pct) for w in (before, after)]
-    if edges[0] != edges[1]:
-        words.append(f"crop_pct {before.crop_pct:.3g} of its scoring")
+    if seen(before.view) != seen(after.view):
+        words.append(
+            f"crop_pct {before.view.crop_pct:.3g} ({before.view.crop_mode}) of its scoring"
+        )
     assumed = {"layer_norm_eps": 1e-6}
     old, new = assumed | before.args, assumed | after.args
     return words + [f"{n} {old[n]}" for n in TOLD if n in new and old.get(n) != new[n]]
@@ -244,7 +252,7 @@ def write_form(source: Source, out: Path, to: str) -> None:
                 weights.state,
                 weights.classes,
                 weights.mean_std,
-                weights.crop_pct,
+                weights.view.img_size / weights.view.edge,
                 known=weights.args,
                 about=source.about,
             )

@@ -146,7 +146,7 @@ def test_a_folder_of_theirs_goes_home(tmp_path):
     assert len(convert(tmp_path / "a", tmp_path / "b", "hf")) == 2
     again = load_weights(tmp_path / "b")
     assert again.classes == [*"abcdefg"] and again.args["layer_norm_eps"] == 1e-5
-    assert tuple(map(tuple, again.mean_std)) == mean_std and again.crop_pct == 0.8
+    assert tuple(map(tuple, again.mean_std)) == mean_std and again.view.crop_pct == 0.8
     [_, said] = convert(tmp_path / "a", tmp_path / "c.pth", "official")
     for words in ("the names of 7 classes", "mean (0.1, 0.2, 0.3)", "crop_pct 0.8", "eps 1e-05"):
         assert words in said
