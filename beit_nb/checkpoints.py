@@ -22,7 +22,7 @@ from .engine.log import warn_unfinished
 from .engine.processes import rank
 from .engine.runs import check_state, is_config, load_checkpoint, save_checkpoint
 from .engine.safeload import flatten, read_weights_file
-from .hub import read_hf_folder, write_hf_folder
+from .hub import WEIGHTS, read_hf_folder, write_hf_folder
 from .images import BEIT_MEAN_STD, IMAGENET_MEAN_STD, MEAN_STD
 from .labelled_views import ScoredView, scored_view, usual_crop
 from .layouts import around_body, check_whole, class_of, shape_of, to_official
@@ -109,9 +109,10 @@ def weights_of_run(checkpoint: Mapping[str, Any]) -> Weights:
 
 
 def is_of_hugging_face(folder: Path) -> bool:
-    "Has this folder a config.json that names a type of model?"
+    "Has this folder a config.json that names a type of model, or weights under its names?"
     config = folder / "config.json"
-    return config.is_file() and "model_type" in read_json(config)
+    told = config.is_file() and "model_type" in read_json(config)
+    return told or any((folder / name).is_file() for name in WEIGHTS)
 
 
 def is_of_ours(content: Any) -> bool:

@@ -1,6 +1,7 @@
 """Whole networks in and out: every direction, bit for bit, with the peers running."""
 
 from argparse import Namespace
+from zipfile import ZipFile
 
 import pytest
 import timm
@@ -229,6 +230,34 @@ def test_half_a_file_says_so(tmp_path):
 
     with pytest.raises(BeitError, match="damaged or no file of weights.*download it again"):
         load_weights(path)
+
+
+def test_half_a_safetensors_says_so(tmp_path):
+    path = tmp_path / "half.safetensors"
+    save_file(classifier("paper").state_dict(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+    with pytest.raises(BeitError, match="damaged or no file of weights.*download it again"):
+        load_weights(path)
+
+
+def test_an_archive_that_holds_no_weights(tmp_path):
+    with ZipFile(tmp_path / "beit.pth", "w") as archive:
+        archive.writestr("readme.txt", "pictures")
+
+    with pytest.raises(BeitError, match="a zip archive without any weights of torch"):
+        load_weights(tmp_path / "beit.pth")
+
+
+def test_a_folder_without_its_configuration(tmp_path):
+    to_hf(classifier("paper"), tmp_path / "hub")
+    (tmp_path / "hub" / "config.json").unlink()
+    (tmp_path / "empty").mkdir()
+
+    with pytest.raises(BeitError, match="has no config.json"):
+        load_weights(tmp_path / "hub")
+    with pytest.raises(BeitError, match="no checkpoint at .*empty"):
+        load_weights(tmp_path / "empty")
 
 
 def a_run(command, model, tmp_path, **fields):
