@@ -174,8 +174,8 @@ def test_every_module_has_its_notebook(module):
 
 
 OF_MANY = set(
-    "explorers faults faults_continued lessons strangers tokenizer_dalle travelling_weights "
-    "whose_figures".split()
+    "explorers faults faults_continued lessons published strangers tokenizer_dalle "
+    "travelling_weights weights_parity whose_figures".split()
 )
 
 
