@@ -97,6 +97,7 @@ HOMES = {
     "pretraining": "pretrain",
     "finetuning": "BeitForImageClassification finetune",
     "probing": "probe",
+    "segmentation": "BeitForSemanticSegmentation mean_iou slide_inference",
     "explorers": "MaskExplorer",
 }
 _HOME_OF = {name: module for module, names in HOMES.items() for name in names.split()}

@@ -105,7 +105,7 @@ def layout_of(names: Iterable[str]) -> str:
 # %% ../nbs/46_layouts.ipynb #around-body
 AROUND = re.compile(
     r"(?:state_dict\.|module\.|model\.|backbone\.)*"  # wrappers
-    r"(decode_head|auxiliary_head|neck|fpn\d)\."  # what a segmentation has around its BEiT
+    r"(decode_head|auxiliary_head|neck|fpn\d?)\."  # what a segmentation has around its BEiT
 )
 
 

@@ -1,0 +1,325 @@
+"""The network for segmentation against Hugging Face's, its names, windows that slide, scores."""
+
+import pytest
+import torch
+from helpers_models import FORMS, SIZE, forms
+from transformers import BeitConfig, BeitForSemanticSegmentation as Theirs
+
+from beit_nb import BeitError
+from beit_nb.checkpoints import load_weights
+from beit_nb.engine.optim import param_groups
+from beit_nb.mim import BeitForMaskedImageModeling
+from beit_nb.resizing import resize_pos_embed, resize_rel_pos_bias
+from beit_nb.segmentation import (
+    BeitForSemanticSegmentation,
+    confusion_table,
+    mean_iou,
+    segmentation_scores,
+    slide_inference,
+    to_segmentation_names,
+    window_starts,
+)
+
+torch.set_num_threads(1)
+DEEP = SIZE | dict(depth=6)
+KINDS = pytest.mark.parametrize("kind", ["setr_pup", "upernet", "linear"])
+
+
+def pictures(side=32, batch=2):
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+def trained(model):
+    "In eval mode, every number moved, variances upwards."
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, x in model.state_dict().items():
+            if x.is_floating_point():
+                noise = torch.rand_like(x) if name.endswith("var") else torch.randn_like(x)
+                x.add_(0.1 * noise)
+    return model.eval()
+
+
+def hugging_face(paper: bool):
+    config = BeitConfig(
+        image_size=32,
+        patch_size=4,
+        hidden_size=64,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=256,
+        use_absolute_position_embeddings=paper,
+        use_relative_position_bias=not paper,
+        layer_scale_init_value=0.0 if paper else 0.1,
+        layer_norm_eps=1e-6,
+        num_labels=11,
+        out_indices=[2, 3, 5, 6],
+    )
+    return trained(Theirs(config))
+
+
+def ours_like(paper: bool, **kwargs):
+    name = "paper" if paper else "bias per block, LayerScale"
+    return BeitForSemanticSegmentation(11, **DEEP, **FORMS[name], **kwargs).eval()
+
+
+# The network.
+
+
+@forms
+@KINDS
+def test_a_class_for_every_pixel(form, kind):
+    model = BeitForSemanticSegmentation(7, kind, channels=8, **SIZE, **FORMS[form])
+
+    logits = model(pictures())
+
+    assert logits.shape == (2, 7, 32, 32)
+    logits.square().mean().backward()
+    used = [n for n, p in model.named_parameters() if p.grad is not None]
+    assert any(n.startswith("blocks.2.") for n in used) and "decode_head.conv_seg.weight" in used
+
+
+def test_maps_are_the_streams_without_cls():
+    model = BeitForSemanticSegmentation(7, "linear", out_indices=(0, 0, 2, 1), **SIZE)
+    images = pictures()
+
+    maps = model.feature_maps(images)
+
+    streams = model.forward_intermediates(images)
+    for x, block in zip(maps, (0, 0, 2, 1)):
+        assert torch.equal(x[1, :, 3, 6], streams[block][1, 1 + 3 * 8 + 6])
+
+
+def test_auxiliary_heads_are_for_training_only():
+    for kind, names in {"setr_pup": 4, "upernet": 1, "linear": 0}.items():
+        model = BeitForSemanticSegmentation(7, kind, channels=8, **SIZE).eval()
+        images = pictures()
+
+        logits = model.heads(model.feature_maps(images))
+
+        assert len(logits) == 1 + names
+        alone = BeitForSemanticSegmentation(7, kind, channels=8, auxiliary=False, **SIZE).eval()
+        assert not any(n.startswith("auxiliary_head") for n in alone.state_dict())
+        alone.load_state_dict(model.state_dict(), strict=False)
+        assert torch.equal(alone(images), model(images))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(decode_head="psp"), "one of setr_pup, upernet, linear"),
+        (dict(out_indices=(0, 1, 2)), "four blocks of 0 to 2"),
+        (dict(out_indices=(0, 1, 2, 3)), "four blocks of 0 to 2"),
+        (dict(norm="layer"), "'batch' or 'group'"),
+    ],
+)
+def test_refused(changes, words):
+    with pytest.raises(BeitError, match=words):
+        BeitForSemanticSegmentation(7, **SIZE, **changes)
+
+
+@KINDS
+def test_layers_decay_and_heads_do_not(kind):
+    model = BeitForSemanticSegmentation(7, kind, channels=8, **SIZE)
+
+    groups = param_groups(model, 0.05, layer_decay=0.5)
+
+    scales = {id(p): group["lr_scale"] for group in groups for p in group["params"]}
+    assert scales[id(model.blocks[0].mlp.fc1.weight)] == 0.5**3
+    heads = ("decode_head", "auxiliary_head", "fpn")
+    around = [p for n, p in model.named_parameters() if n.startswith(heads)]
+    assert around and all(scales[id(p)] == 1 for p in around)
+
+
+@pytest.mark.parametrize(
+    "kind, form, count",
+    [
+        ("setr_pup", "paper", 97_245_166),
+        ("upernet", "paper", 163_277_612),
+        ("upernet", "bias per block, LayerScale", 163_080_812),
+    ],
+)
+def test_parameters_of_base_at_512(kind, form, count):
+    "The shapes of the heads are counted by hand in lesson 58."
+    with torch.device("meta"):
+        model = BeitForSemanticSegmentation(150, kind, img_size=512, **FORMS[form])
+
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+# Weights from elsewhere.
+
+
+@pytest.mark.parametrize("paper", [True, False])
+def test_hugging_faces_logits(paper):
+    "Its out_indices i is the stream after i - 1 blocks: our block i - 2."
+    theirs = hugging_face(paper)
+    ours = ours_like(paper, out_indices=(0, 1, 3, 4))
+    images = pictures()
+
+    ours.load_state_dict(to_segmentation_names(theirs.state_dict()))
+
+    logits, auxiliary = ours.heads(ours.feature_maps(images))
+    with torch.no_grad():
+        expected = theirs(images).logits
+        maps = theirs.fpn(ours.feature_maps(images))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(auxiliary, theirs.auxiliary_head(maps), atol=1e-4, rtol=0)
+
+
+def test_hugging_faces_folder(tmp_path):
+    from safetensors.torch import load_file
+
+    theirs = hugging_face(paper=False)
+    theirs.save_pretrained(tmp_path)
+    ours = ours_like(paper=False)
+
+    ours.load_state_dict(to_segmentation_names(load_file(tmp_path / "model.safetensors")))
+
+    in_memory = to_segmentation_names(theirs.state_dict())
+    assert ours.state_dict().keys() == in_memory.keys()
+    for name, x in ours.state_dict().items():
+        assert torch.equal(x, in_memory[name]), name
+
+
+def official(model):
+    "A state dict as the official checkpoints have it."
+    around = ("decode_head.", "auxiliary_head.")
+    state = {n if n.startswith(around) else f"backbone.{n}": x for n, x in model.named_parameters()}
+    state |= {n if n.startswith(around) else f"backbone.{n}": x for n, x in model.named_buffers()}
+    for i in range(len(model.blocks)):
+        state[f"backbone.blocks.{i}.attn.relative_position_index"] = torch.zeros(65, 65)
+    return state
+
+
+@pytest.mark.parametrize("front", ["", "state_dict.", "module."])
+def test_official_names(front):
+    model = trained(ours_like(paper=False))
+    state = {f"{front}{name}": x for name, x in official(model).items()}
+    assert {  # as the conversion script of transformers finds them in the released file
+        f"{front}backbone.cls_token",
+        f"{front}backbone.blocks.0.attn.q_bias",
+        f"{front}backbone.blocks.5.gamma_1",
+        f"{front}backbone.fpn1.0.weight",
+        f"{front}decode_head.conv_seg.weight",
+        f"{front}auxiliary_head.conv_seg.bias",
+    } <= state.keys()
+
+    fresh = ours_like(paper=False)
+    fresh.load_state_dict(to_segmentation_names(state))
+
+    assert torch.equal(fresh(pictures()), model(pictures()))
+
+
+def test_what_is_no_beit_is_refused():
+    with pytest.raises(BeitError, match="no BEiT"):
+        to_segmentation_names({"decode_head.conv_seg.weight": torch.zeros(3)})
+
+
+@pytest.mark.filterwarnings("ignore")
+@KINDS
+def test_a_body_from_pre_training_at_another_size(kind):
+    "A masked model with one table for all blocks becomes a network for 48 pixels."
+    form = FORMS["shared bias, LayerScale"]
+    source = trained(BeitForMaskedImageModeling(vocab_size=16, **SIZE, **form))
+
+    model = BeitForSemanticSegmentation.from_pretrained(
+        source, num_classes=5, decode_head=kind, img_size=48, num_heads=4
+    )
+
+    table = source.rel_pos_bias.relative_position_bias_table
+    expected = resize_rel_pos_bias(table, (8, 8), (12, 12))
+    for block in model.blocks:
+        torch.testing.assert_close(block.attn.relative_position_bias_table, expected)
+    assert model(pictures(48)).shape == (2, 5, 48, 48)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_absolute_positions_are_resized():
+    source = trained(BeitForMaskedImageModeling(vocab_size=16, **SIZE))
+
+    model = BeitForSemanticSegmentation.from_pretrained(
+        source, num_classes=5, decode_head="linear", img_size=48, num_heads=4
+    )
+
+    assert torch.equal(model.pos_embed, resize_pos_embed(source.pos_embed, (8, 8), (12, 12)))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_body_of_hugging_faces_network_in_memory():
+    theirs = hugging_face(paper=True)
+
+    weights = load_weights(theirs)
+
+    assert torch.equal(weights.state["pos_embed"], theirs.beit.embeddings.position_embeddings)
+    assert not any("head" in name or "fpn" in name for name in weights.state)
+
+
+# Windows.
+
+
+@pytest.mark.parametrize(
+    "side, starts",
+    [(512, [0]), (513, [0, 1]), (683, [0, 171]), (853, [0, 341]), (900, [0, 341, 388])],
+)
+def test_windows_as_mmsegmentation_lays_them(side, starts):
+    "max(side - 512 + 341 - 1, 0) // 341 + 1 of them, the last one moved back to the rim."
+    assert window_starts(side, 512, 341) == starts
+    assert len(starts) == max(side - 512 + 340, 0) // 341 + 1
+
+
+def test_one_window_is_the_whole():
+    model = ours_like(paper=True)
+    images = pictures()
+
+    assert torch.equal(slide_inference(model, images, (32, 32), (21, 21)), model(images))
+
+
+def test_overlaps_are_means():
+    x = torch.randn(1, 3, 8, 13)
+
+    def sees_its_window(part):
+        return part - part.mean((2, 3), keepdim=True)
+
+    result = slide_inference(sees_its_window, x, (8, 8), (5, 5))
+
+    left = x[..., :8].mean((2, 3), keepdim=True)
+    right = x[..., 5:].mean((2, 3), keepdim=True)
+    torch.testing.assert_close(result[..., :5], x[..., :5] - left)
+    torch.testing.assert_close(result[..., 5:8], x[..., 5:8] - (left + right) / 2)
+    torch.testing.assert_close(result[..., 8:], x[..., 8:] - right)
+
+
+@pytest.mark.parametrize("window, stride", [((64, 32), (21, 21)), ((32, 32), (21, 0))])
+def test_windows_that_do_not_fit(window, stride):
+    with pytest.raises(BeitError, match="does not fit a side of"):
+        slide_inference(torch.square, torch.zeros(1, 3, 32, 48), window, stride)
+
+
+# Scores.
+
+
+def test_scores_by_hand():
+    "Two ignored pixels; class 3 never occurs; class 2 is answered where it is not."
+    labels = torch.tensor([[0, 0, 1, 1], [1, 1, 255, 255]])
+    answers = torch.tensor([[0, 2, 1, 1], [1, 0, 0, 3]])
+
+    scores = segmentation_scores(confusion_table(answers, labels, 4))
+
+    # IoU: 1 of 3, 3 of 4, 0 of 1, none; accuracy: 1 of 2, 3 of 4, none, none
+    assert scores == pytest.approx(dict(mIoU=(1 / 3 + 3 / 4) / 3, mAcc=0.625, aAcc=4 / 6))
+    assert mean_iou(answers, labels, 4) == scores["mIoU"]
+
+
+def test_tables_add_up():
+    g = torch.Generator().manual_seed(3)
+    answers = torch.randint(0, 5, (6, 8, 8), generator=g)
+    labels = torch.randint(0, 5, (6, 8, 8), generator=g)
+    labels[0] = 255
+
+    whole = confusion_table(answers, labels, 5)
+
+    pairs = zip(answers.split(2), labels.split(2))
+    assert torch.equal(whole, sum(confusion_table(a, b, 5) for a, b in pairs))
+    assert whole.sum() == 5 * 64
