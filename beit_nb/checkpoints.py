@@ -42,6 +42,7 @@ class Weights(NamedTuple):
     view: ScoredView  # what the network sees of a picture when it is scored
     source: str  # who wrote it, in words
     guessed: Sequence[str] = ()  # arguments of which the file says nothing
+    precision: str = "auto"  # in which its training scored it
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -105,7 +106,8 @@ def weights_of_run(checkpoint: Mapping[str, Any]) -> Weights:
     classes = checkpoint.get("classes", [])
     size = recipe.img_size
     view = scored_view(recipe) if command == "finetune" else ScoredView(size, usual_crop(size))
-    return Weights(state, args, classes, mean_std, view, f"`beit {command}`")
+    weights = Weights(state, args, classes, mean_std, view, f"`beit {command}`")
+    return weights._replace(precision=recipe.precision)
 
 
 def is_of_hugging_face(folder: Path) -> bool:

@@ -8,6 +8,7 @@ __all__ = ['ASSUMED', 'FIELDS', 'PIL_NAMES', 'CARD', 'WEIGHTS', 'hf_config', 'hf
 
 # %% ../nbs/48_hub.ipynb #imports
 from collections.abc import Mapping, Sequence
+from math import nextafter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -332,4 +333,7 @@ def _preprocessing(folder: Path, args: Mapping[str, Any]) -> tuple:
     mode = "center" if "shortest_edge" in sizes else "squash"
     number = steps.get("resample")
     how = PIL_NAMES.get(number if isinstance(number, int) else 3, "bicubic")
-    return mean_std, ScoredView(args["img_size"], args["img_size"] / edge, mode, how)
+    crop_pct = args["img_size"] / edge
+    if int(args["img_size"] / crop_pct) < edge:  # 224 / (224 / 375) is less than 375
+        crop_pct = nextafter(crop_pct, 0)
+    return mean_std, ScoredView(args["img_size"], crop_pct, mode, how)
