@@ -9,6 +9,7 @@ __all__ = ['SYNSET', 'IMAGENETS', 'MOST_CELLS', 'load_scored', 'names_known', 'm
 
 # %% ../nbs/53_evaluation.ipynb #imports
 import re
+import time
 from collections import Counter
 from collections.abc import Sequence
 from math import sqrt
@@ -21,6 +22,7 @@ import torch
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from timm.data import ImageNetInfo
+from torch import nn
 
 from . import BeitError, warn
 from .checkpoints import Weights, load_pretrained, load_weights
@@ -247,12 +249,19 @@ def evaluation_pictures(out: Path, recipe: None, metrics: dict) -> list[tuple[Fi
     return [(confusion_figure(read_answers(out)), caption)]
 
 # %% ../nbs/53_evaluation.ipynb #evaluate
-def ask_aloud(model, samples: TransformedDataset, *how, **more) -> Answers:
-    "`ask_classifier`, with a bar or lines on how far it is."
+def ask_aloud(model: nn.Module, samples: TransformedDataset, *how, quiet: bool) -> Answers:
+    "`ask_classifier`, with a bar or lines on how far it is; rank 0 speaks of its share."
     share = -(-len(samples) // world_size())
-    bar = Progress(0, share, "evaluate", ("right",), quiet=rank() > 0)
+    bar = Progress(0, share, "evaluate", quiet=quiet or rank() > 0)
+    began = time.monotonic()
+
+    def told(done: int) -> None:
+        seconds = time.monotonic() - began
+        speed = {"images_per_s": done * world_size() / seconds}
+        bar.show(done, speed | {"seconds_left": seconds * (share / done - 1)})
+
     try:
-        return ask_classifier(model, samples, *how, told=lambda n: bar.show(n, {}), **more)
+        return ask_classifier(model, samples, *how, told=told)
     finally:
         bar.close()
 
@@ -267,12 +276,14 @@ def evaluate(
     precision: str | None = None,
     batch_size: int = 250,
     workers: int = 0,
+    quiet: bool = False,  # show no progress
 ) -> dict:
     """Score a checkpoint on labelled pictures; returns the figures (`figures_of`), also in OUT.
 
     All processes of `torchrun` take part. Raises BeitError for bad input.
     """
     said = dict(locals())
+    del said["quiet"]
     folder = rank_0_first(lambda: check_out(out, data))
     weights = load_weights(init)
     model = load_scored(weights, init, img_size)
@@ -288,7 +299,8 @@ def evaluate(
     view = ScoredView(*sizes, *weights.view[2:])
     how = precision or weights.precision
     samples = TransformedDataset(pictures, ScoredTransform(view, numbers[labels_in(pictures)]))
-    asked = ask_aloud(model.to(device), samples, weights.mean_std, how, batch_size, workers)
+    settings = weights.mean_std, how, batch_size, workers
+    asked = ask_aloud(model.to(device), samples, *settings, quiet=quiet)
     scored = Scored(asked, list(known or pictures.classes))
     lost = len(samples) - len(asked.label)
     used = str(pick_precision(how, device) or torch.float32).removeprefix("torch.")

@@ -1,0 +1,289 @@
+"A score of anybody's checkpoint: the peers' own pipelines, processes and workers, bad input."
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from helpers import beit, red_and_blue, refused
+from helpers_models import SIZE, shaken
+from helpers_processes import run
+from PIL import Image
+from timm.data import create_transform
+
+from beit_nb import BeitError
+from beit_nb.checkpoints import load_weights, save_pretrained
+from beit_nb.classifier import BeitForImageClassification
+from beit_nb.data import open_data
+from beit_nb.evaluation import (
+    check_out,
+    confusion_figure,
+    confusion_matrix,
+    confusions,
+    evaluate,
+    figures_of,
+    match_classes,
+    names_known,
+    read_answers,
+    standard_error,
+)
+from beit_nb.finetuning import finetune
+from beit_nb.recipes import recipe_named
+
+NAMES = [f"kind{i}" for i in range(7)]
+
+
+def lay_out(root, names, each=3, damaged=False):
+    "Noisy pictures of odd sizes: root/val/<class>/<number>.png."
+    rng = np.random.default_rng(5)
+    for name in names:
+        folder = root / "val" / name
+        folder.mkdir(parents=True)
+        for i in range(each):
+            height, width = rng.integers(20, 90, 2)
+            coarse = rng.integers(0, 256, (6, 6, 3), np.uint8)
+            image = Image.fromarray(coarse).resize((int(width), int(height)))
+            image.save(folder / f"{i}.png")
+    if damaged:
+        (root / "val" / names[0] / "0.png").write_bytes(b"broken")
+    return root
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return lay_out(tmp_path_factory.mktemp("data"), NAMES)
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(3)
+    form = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    model = shaken(BeitForImageClassification(len(NAMES), **SIZE, **form)).eval()
+    with torch.no_grad():
+        model.head.weight.mul_(30)  # answers that differ from picture to picture
+        model.head.bias.sub_(model(torch.randn(50, 3, 32, 32)).mean(0))
+    return model
+
+
+@pytest.fixture(scope="module")
+def file(network, tmp_path_factory):
+    path = tmp_path_factory.mktemp("net") / "net.pth"
+    torch.save({"model": network.state_dict()}, path)
+    return path
+
+
+def guesses(init, data, out, **how):
+    evaluate(str(init), str(data), str(out), precision="fp32", quiet=True, **how)
+    return read_answers(out).answers.guess.tolist()
+
+
+@pytest.mark.parametrize("changes", [{}, dict(crop_pct=0.6), dict(img_size=48, crop_pct=1.0)])
+def test_timms_own_pipeline_and_network_guess_the_same(pictures, network, file, tmp_path, changes):
+    from timm.models.beit import Beit
+
+    ours = guesses(file, pictures, tmp_path, **changes)
+
+    size = changes.get("img_size", SIZE["img_size"])
+    model = load_weights(file)
+    form = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    theirs = Beit(num_classes=len(NAMES), **(SIZE | {"img_size": size}), **form).eval()
+    state = BeitForImageClassification.from_pretrained(model, img_size=size).state_dict()
+    theirs.load_state_dict(state)
+    prepare = create_transform(
+        size,
+        crop_pct=changes.get("crop_pct", 224 / 256),
+        interpolation="bicubic",
+        mean=(0.5,) * 3,
+        std=(0.5,) * 3,
+    )
+    held_out = open_data(str(pictures), "val", labels=True)
+    with torch.no_grad():
+        batch = torch.stack([prepare(held_out[i]) for i in range(len(held_out))])
+        want = theirs(batch).argmax(1).tolist()
+    assert ours == want and len(set(want)) > 2
+
+
+@pytest.mark.parametrize("squash", [False, True])
+def test_hugging_faces_own_pipeline_and_network_guess_the_same(pictures, network, tmp_path, squash):
+    from transformers import BeitForImageClassification as Theirs
+    from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
+
+    folder = save_pretrained(network, tmp_path / "hf", NAMES, ((0.4,) * 3, (0.3,) * 3), 0.8)
+    if squash:
+        steps = json.loads((folder / "preprocessor_config.json").read_text())
+        steps |= {"size": {"height": 40, "width": 40}, "resample": 2}
+        (folder / "preprocessor_config.json").write_text(json.dumps(steps))
+
+    ours = guesses(folder, pictures, tmp_path / "out")
+
+    prepare = BeitImageProcessorPil.from_pretrained(folder)
+    held_out = open_data(str(pictures), "val", labels=True)
+    images = [held_out[i] for i in range(len(held_out))]
+    model = Theirs.from_pretrained(folder).eval()
+    with torch.no_grad():
+        want = [
+            model(**prepare(image, return_tensors="pt")).logits.argmax(1).item() for image in images
+        ]
+    assert ours == want and len(set(want)) > 2
+
+
+@pytest.mark.slow
+def test_neither_processes_nor_workers_change_a_figure(file, tmp_path):
+    "22 pictures of which one is broken: an uneven share, and a last round that is filled up."
+    data = lay_out(tmp_path / "data", [*NAMES, "kind7"][:7], damaged=True)
+    words = ["evaluate", str(file), "--data", str(data), "--precision", "fp32", "--batch-size", "4"]
+
+    run(sys.executable, "-m", "beit_nb", *words, "--out", tmp_path / "one")
+    run(sys.executable, "-m", "beit_nb", *words, "--out", tmp_path / "ahead", "--workers", "2")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node", "2", "-m", "beit_nb"]
+    run(*torchrun, *words, "--out", tmp_path / "two", "--workers", "1")
+
+    one = read_answers(tmp_path / "one").answers
+    assert one.number.tolist() == list(range(1, 21))  # each once; number 0 is broken
+    for other in ("ahead", "two"):
+        answers = read_answers(tmp_path / other).answers
+        for column in ("number", "label", "guess", "in_top5"):
+            assert torch.equal(getattr(one, column), getattr(answers, column))
+        torch.testing.assert_close(one.loss, answers.loss, atol=1e-5, rtol=1e-5)
+        figures = json.loads((tmp_path / other / "metrics.json").read_text())
+        assert figures["unreadable"] == 1 and figures["pictures"] == 20
+
+
+@pytest.mark.parametrize("augment", ["shift", "none"])
+def test_a_run_is_scored_as_it_scored_itself(tmp_path, augment):
+    data = red_and_blue(tmp_path / "data")
+    r = recipe_named("finetune", "nano", data=str(data), out=str(tmp_path / "run"), steps=3)
+    r.labels_per_class = None
+    r.batch_size = 4
+    r.augment = augment
+    own = finetune(r, quiet=True)
+
+    figures = evaluate(r.out, str(data), str(tmp_path / "score"), quiet=True)
+
+    assert figures["accuracy"] == own["accuracy"] and figures["crop_pct"] == (
+        1.0 if augment == "shift" else 224 / 256
+    )
+    assert "top5" not in figures  # of two classes
+
+
+def test_figures_by_hand(pictures, file, tmp_path):
+    evaluate(str(file), str(pictures), str(tmp_path), quiet=True)
+    scored = read_answers(tmp_path)
+    label, guess = (x.numpy() for x in scored.answers[1:3])
+
+    figures = figures_of(scored)
+    matrix = confusion_matrix(scored)
+
+    want = np.zeros((7, 7), int)
+    for a, b in zip(label, guess):
+        want[a, b] += 1
+    assert (matrix == want).all() and figures["pictures"] == 21
+    assert figures["accuracy"] == (label == guess).mean()
+    assert sum(x["pictures"] for x in confusions(scored, 99)) == (label != guess).sum()
+    first = figures["confusions"][0]
+    at = NAMES.index(first["class"]), NAMES.index(first["taken_for"])
+    assert (
+        first["pictures"]
+        == want[at]
+        == max(want[a, b] for a in range(7) for b in range(7) if a != b)
+    )
+    assert standard_error(0.5, 100) == 0.05
+
+
+def test_many_classes_are_drawn_in_groups(pictures, file, tmp_path):
+    evaluate(str(file), str(pictures), str(tmp_path), quiet=True)
+    scored = read_answers(tmp_path)
+    many = scored._replace(names=[f"c{i}" for i in range(1000)])
+
+    assert confusion_matrix(many).shape == (250, 250) and confusion_matrix(many).sum() == 21
+    assert len(confusion_figure(many).axes) == 3
+
+
+def test_classes_are_matched_by_name(network, pictures, tmp_path):
+    "The same answers, whatever order the network has its classes in."
+    order = [3, 0, 6, 1, 5, 2, 4]
+    mixed = BeitForImageClassification.from_pretrained(network.state_dict())
+    with torch.no_grad():
+        mixed.head.weight.copy_(network.head.weight[order])
+        mixed.head.bias.copy_(network.head.bias[order])
+    save_pretrained(network, tmp_path / "a", NAMES)
+    save_pretrained(mixed, tmp_path / "b", [NAMES[i] for i in order])
+
+    a = evaluate(str(tmp_path / "a"), str(pictures), str(tmp_path / "x"), quiet=True)
+    b = evaluate(str(tmp_path / "b"), str(pictures), str(tmp_path / "y"), quiet=True)
+
+    by_name = [{row["class"]: row["right"] for row in figures["per_class"]} for figures in (a, b)]
+    assert by_name[0] == by_name[1] and a["accuracy"] == b["accuracy"]
+
+
+def test_fewer_classes_than_the_network_knows(network, pictures, tmp_path):
+    save_pretrained(network, tmp_path / "net", NAMES)
+    some = lay_out(tmp_path / "some", NAMES[4:6])
+
+    figures = evaluate(str(tmp_path / "net"), str(some), str(tmp_path / "out"), quiet=True)
+
+    assert [row["class"] for row in figures["per_class"]] == NAMES[4:6]
+    assert figures["classes"] == 7 and figures["pictures"] == 6
+
+
+def test_synsets_are_numbered_as_everybody_does(file):
+    from timm.data import ImageNetInfo
+
+    weights = load_weights(file)
+    for count, name in ((1000, "imagenet-1k"), (21841, "imagenet-22k")):
+        of_words = weights._replace(args={"num_classes": count}, classes=["tench, Tinca tinca"])
+        wanted = ImageNetInfo(name).label_names()[5:8]
+        known = names_known(of_words, wanted)
+        assert match_classes(known, count, wanted, "net", "data").tolist() == [5, 6, 7]
+    own = weights._replace(args={"num_classes": 1000}, classes=["n00000001"])
+    assert names_known(own, ["n01440764"]) == ["n00000001"]  # it has names of that kind itself
+
+
+def test_bad_input_is_one_line(network, file, pictures, tmp_path):
+    four = lay_out(tmp_path / "four", NAMES[:4])
+    named = save_pretrained(network, tmp_path / "named", NAMES)
+    strange = lay_out(tmp_path / "strange", ["kind1", "kind9"])
+    body = {k: v for k, v in network.state_dict().items() if not k.startswith("head")}
+    torch.save(body, tmp_path / "body.pth")
+    half = {k: v for k, v in network.state_dict().items() if "blocks.1.mlp" not in k}
+    torch.save(half, tmp_path / "half.pth")
+
+    def refuse(init, data, says, *more):
+        refused("evaluate", init, "--data", data, "--out", tmp_path / "out", *more, says=says)
+
+    refuse(file, four, "tells 7 classes apart, without names, but")
+    refuse(named, strange, ["1 of the 2 classes of", "(kind9)"])
+    refuse(tmp_path / "body.pth", pictures, "no head for classes; fine-tune it first")
+    refuse(tmp_path / "half.pth", pictures, "missing")
+    refuse(file, pictures, "img_size 50 is not divisible by patch_size", "--img-size", "50")
+    refuse(file, pictures, "crop_pct", "--crop-pct", "1.5")
+    refuse(file, tmp_path / "nowhere", "no data at")
+    refuse(file, "photos", "photos has no labels")
+    refuse(tmp_path / "none.pth", pictures, "none.pth")
+    assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_score_replaces_no_run_and_lies_in_no_data(pictures, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"command": "finetune"}')
+    with pytest.raises(BeitError, match="holds a run"):
+        check_out(str(tmp_path / "run"), "digits")
+    with pytest.raises(BeitError, match="lies in"):
+        check_out(str(pictures / "val" / "kind0"), str(pictures))
+    assert check_out(str(tmp_path / "new"), "digits").is_dir()
+
+
+def test_the_command_leaves_figures_a_picture_and_a_page(file, pictures, tmp_path):
+    said = beit("evaluate", file, "--data", pictures, "--out", tmp_path / "out").stdout
+
+    assert "top-1" in said and "standard error" in said and "top-5" in said
+    left = {path.name for path in (tmp_path / "out").iterdir()}
+    assert left == {"answers.npz", "config.json", "confusion.png", "metrics.json", "report.html"}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "beit evaluate" in page and "taken for" in page and "data:image/png" in page
+    beit("evaluate", file, "--data", pictures, "--out", tmp_path / "out")  # once more, over it
+    (tmp_path / "out" / "answers.npz").write_bytes(b"x")
+    beit("report", tmp_path / "out")
+    assert "damaged" in (tmp_path / "out" / "report.html").read_text()
