@@ -34,7 +34,7 @@ from beit_nb.recipes import recipe_named
 NAMES = [f"kind{i}" for i in range(7)]
 
 
-def lay_out(root, names, each=3, damaged=False):
+def lay_out(root, names, each=3, damaged=False, square=False):
     "Noisy pictures of odd sizes: root/val/<class>/<number>.png."
     rng = np.random.default_rng(5)
     for name in names:
@@ -42,6 +42,7 @@ def lay_out(root, names, each=3, damaged=False):
         folder.mkdir(parents=True)
         for i in range(each):
             height, width = rng.integers(20, 90, 2)
+            height = width if square else height
             coarse = rng.integers(0, 256, (6, 6, 3), np.uint8)
             image = Image.fromarray(coarse).resize((int(width), int(height)))
             image.save(folder / f"{i}.png")
@@ -109,6 +110,7 @@ def test_hugging_faces_own_pipeline_and_network_guess_the_same(pictures, network
     from transformers import BeitForImageClassification as Theirs
     from transformers.models.beit.image_processing_pil_beit import BeitImageProcessorPil
 
+    pictures = lay_out(tmp_path / "data", NAMES, square=not squash)
     folder = save_pretrained(network, tmp_path / "hf", NAMES, ((0.4,) * 3, (0.3,) * 3), 0.8)
     if squash:
         steps = json.loads((folder / "preprocessor_config.json").read_text())
@@ -258,7 +260,7 @@ def test_bad_input_is_one_line(network, file, pictures, tmp_path):
     refuse(tmp_path / "body.pth", pictures, "no head for classes; fine-tune it first")
     refuse(tmp_path / "half.pth", pictures, "missing")
     refuse(file, pictures, "img_size 50 is not divisible by patch_size", "--img-size", "50")
-    refuse(file, pictures, "crop_pct", "--crop-pct", "1.5")
+    refuse(file, pictures, "--crop-pct 1.5 must be", "--crop-pct", "1.5")
     refuse(file, tmp_path / "nowhere", "no data at")
     refuse(file, "photos", "photos has no labels")
     refuse(tmp_path / "none.pth", pictures, "none.pth")
