@@ -51,7 +51,7 @@ def load_scored(weights: Weights, init: str, img_size: int | None = None):
         raise BeitError(
             f"{init} has no head for classes; fine-tune it first, with beit finetune --init {init}"
         )
-    if args.get("in_chans", 3) != 3:
+    if args.get("in_chans", 3) not in (1, 3):  # one: pictures are turned gray
         raise BeitError(f"{init} reads {args['in_chans']} channels, but pictures here have 3")
     check_whole(weights.state, args, init)
     size = img_size or args["img_size"]

@@ -153,20 +153,26 @@ def test_neither_processes_nor_workers_change_a_figure(file, tmp_path):
         assert figures["unreadable"] == 1 and figures["pictures"] == 20
 
 
-@pytest.mark.parametrize("augment", ["shift", "none"])
-def test_a_run_is_scored_as_it_scored_itself(tmp_path, augment):
+@pytest.mark.parametrize(
+    "augment, crop, changes",
+    [
+        ("shift", 1.0, {}),
+        ("none", 224 / 256, {}),
+        ("none", 0.7, dict(crop_pct=0.7, in_chans=1, ema=0.5)),
+    ],
+)
+def test_a_run_is_scored_as_it_scored_itself(tmp_path, augment, crop, changes):
     data = red_and_blue(tmp_path / "data")
     r = recipe_named("finetune", "nano", data=str(data), out=str(tmp_path / "run"), steps=3)
     r.labels_per_class = None
     r.batch_size = 4
     r.augment = augment
+    vars(r).update(changes)
     own = finetune(r, quiet=True)
 
     figures = evaluate(r.out, str(data), str(tmp_path / "score"), quiet=True)
 
-    assert figures["accuracy"] == own["accuracy"] and figures["crop_pct"] == (
-        1.0 if augment == "shift" else 224 / 256
-    )
+    assert figures["accuracy"] == own["accuracy"] and figures["crop_pct"] == crop
     assert "top5" not in figures  # of two classes
 
 
