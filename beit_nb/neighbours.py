@@ -241,5 +241,6 @@ def neighbours_figure(arms: dict, split: str = "test") -> Figure:
         ax.set_title(title, fontsize=9)
         ax.spines[["top", "right"]].set_visible(False)
     axes[2].set_ylim(0)
-    axes[0].legend(frameon=False, fontsize=6)
+    names = axes[0].get_legend_handles_labels()
+    fig.legend(*names, loc="outside lower center", ncols=5, frameon=False, fontsize=7)
     return fig
