@@ -23,7 +23,7 @@ import torch
 from helpers_processes import PATIENCE, children_of, session_of, torchrun_environment, wait_until
 from helpers_runs import slowed_after, step_of
 
-from beit_nb import BeitError, finetuning, pretraining, targets
+from beit_nb import BeitError, labelled_views, pretraining, targets
 from beit_nb.cli import main
 from beit_nb.configs import check_recipe
 from beit_nb.engine.log import read_log, read_metrics
@@ -683,8 +683,8 @@ def fails_to_score():
         raise BeitError("this share cannot be read; repair it")
 
     if os.environ["RANK"] == "1":
-        assert hasattr(finetuning, "sequential_batches")
-        finetuning.sequential_batches = unreadable
+        assert hasattr(labelled_views, "sequential_batches")
+        labelled_views.sequential_batches = unreadable
 
 
 @pytest.mark.slow
