@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BODY_ARGS', 'BIAS_TABLE', 'SHARED_TABLE', 'HEAD_ARGS', 'Network', 'load_official', 'from_timm', 'from_hf', 'to_hf',
            'Weights', 'head_args', 'weights_of_tensors', 'weights_of_run', 'is_of_hugging_face', 'is_of_ours',
-           'weights_of_content', 'load_weights', 'check_body', 'load_backbone', 'args_for', 'load_pretrained',
-           'weights_for', 'save_pretrained', 'save_official', 'to_timm', 'load_model']
+           'weights_of_content', 'load_weights', 'check_channels', 'check_body', 'load_backbone', 'args_for',
+           'load_pretrained', 'weights_for', 'save_pretrained', 'save_official', 'to_timm', 'load_model']
 
 # %% ../nbs/49_checkpoints.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -154,6 +154,13 @@ def load_weights(source: str | Path | Mapping[str, Tensor] | nn.Module | Weights
         warn_unfinished(path)
         return weights_of_content(load_checkpoint(path), path)
     return weights_of_content(read_weights_file(path), path)
+
+
+def check_channels(weights: Weights, init: str) -> None:
+    "Raise BeitError unless they read colors, or gray, into which pictures are turned."
+    channels = weights.args.get("in_chans", 3)
+    if channels not in (1, 3):
+        raise BeitError(f"{init} reads {channels} channels, but pictures here have 3")
 
 # %% ../nbs/49_checkpoints.ipynb #check-body
 BIAS_TABLE = "relative_position_bias_table"

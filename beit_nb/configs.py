@@ -15,6 +15,7 @@ from . import BeitError
 from beit_nb.limits import (
     BelowOne,
     Count,
+    CropPct,
     CropScale,
     Few,
     Natural,
@@ -245,7 +246,7 @@ class FinetuneRecipe(Backbone, Run):
     pos_embed_init: Literal["normal", "sincos"] = "normal"  # only from scratch
 
     ema: BelowOne = 0.0  # also keep and score a running mean of the weights, this slow; 0: none
-    crop_pct: PositiveShare | None = None  # of the edge that is scored; none: 7/8, from 384 on all
+    crop_pct: CropPct | None = None  # of the edge that is scored; none: 7/8, from 384 on all
     eval_every: Count | None = None  # steps between evaluations; none: at the end of each epoch
     split: Literal["val", "test"] = "val"  # choices are made on val, test is for the report
 

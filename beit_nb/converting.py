@@ -35,6 +35,7 @@ from .engine.runs import load_checkpoint, save_checkpoint
 from .engine.safeload import flatten, read_weights_file
 from .hub import write_hf_folder
 from .labelled_views import ScoredView
+from .layouts import check_whole
 from .tokenizer import DALLE_KEY, is_dalle, load_dalle, load_tokenizer
 
 # %% ../nbs/56_converting.ipynb #check-place
@@ -288,6 +289,9 @@ def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = Fals
     found = read_source(source)
     if found.weights is None and to != "safetensors":
         raise BeitError(f"{source} holds {found.what}; tokenizers go --to safetensors only")
+    if found.weights:
+        biased = any(name.endswith("attn.q_bias") for name in found.weights.state)
+        check_whole(found.weights.state, found.weights.args | {"qkv_bias": biased}, source)
     make_folder(out.parent)
     write_form(found, out, to)
     count = sum(x.numel() for x in found.tensors.values())

@@ -25,7 +25,7 @@ from timm.data import ImageNetInfo
 from torch import nn
 
 from . import BeitError, warn
-from .checkpoints import Weights, load_pretrained, load_weights
+from .checkpoints import Weights, check_channels, load_pretrained, load_weights
 from .classifier import BeitForImageClassification
 from .configs import not_divisible
 from .data import labels_in, open_data
@@ -51,8 +51,7 @@ def load_scored(weights: Weights, init: str, img_size: int | None = None):
         raise BeitError(
             f"{init} has no head for classes; fine-tune it first, with beit finetune --init {init}"
         )
-    if args.get("in_chans", 3) not in (1, 3):  # one: pictures are turned gray
-        raise BeitError(f"{init} reads {args['in_chans']} channels, but pictures here have 3")
+    check_channels(weights, init)
     check_whole(weights.state, args, init)
     size = img_size or args["img_size"]
     if size % args["patch_size"]:
@@ -301,6 +300,11 @@ def evaluate(
     samples = TransformedDataset(pictures, ScoredTransform(view, numbers[labels_in(pictures)]))
     settings = weights.mean_std, how, batch_size, workers
     asked = ask_aloud(model.to(device), samples, *settings, quiet=quiet)
+    if broken := int((~asked.loss.isfinite()).sum()):
+        raise FloatingPointError(
+            f"{init} answers {broken:,} of {len(asked.label):,} pictures with numbers that are not "
+            "finite; if --precision fp32 does not help, its weights are broken: take others"
+        )
     scored = Scored(asked, list(known or pictures.classes))
     lost = len(samples) - len(asked.label)
     used = str(pick_precision(how, device) or torch.float32).removeprefix("torch.")

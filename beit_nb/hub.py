@@ -328,7 +328,7 @@ def _preprocessing(folder: Path, args: Mapping[str, Any]) -> tuple:
     edge = sizes.get("shortest_edge", sizes.get("height"))
     if not steps.get("do_center_crop"):
         edge = args["img_size"]
-    if not isinstance(edge, int) or edge < args["img_size"]:
+    if not isinstance(edge, int) or not 1 <= edge / args["img_size"] <= 20:
         raise BeitError(f"{path} cuts out a centre of a picture of size {size!r}")
     mode = "center" if "shortest_edge" in sizes else "squash"
     number = steps.get("resample")

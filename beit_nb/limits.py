@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Count', 'Size', 'Few', 'Vocabulary', 'Natural', 'Workers', 'Seed', 'Positive', 'NonNegative', 'BelowOne', 'Share',
-           'PositiveShare', 'CropScale', 'PATH', 'Place', 'Places', 'NOUNS', 'KINDS', 'CHANGEABLE_FIELDS', 'Limit',
-           'at_least', 'spelt_out', 'plain_type', 'limit_of', 'asked_for', 'have_types', 'has_type', 'wrong_fields',
-           'nearest', 'no_such', 'expand_paths', 'as_config', 'check_same_run']
+           'PositiveShare', 'CropPct', 'CropScale', 'PATH', 'Place', 'Places', 'NOUNS', 'KINDS', 'CHANGEABLE_FIELDS',
+           'Limit', 'at_least', 'spelt_out', 'plain_type', 'limit_of', 'asked_for', 'have_types', 'has_type',
+           'wrong_fields', 'nearest', 'no_such', 'expand_paths', 'as_config', 'check_same_run']
 
 # %% ../nbs/20_limits.ipynb #imports
 import os
@@ -61,6 +61,7 @@ NonNegative = Annotated[
 BelowOne = Annotated[float, Limit(lambda x: 0 <= x < 1, "at least 0 and below 1")]
 Share = Annotated[float, Limit(lambda x: 0 <= x <= 1, "from 0 to 1")]
 PositiveShare = Annotated[float, Limit(lambda x: 0 < x <= 1, "above 0 and at most 1")]
+CropPct = Annotated[float, Limit(lambda x: 0.05 <= x <= 1, "from 0.05 to 1")]
 CropScale = Annotated[
     tuple[float, float],
     Limit(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import BeitError
-from .checkpoints import Weights, load_pretrained, load_weights
+from .checkpoints import Weights, check_channels, load_pretrained, load_weights
 from .configs import LinearRecipe
 from .data import labels_in, open_data, sample_labels
 from .device import default_device, pick_precision
@@ -148,6 +148,7 @@ def linear(r: LinearRecipe, quiet: bool = False) -> dict:
         raise BeitError("a linear probe needs --init: a run's --out folder, or anybody's weights")
     with open_run("linear", r, r.resume) as out:
         weights = load_weights(r.init)
+        check_channels(weights, r.init)
         pictures = open_data(r.data, "train", labels=True)
         view = weights.view if r.crop_scale else weights.view._replace(crop_pct=1.0)
         held_out = {}

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from . import BeitError, warn_once
-from .checkpoints import load_pretrained, load_weights
+from .checkpoints import check_channels, load_pretrained, load_weights
 from .classifier import BeitForImageClassification
 from .images import normalize, to_float
 
@@ -58,6 +58,8 @@ class Predictor:
             raise BeitError(
                 f"{init} has no head for classes; fine-tune it first (beit finetune --init {init})"
             )
+        check_channels(weights, init)
+        self.init = init
         self.model = load_pretrained(BeitForImageClassification, weights)
         self.classes = weights.classes or [str(i) for i in range(weights.args["num_classes"])]
         if not weights.classes:
@@ -69,7 +71,13 @@ class Predictor:
     @torch.no_grad()
     def __call__(self, path: str, image: Image.Image) -> Prediction:
         x = normalize(to_float(self.view(image)), self.mean_std)  # (3, H, W)
-        best = self.model(x[None])[0].softmax(-1).topk(self.top)
+        shares = self.model(x[None])[0].softmax(-1)
+        if not shares.isfinite().all():
+            raise FloatingPointError(
+                f"{self.init} answers with numbers that are not finite: its weights are broken, "
+                "take others"
+            )
+        best = shares.topk(self.top)
         classes = [self.classes[i] for i in best.indices.tolist()]
         thumbnail = ImageOps.pad(image.convert("RGB"), (SIDE, SIDE), color="white")
         return Prediction(path, classes, best.values.tolist(), thumbnail)

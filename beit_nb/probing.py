@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from . import BeitError, say
-from .checkpoints import Weights, args_for, load_backbone, load_weights
+from .checkpoints import Weights, args_for, check_channels, load_backbone, load_weights
 from .classifier import BeitForImageClassification
 from .configs import ProbeRecipe
 from .data import labels_in, open_data, sample_labels
@@ -125,7 +125,11 @@ def all_features(
     samples = TransformedDataset(pictures, WholePicture(size), ids=ids)
     for walked in sequential_batches(samples, batch_size, workers):
         for name, arm in arms.items():
-            features[name].append(arm(walked.batch.image))
+            features[name].append(found := arm(walked.batch.image))
+            if not np.isfinite(found).all():
+                raise FloatingPointError(
+                    f"features ({name}) are not finite: the weights are broken, take others"
+                )
         seen.append(walked.batch.number)
     return {k: np.concatenate(v, -2) for k, v in features.items()}, torch.cat(seen).numpy()
 
@@ -190,7 +194,9 @@ def load_probed(r: ProbeRecipe) -> Weights:
             "a probe needs --init: the --out folder of `beit pretrain` or `beit finetune`, a "
             "checkpoint in it, or weights of the official code, timm or Hugging Face"
         )
-    return load_weights(r.init)
+    weights = load_weights(r.init)
+    check_channels(weights, r.init)
+    return weights
 
 
 def probe_arms(weights: Weights, seed: int) -> dict[str, Callable[[Tensor], np.ndarray]]:

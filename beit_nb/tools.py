@@ -18,7 +18,18 @@ from tyro.conf import Positional, arg
 
 from . import BeitError, UnreadableImage, say, warn
 from .configs import Run
-from .limits import Count, Natural, Place, Places, PositiveShare, Seed, Share, Size, Workers
+from beit_nb.limits import (
+    Count,
+    CropPct,
+    Natural,
+    Place,
+    Places,
+    PositiveShare,
+    Seed,
+    Share,
+    Size,
+    Workers,
+)
 from .recipes import data_source
 from .scale.hours import HARDWARE
 
@@ -121,7 +132,7 @@ class Evaluate:
     out: Place = "runs/evaluate"  # metrics.json, answers.npz, confusion.png and report.html
     split: Literal["val", "test"] = "val"
     img_size: Size | None = None  # pixels a side; none: the checkpoint's own
-    crop_pct: PositiveShare | None = None  # share of the edge that is kept; none: its own
+    crop_pct: CropPct | None = None  # share of the edge that is kept; none: its own
     # none: as its run was scored, and bf16 for others if it is in the hardware
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     batch_size: Count = 250  # pictures at once

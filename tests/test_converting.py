@@ -137,6 +137,19 @@ def test_hugging_face_reads_it(job, form, start, tmp_path):
             close(theirs(x).logits, model(x))
 
 
+@pytest.mark.parametrize("form", ENDS)
+def test_a_network_with_a_hole_is_not_converted(form, tmp_path):
+    "Nor one that is no BEiT, such as timm's ViT; nothing is written."
+    hole = network("classifier", "per block").state_dict()
+    del hole["blocks.1.mlp.fc1.weight"]
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    for state, says in ((hole, "1 missing"), (vit.state_dict(), "qkv.bias|q_bias")):
+        torch.save(state, tmp_path / "start.pth")
+        with pytest.raises(BeitError, match=says):
+            convert(tmp_path / "start.pth", tmp_path / "new" / ENDS[form], form)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_folder_of_theirs_goes_home(tmp_path):
     "Names of classes, normalisation and eps travel between folders; a file says what it lost."
     model = network("classifier", "paper", layer_norm_eps=1e-5)

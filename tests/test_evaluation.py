@@ -267,10 +267,23 @@ def test_bad_input_is_one_line(network, file, pictures, tmp_path):
     refuse(tmp_path / "half.pth", pictures, "missing")
     refuse(file, pictures, "img_size 50 is not divisible by patch_size", "--img-size", "50")
     refuse(file, pictures, "--crop-pct 1.5 must be", "--crop-pct", "1.5")
+    refuse(file, pictures, "--crop-pct 0.0001 must be from 0.05", "--crop-pct", "0.0001")
     refuse(file, tmp_path / "nowhere", "no data at")
     refuse(file, "photos", "photos has no labels")
     refuse(tmp_path / "none.pth", pictures, "none.pth")
     assert not (tmp_path / "out" / "metrics.json").exists()
+
+
+def test_a_network_of_broken_numbers_has_no_score(network, pictures, tmp_path):
+    state = {k: v.clone() for k, v in network.state_dict().items()}
+    state["blocks.0.attn.qkv.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+
+    said = beit("evaluate", tmp_path / "nan.pth", "--data", pictures, "--out", tmp_path / "o", ok=1)
+
+    last = said.stderr.splitlines()[-1]
+    assert "nan.pth answers 21 of 21 pictures with numbers that are not finite" in last
+    assert not said.stdout.count("top-1") and not (tmp_path / "o" / "metrics.json").exists()
 
 
 def test_a_score_replaces_no_run_and_lies_in_no_data(pictures, tmp_path):

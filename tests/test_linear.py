@@ -143,5 +143,11 @@ def test_the_block_is_chosen_on_val():
 def test_refusals(top):
     with pytest.raises(BeitError, match="needs --init"):
         linear(LinearRecipe(out=f"{top}/nothing"))
+    two = BeitForMaskedImageModeling(
+        9, img_size=32, patch_size=8, embed_dim=64, num_heads=1, in_chans=2
+    )
+    save_official(two, top / "two.pth")
+    with pytest.raises(BeitError, match="two.pth reads 2 channels"):
+        linear(small(top, "two", init=f"{top}/two.pth"))
     with pytest.raises(BeitError, match="set parallel ddp"):
         check_recipe(LinearRecipe(parallel="fsdp"))

@@ -220,6 +220,20 @@ def test_official_weights_of_another_size_and_form(tmp_path, pictures, capsys):
     refused("predict", "--init", tmp_path / "none.pth", "--images", pictures[0], says="none.pth")
 
 
+def test_networks_that_can_say_nothing_of_a_picture(tmp_path, pictures):
+    "Of two channels, and of broken numbers: `nan` is no probability, and no JSON."
+    save_official(BeitForImageClassification(5, **TINY, in_chans=2), tmp_path / "two.pth")
+    broken = BeitForImageClassification(5, **TINY)
+    broken.head.weight.data[0, 0] = float("nan")
+    save_official(broken, tmp_path / "nan.pth")
+    asked = ("--images", pictures[0], "--json")
+
+    refused("predict", "--init", tmp_path / "two.pth", *asked, says="two.pth reads 2 channels")
+    said = beit("predict", "--init", tmp_path / "nan.pth", *asked, ok=1)
+
+    assert not said.stdout and "not finite" in said.stderr.splitlines()[-1]
+
+
 def test_a_network_that_guesses_tokens_names_nothing(runs, pictures):
     says = ["has no head for classes", f"beit finetune --init {runs / 'pre'}"]
 

@@ -19,6 +19,7 @@ from beit_nb.data import open_data
 from beit_nb.engine.runs import save_checkpoint
 from beit_nb.images import IMAGENET_MEAN_STD
 from beit_nb.limits import as_config
+from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.neighbours import best_on_val
 from beit_nb.pretraining import build_mim
 from beit_nb.probing import STRENGTHS, linear_scores, probe, raw_pixels
@@ -135,6 +136,21 @@ def test_a_set_that_chooses_and_is_reported_is_read_once(folder, tmp_path, monke
 
     assert capsys.readouterr().out == ""
     assert opened == ["train", "val"] and m["split"] == "val"
+
+
+def test_networks_without_sound_features(folder, tmp_path, capsys):
+    "Of two channels, and of broken numbers: one line, where scikit-learn gave a page."
+    form = dict(img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1)
+    save_official(BeitForMaskedImageModeling(9, **form, in_chans=2), tmp_path / "two.pth")
+    broken = BeitForMaskedImageModeling(9, **form)
+    broken.blocks[0].attn.proj.weight.data[0, 0] = float("nan")
+    save_official(broken, tmp_path / "nan.pth")
+    common = dict(data=str(folder), labels_per_class=4, draws=1, out=f"{tmp_path}/out")
+
+    with pytest.raises(BeitError, match="two.pth reads 2 channels"):
+        probe(ProbeRecipe(init=f"{tmp_path}/two.pth", **common))
+    with pytest.raises(FloatingPointError, match="features .pretrained. are not finite"):
+        probe(ProbeRecipe(init=f"{tmp_path}/nan.pth", **common))
 
 
 def test_without_a_checkpoint_it_says_which_option(tmp_path):

@@ -87,6 +87,8 @@ def read_bytes(file: str | Path | BinaryIO) -> bytes:
     status = os.stat(file)
     if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES:
         return Path(file).read_bytes()
+    if stat.S_ISDIR(status.st_mode):
+        raise UnreadableImage(f"{file} is a folder; name the picture files in it")
     raise UnreadableImage(
         f"cannot read the picture {file}: it is no file of at most {MAX_FILE_BYTES:,} bytes"
     )
