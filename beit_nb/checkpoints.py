@@ -242,6 +242,12 @@ def args_for(kind: type[VisionTransformer], weights: Weights, **changes) -> dict
     args = {n: v for n, v in weights.args.items() if n not in HEAD_ARGS or n in taken}
     if "num_classes" in taken and "num_classes" not in args and args["use_shared_rel_pos_bias"]:
         args |= {"use_shared_rel_pos_bias": False, "use_rel_pos_bias": True}
+    usual = weights.args["embed_dim"] in (192, 384, 768, 1024)  # ViT's sizes: 64 numbers a head
+    if "num_heads" in weights.guessed and "num_heads" not in changes and not usual:
+        warn_once(
+            f"the weights of {weights.source} do not tell the number of heads; taken for "
+            f"{args['num_heads']}, of {args['embed_dim'] // args['num_heads']} numbers each"
+        )
     args |= changes
     for name in ("num_classes", "vocab_size"):
         if name in taken and name not in args:

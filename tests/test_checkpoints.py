@@ -116,3 +116,13 @@ def test_a_loaded_pre_training_has_all_weights(tmp_path):
         loaded = model.state_dict()
         body = {n for n in saved if n.startswith(("blocks.", "patch_embed.", "cls_token", "pos_"))}
         assert len(body) > 20 and all(torch.equal(loaded[n].cpu(), saved[n]) for n in body)
+
+
+@pytest.mark.parametrize("how, told", (({}, True), ({"num_heads": 4}, False)))
+def test_heads_that_no_file_tells_are_said(capsys, monkeypatch, how, told):
+    monkeypatch.setattr("beit_nb.SAID", set())
+    state = shaken(BeitForImageClassification(3, **SIZE | {"embed_dim": 48, "num_heads": 4}))
+
+    BeitForImageClassification.from_pretrained(state.state_dict(), **how)
+
+    assert ("do not tell the number of heads" in capsys.readouterr().err) == told

@@ -297,3 +297,23 @@ def test_weights_of_another_shape_or_color_are_told(folder, tmp_path, capfd):
     assert capfd.readouterr().err == ""
     build_from_checkpoint(r, 2)
     assert "see --mean-std" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("renamed", (False, True))
+def test_a_head_for_other_classes_stays_behind(tmp_path, folder, capsys, renamed):
+    first = FinetuneRecipe(data=str(folder), out=str(tmp_path / "first"), **TINY)
+    finetune(first, quiet=True)
+    others = shutil.copytree(folder, tmp_path / "others")
+    if renamed:  # as many, but others
+        for split in ("train", "val"):
+            (others / split / "red").rename(others / split / "apple")
+    again = replace(
+        first, data=str(others), out=str(tmp_path / "again"), init=first.out, lr=1e-12, min_lr=0.0
+    )
+
+    finetune(again, quiet=True)
+
+    heads = [load_classifier(out)[0].head.weight for out in (first.out, again.out)]
+    assert torch.allclose(*heads, rtol=0, atol=1e-9) == (not renamed)
+    told = "knows other classes or another order; a fresh one starts" in capsys.readouterr().err
+    assert told == renamed
