@@ -89,7 +89,9 @@ def head_for(weights: Weights, classes: Sequence[str]) -> Weights:
     if len(weights.classes) != len(classes) or [*weights.classes] == [*classes]:
         return weights
     if rank() == 0:
-        warn(f"the head in {weights.source} knows other classes or another order; a fresh one starts")
+        warn(
+            f"the head in {weights.source} knows other classes or another order; a fresh one starts"
+        )
     body = {name: x for name, x in weights.state.items() if not name.startswith("head.")}
     return weights._replace(state=body)
 
