@@ -282,9 +282,10 @@ def weights_for(recipe: Any, fields: Sequence[str]) -> Weights:
     for field in fields:
         there, here = weights.args[field], getattr(recipe, field)
         if there != here and field not in weights.guessed:
+            off = "no-" if there is False else ""
             raise BeitError(
                 f"{field} is {there} in {recipe.init}, but {here} in this recipe; set it with "
-                f"--{field.replace('_', '-')}"
+                f"--{off}{field.replace('_', '-')}"
             )
     return weights
 

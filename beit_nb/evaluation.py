@@ -204,12 +204,19 @@ def _draw_classes(ax, scored: Scored, few: bool) -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 # %% ../nbs/53_evaluation.ipynb #prepare-out
-def check_out(out: str, data: str) -> Path:
-    "The folder for a score; BeitError where a training lives there, or pictures are read from."
+def check_out(out: str, data: str, **what) -> Path:
+    """The folder for a score of `data`; `what`: the checkpoint, and how it is asked.
+
+    Raises BeitError where a training lives there, another score, or pictures are read from.
+    """
     folder = Path(out)
     config = (run_config(folder) if folder.is_dir() else None) or {}
     if has_work(folder) or config.get("command", "evaluate") != "evaluate":
         raise BeitError(f"--out {out} holds a run, whose figures would be lost; choose another")
+    kept = {name: config.get(name, x) for name, x in (what | {"data": data}).items()}
+    if kept != what | {"data": data}:
+        old = ", ".join(f"{name} {x}" for name, x in kept.items() if x is not None)
+        raise BeitError(f"--out {out} holds another score ({old}); choose another")
     if known_set(data) is None and folder.resolve().is_relative_to(Path(data).resolve()):
         raise BeitError(
             f"--out {out} lies in {data}, and the next training there would take its picture for "
@@ -283,7 +290,8 @@ def evaluate(
     """
     said = dict(locals())
     del said["quiet"]
-    folder = rank_0_first(lambda: check_out(out, data))
+    asked_for = dict(init=init, split=split, img_size=img_size, crop_pct=crop_pct)
+    folder = rank_0_first(lambda: check_out(out, data, **asked_for))
     weights = load_weights(init)
     model = load_scored(weights, init, img_size)
     pictures = open_data(data, split, labels=True)

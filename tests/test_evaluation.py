@@ -296,6 +296,18 @@ def test_a_score_replaces_no_run_and_lies_in_no_data(pictures, tmp_path):
     assert check_out(str(tmp_path / "new"), "digits").is_dir()
 
 
+def test_a_score_replaces_only_itself(file, pictures, tmp_path):
+    asked = ("evaluate", file, "--data", pictures, "--out", tmp_path / "out")
+    beit(*asked)
+    before = (tmp_path / "out" / "metrics.json").read_bytes()
+
+    beit(*asked)
+    said = beit(*asked, "--crop-pct", "0.5", ok=2)
+
+    assert "holds another score" in said.stderr and "choose another" in said.stderr
+    assert (tmp_path / "out" / "metrics.json").read_bytes() == before
+
+
 def test_the_command_leaves_figures_a_picture_and_a_page(file, pictures, tmp_path):
     said = beit("evaluate", file, "--data", pictures, "--out", tmp_path / "out").stdout
 
