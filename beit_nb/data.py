@@ -146,6 +146,8 @@ def labelled_folder(root: Path, split: str) -> ImageDataset:
         part = root / "test"
     else:
         part = root / "val"
+        if split == "test" and part.is_dir() and rank() == 0:
+            warn_once(f"{root} has no test/; its val/ is scored")
     if not part.is_dir():
         there = ", ".join(f"{name}/" for name in class_folders(root)[:10]) or "no folders"
         raise BeitError(

@@ -172,13 +172,15 @@ def test_labels_of_val_are_those_of_train(tmp_path):
     assert len(open_data(str(tmp_path))) == 3
 
 
-def test_test_is_val_where_there_is_no_test(tmp_path):
+def test_test_is_val_where_there_is_no_test(tmp_path, capsys):
     for split, gray in (("train", 1), ("val", 2)):
         save_gray(tmp_path / split / "a" / "1.png", gray)
 
     assert label_of_gray(open_data(str(tmp_path), "test", labels=True)) == {2: 0}
+    assert "has no test/; its val/ is scored" in capsys.readouterr().err
     save_gray(tmp_path / "test" / "a" / "1.png", 3)
     assert label_of_gray(open_data(str(tmp_path), "test", labels=True)) == {3: 0}
+    assert capsys.readouterr().err == ""
 
 
 def test_layouts_that_cannot_work(tmp_path):
