@@ -213,8 +213,9 @@ def check_out(out: str, data: str, **what) -> Path:
     config = (run_config(folder) if folder.is_dir() else None) or {}
     if has_work(folder) or config.get("command", "evaluate") != "evaluate":
         raise BeitError(f"--out {out} holds a run, whose figures would be lost; choose another")
-    kept = {name: config.get(name, x) for name, x in (what | {"data": data}).items()}
-    if kept != what | {"data": data}:
+    asked = what | {"data": data}
+    kept = {name: config.get(name, x) for name, x in asked.items()}
+    if kept != asked:
         old = ", ".join(f"{name} {x}" for name, x in kept.items() if x is not None)
         raise BeitError(f"--out {out} holds another score ({old}); choose another")
     if known_set(data) is None and folder.resolve().is_relative_to(Path(data).resolve()):
@@ -290,8 +291,8 @@ def evaluate(
     """
     said = dict(locals())
     del said["quiet"]
-    asked_for = dict(init=init, split=split, img_size=img_size, crop_pct=crop_pct)
-    folder = rank_0_first(lambda: check_out(out, data, **asked_for))
+    how_asked = dict(split=split, img_size=img_size, crop_pct=crop_pct, precision=precision)
+    folder = rank_0_first(lambda: check_out(out, data, init=init, **how_asked))
     weights = load_weights(init)
     model = load_scored(weights, init, img_size)
     pictures = open_data(data, split, labels=True)

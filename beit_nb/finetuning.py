@@ -90,7 +90,7 @@ def head_for(weights: Weights, classes: Sequence[str]) -> Weights:
         return weights
     if rank() == 0:
         warn(
-            f"the head in {weights.source} knows other classes or another order; a fresh one starts"
+            f"the head of {weights.source} knows other classes or another order; a fresh one starts"
         )
     body = {name: x for name, x in weights.state.items() if not name.startswith("head.")}
     return weights._replace(state=body)

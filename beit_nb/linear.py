@@ -173,6 +173,9 @@ def linear(r: LinearRecipe, quiet: bool = False) -> dict:
         fit(trainer, loader, LinearLoss(body), [score])
         metrics = {"steps": trainer.step, "labels": len(samples)}
         if trainer.finished:
-            found = {k: score_blocks(trainer.model, body, v) for k, v in held_out.items()}
+            found = {
+                split: score_blocks(trainer.model, body, unseen, r.workers)
+                for split, unseen in held_out.items()
+            }
             metrics |= last_scores_of_blocks(r, found["val"], found[r.split])
         return write_metrics(out, metrics, trainer.finished)
