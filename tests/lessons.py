@@ -31,16 +31,23 @@ WIDTH = 110  # columns of a saved text
 COLORS = (24, 32, 48, 64, 96, 128, 192, 256)  # sizes of palette for saved pictures, in turn
 NOISE = 12  # of 255: colors nearer than this are noise where there are few
 PAGES = ("explorers.ipynb", "index.ipynb")  # whose code nobody came to read
-PARTS = {  # number of the first lesson: the part of the book
-    "00": "Words for pictures",
-    "10": "Hide and guess",
-    "17": "The engine: what a run is",
-    "31": "The engine: where pictures come from",
-    "40": "Train it, and put it to work",
-    "60": "What it costs, and is it fast",
-    "70": "Things to touch",
-    "92": "All of it",
+PARTS = {  # the least place of a lesson: the part of the book
+    0: "Words for pictures",
+    10: "Hide and guess",
+    17: "The engine: what a run is",
+    31: "The engine: where pictures come from",
+    40: "Train it, and put it to work",
+    60: "Every pixel",
+    70: "What it costs, and is it fast",
+    80: "What came of it, and which part earns its keep",
+    90: "All of it",
+    100: "Things to touch: how the explorers are made",
 }
+EXPLORERS = (  # how they are made, beside the numbered book; each uses only those before it
+    *("pad", "figures", "controls", "shell", "mask_rules", "mask_views", "masks", "cuts"),
+    *("patches", "elbo", "gap", "temperature", "alphabet", "tokens", "spelling", "attention"),
+    *("predictor", "answers", "guess", "courses", "recipes", "workbench"),
+)
 
 
 def flagged(cell, flag: str) -> bool:
@@ -247,10 +254,22 @@ def save(path, slow: bool = False, execute: bool = True) -> None:
     write_nb(clean, path)
 
 
+def place(stem: str) -> int:
+    "Where a lesson stands in the book: its number; after all these the explorers' rooms."
+    if stem[:2].isdigit():
+        return int(stem[:2])
+    return 100 + EXPLORERS.index(stem.removeprefix("explorers_"))
+
+
+def part(stem: str) -> str:
+    return PARTS[max(least for least in PARTS if least <= place(stem))]
+
+
 class Lesson(NamedTuple):
     "What the map says of a lesson."
 
-    number: str
+    number: str  # nothing for an explorers' room
+    part: str
     file: str
     question: str  # its title
     minutes: int  # to read it, as its head says
@@ -259,9 +278,10 @@ class Lesson(NamedTuple):
 
 
 def lessons() -> list[Lesson]:
-    "All numbered lessons, in the order of the book."
+    "All lessons in the order of the book: the numbered ones, then how the explorers are made."
     rows = []
-    for path in sorted((ROOT / "nbs").glob("[0-9]*.ipynb")):
+    paths = [p for p in (ROOT / "nbs").glob("*.ipynb") if p.name not in PAGES]
+    for path in sorted(paths, key=lambda p: place(p.stem)):
         nb = nbformat.read(path, as_version=4)
         title = nb.cells[0].source
         question = re.search(r"^# (.+)$", title, re.M)[1]
@@ -271,16 +291,20 @@ def lessons() -> list[Lesson]:
         code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
         module = re.search(r"^#\| ?default_exp (\S+)", code, re.M)
         named = module[1] if module else ""
-        rows.append(Lesson(path.stem[:2], path.name, question, minutes, named, sentence))
+        number = path.stem[:2] if path.stem[:2].isdigit() else ""
+        which = part(path.stem)
+        rows.append(Lesson(number, which, path.name, question, minutes, named, sentence))
     return rows
 
 
 def map_table(folder: str = "") -> str:
     "The map of the book as a markdown table; `folder` stands before the links."
     lines = ["| | a question | minutes | module | in one line |", "|---|---|---|---|---|"]
+    begun = ""
     for lesson in lessons():
-        if lesson.number in PARTS:
-            lines.append(f"| | **{PARTS[lesson.number]}** | | | |")
+        if lesson.part != begun:
+            lines.append(f"| | **{lesson.part}** | | | |")
+        begun = lesson.part
         module = f"`beit_nb.{lesson.module}`" if lesson.module else ""
         link = f"[{lesson.question}]({folder}{lesson.file})"
         cells = (lesson.number, link, lesson.minutes, module, lesson.sentence)

@@ -333,7 +333,7 @@ def test_names_are_mmsegmentations():
 
 
 def test_parameters_of_base():
-    "ADE20K's 150 classes; the shapes are counted by hand in lesson 58."
+    "ADE20K's 150 classes; the shapes are counted by hand in lesson 60."
     D = 768
     with torch.device("meta"):
         parts = {

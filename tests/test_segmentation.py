@@ -140,7 +140,7 @@ def test_layers_decay_and_heads_do_not(kind):
     ],
 )
 def test_parameters_of_base_at_512(kind, form, count):
-    "The shapes of the heads are counted by hand in lesson 58."
+    "The shapes of the heads are counted by hand in lesson 60."
     with torch.device("meta"):
         model = BeitForSemanticSegmentation(150, kind, img_size=512, **FORMS[form])
 
