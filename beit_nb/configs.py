@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Recipe', 'Length', 'Run', 'Backbone', 'not_divisible', 'TokenizerRecipe', 'PretrainRecipe', 'FinetuneRecipe',
-           'ProbeRecipe', 'LinearRecipe', 'check_recipe']
+           'ProbeRecipe', 'LinearRecipe', 'SegmentRecipe', 'check_recipe']
 
 # %% ../nbs/21_configs.ipynb #imports
 from collections.abc import Iterator
@@ -17,7 +17,9 @@ from beit_nb.limits import (
     Count,
     CropPct,
     CropScale,
+    Edges,
     Few,
+    FourBlocks,
     Natural,
     NonNegative,
     Place,
@@ -28,6 +30,7 @@ from beit_nb.limits import (
     Size,
     Vocabulary,
     Workers,
+    ZoomRange,
     wrong_fields,
 )
 
@@ -293,6 +296,47 @@ class LinearRecipe(Run):
         yield from Run.conflicts(self)
         if self.parallel == "fsdp":
             yield "a line is small: set parallel ddp"
+
+# %% ../nbs/21_configs.ipynb #segment-recipe
+@dataclass
+class SegmentRecipe(Backbone, Run):
+    "How a (pre-trained) body learns to name every pixel (paper, Table 14; official code)."
+
+    img_size: Size = 512  # pixels a side of a crop, and of the window that slides
+    init: Place = ""  # anybody's weights to start from (`load_weights`); empty: from scratch
+    labelled: Count | None = None  # labelled pictures (drawn by seed); none: all
+
+    head: Literal["setr_pup", "upernet", "linear"] = "upernet"  # maps to classes
+    channels: Size | None = None  # width of the head; none: setr_pup 256, upernet embed_dim
+    out_indices: FourBlocks | None = None  # blocks that it reads, from 0; none: 3 5 7 11 of 12
+    norm: Literal["batch", "group"] = "batch"  # after its convolutions; batch: of all processes
+    auxiliary_weight: NonNegative = 0.4  # of the loss of the auxiliary heads; 0: there are none
+    layer_decay: Share | None = 0.65  # learning rate of a block over that of the next
+    schedule: Literal["linear", "cosine"] = "linear"  # how the learning rate falls to min_lr
+
+    scale: Edges = (2048, 512)  # a picture is resized to fit into this, its shape kept
+    ratio_range: ZoomRange | None = (0.5, 2.0)  # times a factor, in training; none: 1
+    cat_max_ratio: PositiveShare = 0.75  # largest share of a class in a crop, of 10 tries; 1: any
+    flip: Share = 0.5  # probability of a mirrored picture
+    photometric: bool = True  # brightness, contrast, saturation and hue change by chance
+    mean_std: Literal["beit", "imagenet"] = "imagenet"  # the official code's, for all weights
+    reduce_zero_label: bool | None = None  # 0 means no class; none: as the data has it
+
+    weight_init: Literal["beit", "xavier"] = "beit"  # only from scratch
+    pos_embed_init: Literal["normal", "sincos"] = "normal"  # only from scratch
+
+    inference: Literal["slide", "whole"] = "slide"  # whole: the picture squashed into one window
+    stride: Size | None = None  # steps of the window; none: two thirds of it
+    eval_every: Count | None = None  # steps between evaluations; none: at the end of each epoch
+    split: Literal["val", "test"] = "val"  # choices are made on val, test is for the report
+
+    def conflicts(self) -> Iterator[str]:
+        yield from Run.conflicts(self)
+        yield from self.shape_conflicts(self.pos_embed_init)
+        if self.out_indices and self.out_indices[-1] != self.depth - 1:
+            yield f"out_indices {self.out_indices} must end with the last block, {self.depth - 1}"
+        if self.stride and self.stride > self.img_size:
+            yield f"stride {self.stride} leaves gaps between windows of img_size {self.img_size}"
 
 # %% ../nbs/21_configs.ipynb #check-recipe
 def check_recipe(recipe: Recipe) -> None:

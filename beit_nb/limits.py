@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Count', 'Size', 'Few', 'Vocabulary', 'Natural', 'Workers', 'Seed', 'Positive', 'NonNegative', 'BelowOne', 'Share',
-           'PositiveShare', 'CropPct', 'CropScale', 'PATH', 'Place', 'Places', 'NOUNS', 'KINDS', 'CHANGEABLE_FIELDS',
-           'Limit', 'at_least', 'spelt_out', 'plain_type', 'limit_of', 'asked_for', 'have_types', 'has_type',
-           'wrong_fields', 'nearest', 'no_such', 'expand_paths', 'as_config', 'check_same_run']
+           'PositiveShare', 'CropPct', 'CropScale', 'Edges', 'ZoomRange', 'FourBlocks', 'PATH', 'Place', 'Places',
+           'NOUNS', 'KINDS', 'CHANGEABLE_FIELDS', 'Limit', 'at_least', 'spelt_out', 'plain_type', 'limit_of',
+           'asked_for', 'have_types', 'has_type', 'wrong_fields', 'nearest', 'no_such', 'expand_paths', 'as_config',
+           'check_same_run']
 
 # %% ../nbs/20_limits.ipynb #imports
 import os
@@ -67,6 +68,21 @@ CropScale = Annotated[
     Limit(
         lambda x: 0 < x[0] <= x[1] <= 1,
         "two shares of the picture above 0 and at most 1, the smaller first",
+    ),
+]
+Edges = Annotated[
+    tuple[int, int],
+    Limit(lambda x: 65_536 >= x[0] >= x[1] >= 1, "two lengths in pixels, the longer first"),
+]
+ZoomRange = Annotated[
+    tuple[float, float],
+    Limit(lambda x: 0.05 <= x[0] <= x[1] <= 20, "two factors from 0.05 to 20, the smaller first"),
+]
+FourBlocks = Annotated[
+    tuple[int, int, int, int],
+    Limit(
+        lambda x: 0 <= x[0] <= x[1] <= x[2] <= x[3] < 1000,
+        "four blocks, counted from 0, in their order",
     ),
 ]
 
