@@ -356,10 +356,10 @@ def pixels(locator, size):
     return Image.open(io.BytesIO(shot)).convert("RGB").resize(size, Image.Resampling.BOX)
 
 
-REACTION = """element => { window.reaction = new Promise((done, fail) => {
+REACTION = """(element, begins) => { window.reaction = new Promise((done, fail) => {
   let start;
   setTimeout(() => fail(Error("nothing changed in ten seconds")), 10000);
-  for (const kind of ["keydown", "pointerdown"])
+  for (const kind of begins)
     document.addEventListener(
       kind, e => { start ??= e.timeStamp; }, { capture: true, once: true });
   const seen = new MutationObserver(() => {
@@ -372,11 +372,11 @@ REACTION = """element => { window.reaction = new Promise((done, fail) => {
 }); return true; }"""
 
 
-def reactions(watched, act, n=20):
-    "Milliseconds from a key or click to the frame in which the watched element changed, n times."
+def reactions(watched, act, n=20, begins=("keydown", "pointerdown")):
+    "Milliseconds from an event to the frame in which the watched element changed, n times."
     out = []
     for i in range(n):
-        watched.evaluate(REACTION)
+        watched.evaluate(REACTION, begins)
         act(i)
         out.append(watched.page.evaluate("() => window.reaction"))
     return sorted(out)
