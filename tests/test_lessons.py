@@ -177,7 +177,7 @@ def test_every_module_has_its_notebook(module):
 
 
 OF_MANY = set(
-    "explorers faults faults_continued lessons published strangers tokenizer_dalle "
+    "drawings explorers faults faults_continued lessons published strangers tokenizer_dalle "
     "travelling_weights weights_parity whose_figures".split()
 )
 
