@@ -37,7 +37,13 @@ from .engine.trainer import build_model
 from .engine.training import Trainer, check_shares, fit
 from .images import preprocess, to_float
 from .masking import blockwise_mask, random_mask
-from .mim import BeitForMaskedImageModeling, masked_indices, mim_accuracy, mim_loss
+from beit_nb.mim import (
+    BeitForMaskedImageModeling,
+    blind_guess,
+    masked_indices,
+    mim_accuracy,
+    mim_loss,
+)
 from .recipes import from_config
 from .reconstructions import ReconstructionCallback
 from .targets import Targets, build_targets, tabulate
@@ -117,7 +123,10 @@ def apply_jitter(batch: PretrainBatch) -> PretrainBatch:
 
 # %% ../nbs/44_pretraining.ipynb #pretrain-loss
 class PretrainLoss:
-    "(model, batch, step) -> loss and mlm_acc: cross-entropy on the hidden tokens (paper, Eq. 1)."
+    """(model, batch, step) -> loss, metrics: cross-entropy on the hidden tokens (paper, Eq. 1).
+
+    The metrics: `mlm_acc`, `masked` (hidden patches a picture), and those of `blind_guess`.
+    """
 
     def __init__(self, targets: Targets, mean_std: str):
         self.targets = targets
@@ -128,7 +137,9 @@ class PretrainLoss:
         images = preprocess(batch.patch_view, self.mean_std)
         ids = self.targets.hidden(batch)  # (n,)
         logits = model(images, batch.mask, masked_index=batch.masked_index)  # (n, V)
-        return mim_loss(logits, ids), {"mlm_acc": mim_accuracy(logits.detach(), ids)}
+        masked = torch.full((), len(ids) / len(images), device=ids.device)
+        metrics = {"mlm_acc": mim_accuracy(logits.detach(), ids), "masked": masked}
+        return mim_loss(logits, ids), metrics | blind_guess(ids, logits.shape[-1])
 
 # %% ../nbs/44_pretraining.ipynb #evaluate-mim
 @torch.no_grad()
