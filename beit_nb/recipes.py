@@ -46,6 +46,7 @@ DATASETS = {  # what --data knows by name
     "oxford-pets": DatasetInfo("7,349 pictures, 37 breeds, 800 MB", 3_312, 37),
     "imagenet": DatasetInfo("data/imagenet/{train,val}/<class>/, by hand", 1_281_167, 1000),
     "imagenet22k": DatasetInfo("data/imagenet22k/<class>/, by hand", 14_197_122, 21_841),
+    "ade20k": DatasetInfo("data/ade20k/, a class for every pixel, by hand", 20_210, 150),
 }
 
 # %% ../nbs/35_recipes.ipynb #known-set

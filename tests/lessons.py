@@ -37,7 +37,7 @@ PARTS = {  # the least place of a lesson: the part of the book
     17: "The engine: what a run is",
     31: "The engine: where pictures come from",
     40: "Train it, and put it to work",
-    60: "Every pixel",
+    59: "Every pixel",
     70: "What it costs, and is it fast",
     80: "What came of it, and which part earns its keep",
     90: "All of it",

@@ -110,7 +110,7 @@ def why_unreadable(pictures: ImageDataset, i: int) -> str | None:
     if i in pictures.excluded:
         return pictures.excluded[i]
     try:
-        pictures.pixels(i)
+        pictures.check(i)
     except UnreadableImage as e:
         return str(e)
     return None

@@ -69,6 +69,10 @@ class ImageDataset:
         picture = self[i]
         return picture if isinstance(picture, Tensor) else pil_to_tensor(picture)
 
+    def check(self, i: int) -> None:
+        "Read all there is of picture i. Raises UnreadableImage where that fails."
+        self.pixels(i)
+
     def path(self, i: int) -> str | None:
         "Where picture i comes from, for people; None where it is no file."
         return None
