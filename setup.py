@@ -10,7 +10,8 @@ ini = ConfigParser(delimiters=["="])
 ini.read(here / "settings.ini", encoding="utf8")
 cfg = ini["DEFAULT"]
 lab_requirements = cfg["lab_requirements"].split()
-test_requirements = lab_requirements + cfg["test_requirements"].split()
+site_requirements = cfg["site_requirements"].split()
+test_requirements = lab_requirements + site_requirements + cfg["test_requirements"].split()
 dev_requirements = cfg["dev_requirements"].split()
 
 setup(
@@ -32,6 +33,7 @@ setup(
     },
     extras_require={
         "lab": lab_requirements,
+        "site": site_requirements,
         "test": test_requirements,
         "dev": test_requirements + dev_requirements,
     },
