@@ -181,6 +181,21 @@ def test_an_average_is_torchs_sum_by_hand():
     assert not ema.module.weight.equal(model.weight)
 
 
+def test_an_average_is_bit_for_bit_that_of_torch():
+    model = nn.BatchNorm1d(3)  # with buffers
+    ours, theirs = Ema(model, decay=0.999), Ema(model, decay=0.999)
+    for _ in range(4):
+        model(torch.randn(8, 3))
+        with torch.no_grad():
+            model.weight.normal_()
+        ours.update(model)
+        theirs.update_parameters(model)
+
+    assert ours.n_averaged == 4
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value), key
+
+
 def test_an_average_survives_a_stop():
     torch.manual_seed(0)
     models = [nn.Linear(3, 2), nn.Linear(3, 2)]

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -168,12 +169,25 @@ def loss_weights(
 class Ema(AveragedModel):
     """An exponential moving average of a model's weights, `module`; starts at the first update.
 
-    torch's AveragedModel with the rule filled in, and with what a `Trainer` needs to save it.
+    torch's AveragedModel with the rule filled in, and with what a `Trainer` needs to save it. The
+    count of updates stays on the CPU.
     """
 
     def __init__(self, model: nn.Module, decay: float):
         super().__init__(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
+    @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         "Take the weights of `model` into the mean."
-        self.update_parameters(model)
+        mean: list[Any] = list(self.module.parameters())
+        weights: list[Any] = list(model.parameters())
+        # `update_parameters` would send the count to a GPU, and wait for all the work there
+        if self.n_averaged == 0:
+            for own, new in zip(mean, weights):
+                own.copy_(new)
+        else:
+            assert self.multi_avg_fn is not None
+            self.multi_avg_fn(mean, weights, self.n_averaged)
+        for own, new in zip(self.module.buffers(), model.buffers()):
+            own.copy_(new)
+        self.n_averaged += 1

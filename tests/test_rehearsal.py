@@ -1,0 +1,163 @@
+"""The steps of all trainings as a GPU would run them, without a GPU and without numbers."""
+
+import json
+
+import pytest
+import torch
+from rehearsal import (
+    FIXTURE,
+    LISTED,
+    SHALLOW,
+    TRAININGS,
+    faults,
+    name_of,
+    on_paper,
+    on_pretended_gpu,
+    operator_list,
+    rehearse,
+    rehearsed,
+    torch_version,
+)
+
+from beit_nb.device import default_device
+
+
+def count(calls, name):
+    return sum(name_of(call).startswith(name) for call in calls)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_step_on_a_gpu_neither_waits_nor_strays(name, precision):
+    training = TRAININGS[name](precision=precision)
+
+    calls = rehearsed(name, on_pretended_gpu, precision, **SHALLOW[name])
+
+    assert faults(calls, training) == []
+    assert count(calls, "_fused_adamw") == 2  # with weight decay and without
+    assert count(calls, "_amp_update_scale") == (precision == "fp16")
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_a_step_with_its_backward_pass_keeps_to_its_types(name):
+    training = TRAININGS[name](precision="bf16")
+
+    calls = rehearsed(name, on_paper, **SHALLOW[name])
+
+    assert faults(calls, training) == []
+    if training.command == "finetune":  # a product for the input, and one for the weights
+        assert count(calls, "mm") == 2 * count(calls, "addmm")
+
+
+def careless(stage, how):
+    "A step of pre-training whose loss does something that it should not."
+    training = TRAININGS["pretrain, BEiT+, table"](precision="bf16", depth=2)
+    make_loss = training.loss
+
+    def loss_of(stage):
+        loss = make_loss(stage)
+
+        def worse(model, batch, step):
+            value, metrics = loss(model, batch, step)
+            return how(value, model, batch), metrics
+
+        return worse
+
+    training = training._replace(loss=loss_of)
+    rehearse(stage, training, steps=1)
+    return faults(stage.calls, training)
+
+
+@pytest.mark.parametrize(
+    "how, says",
+    [
+        (lambda loss, model, batch: loss + loss.cpu().to(loss.device), "back to the host"),
+        (lambda loss, model, batch: loss * loss.new_tensor(2.0), "the host waits"),
+        (lambda loss, model, batch: loss[None].double()[0].float(), "fp64"),
+    ],
+)
+def test_what_strays_is_found(how, says):
+    with on_pretended_gpu() as stage:
+        found = careless(stage, how)
+
+    assert any(says in fault for fault in found)
+
+
+def with_a_product_in_fp32(loss, model, batch):
+    with torch.autocast(batch.mask.device.type, enabled=False):
+        weight = model.lm_head.weight
+        return loss + (weight @ weight.T)[0, 0]
+
+
+def test_a_product_in_fp32_is_found():
+    with on_paper() as stage:
+        found = careless(stage, with_a_product_in_fp32)
+
+    assert any("a product in fp32: mm" in fault for fault in found)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda loss, model, batch: loss * loss.item(),
+        lambda loss, model, batch: loss + len(batch.mask.nonzero()),
+        lambda loss, model, batch: loss if loss > 0 else -loss,
+    ],
+)
+def test_a_step_that_waits_for_the_gpu_is_refused(how):
+    from torch._subclasses.fake_tensor import (
+        DataDependentOutputException,
+        DynamicOutputShapeException,
+    )
+
+    with on_pretended_gpu() as stage:
+        with pytest.raises((DataDependentOutputException, DynamicOutputShapeException)):
+            careless(stage, how)
+
+
+def test_host_and_device_do_not_mix():
+    with on_pretended_gpu() as stage:
+        with pytest.raises(RuntimeError, match="same device"):
+            careless(stage, lambda loss, model, batch: loss + torch.ones(2))
+
+
+def test_the_pretended_gpu_is_gone_afterwards():
+    before = default_device()
+    with on_pretended_gpu():
+        assert default_device() == torch.device("cuda", 0)
+
+    assert default_device() == before
+    assert torch.ones(2).pin_memory if torch.cuda.is_available() else True
+
+
+@pytest.mark.parametrize(
+    "where, kernel",
+    [
+        (on_pretended_gpu, "_scaled_dot_product_flash_attention"),
+        (on_paper, "_scaled_dot_product_flash_attention_backward"),
+    ],
+)
+def test_plain_attention_runs_as_flash_attention(where, kernel):
+    calls = rehearsed("finetune, mixup", where, depth=2)
+    assert count(calls, kernel) == 2
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
+def test_a_relative_bias_has_the_type_of_the_queries(precision):
+    calls = rehearsed("finetune, BEiT+, mean of weights", on_paper, precision, depth=2)
+    entered = [c for c in calls if name_of(c) == "_scaled_dot_product_efficient_attention"]
+
+    assert len(entered) == 2
+    for call in entered:
+        q, k, v, bias = call.took
+        assert bias.dtype == q.dtype and bias.shape[-1] == 197
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_the_operators_of_a_step_are_the_known_ones(name):
+    "If the change is meant: `python tests/rehearsal.py` writes the file anew."
+    known = json.loads(FIXTURE.read_text())
+    if known["torch"] != torch_version():
+        pytest.skip(f"the operators were written down with torch {known['torch']}")
+
+    assert operator_list(name) == known[name]
