@@ -111,7 +111,7 @@ def write_module_pages(app) -> None:
 
 def contents() -> str:
     "The book's order, for the column on the left."
-    parts = {"On one page": ["explorers"]}
+    parts = {"On one page": ["explorers", "glossary"]}
     for lesson in lessons.lessons():
         parts.setdefault(lesson.part, []).append(Path(lesson.file).stem)
     parts["The library"] = ["api/index"]

@@ -30,7 +30,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDTH = 110  # columns of a saved text
 COLORS = (24, 32, 48, 64, 96, 128, 192, 256)  # sizes of palette for saved pictures, in turn
 NOISE = 12  # of 255: colors nearer than this are noise where there are few
-PAGES = ("explorers.ipynb", "index.ipynb")  # whose code nobody came to read
+PAGES = ("explorers.ipynb", "glossary.ipynb", "index.ipynb")  # whose code nobody came to read
 PARTS = {  # the least place of a lesson: the part of the book
     0: "Words for pictures",
     10: "Hide and guess",
