@@ -1,0 +1,275 @@
+"The runs of a study: several at once, each made once, what fails stays alone, what is stopped goes on."
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers_studies import TINY, Pretender, pretend
+
+from beit_nb import BeitError, experiments
+from beit_nb.arms import Arm, plan_run, study_graph
+from beit_nb.engine.files import read_json
+from beit_nb.experiments import (
+    Worker,
+    finished_metrics,
+    run_graph,
+    run_study,
+    summarize,
+    worker_places,
+)
+
+CPU = {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(experiments.time, "sleep", lambda seconds: None)
+
+
+def pretending(monkeypatch, **options):
+    boss = Pretender(**options)
+    monkeypatch.setattr(experiments, "Worker", boss)
+    return boss
+
+
+def without_seconds(record):
+    return record | {
+        "runs": {n: r | {"seconds": 0} for n, r in record["runs"].items()},
+    }
+
+
+def test_several_at_once_each_after_what_it_reads(tmp_path, monkeypatch):
+    boss = pretending(monkeypatch)
+    graph = study_graph(TINY, [0, 1])
+
+    outcomes = run_graph(graph, tmp_path, 3 * [CPU], quiet=True)
+
+    assert boss.most == 3
+    assert sorted(boss.made) == sorted(graph) and len(set(boss.made)) == len(boss.made)
+    assert {outcome.state for outcome in outcomes.values()} == {"finished"}
+    for name in graph:
+        for source in graph[name].inputs.values():
+            assert boss.made.index(source.id) < boss.made.index(name)
+
+
+def test_what_fails_stays_alone(tmp_path, monkeypatch, capsys):
+    lost = plan_run(TINY, TINY.arm("half"), "pretrain", 0).id
+    boss = pretending(monkeypatch, fails=[lost])
+
+    record = run_study(TINY, tmp_path, seeds=2, jobs=2)
+
+    states = [run["state"] for run in record["runs"].values()]
+    assert (states.count("finished"), states.count("failed"), states.count("blocked")) == (10, 1, 1)
+    assert record["runs"][lost]["reason"] == "the disk is full"
+    assert f"{lost} failed in 1 s: the disk is full" in capsys.readouterr().out
+    rows = {row["arm"]: row for row in record["summary"]}
+    assert (rows["half"]["n"], rows["half"]["pairs"]) == (1, 1)
+    assert record["values"]["half"]["accuracy"][0] is None
+
+    boss.fails = []  # the disk has room again
+    boss.made.clear()
+    again = run_study(TINY, tmp_path, seeds=2, jobs=2, quiet=True)
+
+    assert len(boss.made) == 2 and again["summary"][1]["n"] == 2
+
+
+@pytest.mark.parametrize("stop_at", [0, 1, 5, 11])
+def test_a_stopped_study_ends_as_if_nobody_had_stopped_it(tmp_path, monkeypatch, stop_at):
+    pretending(monkeypatch)
+    never_stopped = run_study(TINY, tmp_path / "a", seeds=2, jobs=2, quiet=True)
+    boss = pretending(monkeypatch, stop_at=stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(TINY, tmp_path / "b", seeds=2, jobs=2, quiet=True)
+    assert len(boss.made) == stop_at and boss.at_work == 0
+
+    boss = pretending(monkeypatch)
+    resumed = run_study(TINY, tmp_path / "b", seeds=2, jobs=2, quiet=True)
+
+    assert len(boss.made) >= 12 - stop_at
+    assert without_seconds(resumed) == without_seconds(never_stopped)
+    assert read_json(tmp_path / "b" / "study.json") == resumed
+
+
+def test_more_seeds_and_arms_take_what_is_there(tmp_path, monkeypatch):
+    boss = pretending(monkeypatch)
+    run_study(TINY, tmp_path, seeds=1, jobs=2, quiet=True)
+    boss.made.clear()
+
+    wider = replace(TINY, arms=(*TINY.arms, Arm("all", {"pretrain": {"num_mask_patches": 60}})))
+    record = run_study(wider, tmp_path, seeds=[0, 1], jobs=2, quiet=True)
+
+    assert len(boss.made) == 2 + 8  # of the new arm, and of the new seed
+    assert record["runs"][boss.made[0]]["seconds"] == 1.0
+    run_study(wider, tmp_path, seeds=[0, 1], jobs=2, quiet=True)
+    assert len(boss.made) == 10
+
+
+def test_the_report_alone_runs_nothing(tmp_path, monkeypatch):
+    boss = pretending(monkeypatch)
+
+    record = run_study(TINY, tmp_path, seeds=1, jobs=0, quiet=True)
+
+    assert boss.made == [] and all(r["state"] != "finished" for r in record["runs"].values())
+    assert [row["n"] for row in record["summary"]] == [0, 0, 0]
+
+
+def test_figures_of_another_run_are_refused(tmp_path, monkeypatch):
+    boss = pretending(monkeypatch)
+    run = plan_run(TINY, TINY.arm("half"), "pretrain", 0)
+    pretend(replace(run, changes={**run.changes, "lr": 0.5}), tmp_path)
+    folder = next(tmp_path.glob("pretrain-*"))
+    folder.rename(tmp_path / run.id)
+
+    outcome = run_graph({run.id: replace(run, inputs={})}, tmp_path, [CPU], quiet=True)[run.id]
+
+    assert outcome.state == "failed" and "holds another run (lr 0.5 there" in outcome.reason
+    assert boss.made == []
+
+
+def test_an_unfinished_run_is_not_finished(tmp_path):
+    run = plan_run(TINY, TINY.arms[0], "tokenizer", 0)
+    pretend(run, tmp_path, finished=False)
+
+    assert finished_metrics(run, tmp_path) is None
+
+
+def test_another_study_is_refused_before_any_run(tmp_path, monkeypatch):
+    boss = pretending(monkeypatch)
+    run_study(TINY, tmp_path, seeds=1, jobs=2, quiet=True)
+    boss.made.clear()
+
+    with pytest.raises(BeitError, match="holds the study tiny at scale ; give this one another"):
+        run_study(replace(TINY, name="other"), tmp_path, seeds=1)
+
+    assert boss.made == []
+
+
+@pytest.mark.parametrize(
+    "gpus, seen, jobs, places",
+    [
+        (0, None, 2, [CPU, CPU]),
+        (2, None, None, [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "1"}]),
+        (2, "4,7", None, [{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}]),
+        (1, None, 2, 2 * [{"CUDA_VISIBLE_DEVICES": "0"}]),
+        (2, None, 0, []),
+    ],
+)
+def test_places(monkeypatch, gpus, seen, jobs, places):
+    monkeypatch.setattr(experiments.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if seen:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+
+    assert worker_places(jobs) == places
+
+
+def test_a_worker_is_the_command_that_anybody_could_type(tmp_path, monkeypatch):
+    "Its words, its share of the machine, what it said last; and exit 0 without figures is no end."
+    code = "import os, sys; print(sys.argv[1:], os.environ['PLACE']); sys.exit(int({status}))"
+    run = plan_run(TINY, TINY.arms[0], "tokenizer", 0)
+    outcomes = []
+    for status in (0, 2):
+        monkeypatch.setattr(experiments, "WORKER", code.format(status=status))
+        worker = Worker(run, tmp_path, {"PLACE": "here"})
+        worker.process.wait(timeout=60)
+        outcomes.append(worker.outcome())
+
+    assert [outcome.state for outcome in outcomes] == ["failed", "failed"]
+    assert "['tokenizer', 'nano', '--seed', '0'" in outcomes[0].reason
+    assert outcomes[0].reason.endswith("here") and run.id in outcomes[0].reason
+
+
+def test_who_is_stopped_stops_its_workers(tmp_path, monkeypatch):
+    started = []
+
+    class Seen(Worker):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.append(self.process)
+
+    def interrupt(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(experiments, "WORKER", "import time; time.sleep(100)")
+    monkeypatch.setattr(experiments, "Worker", Seen)
+    monkeypatch.setattr(experiments.time, "sleep", interrupt)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_study(TINY, tmp_path, seeds=2, jobs=2, quiet=True)
+
+    assert [process.poll() for process in started] == 2 * [-signal.SIGTERM]
+
+
+def test_a_worker_notices_that_whoever_started_it_is_gone(tmp_path):
+    "As after kill -9: its own program asks who its parent is."
+    wait = "from beit_nb import cli; import time; cli.main = lambda words: time.sleep(100) or 0; "
+    program = (
+        "import subprocess, sys, time\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {wait + experiments.WORKER!r}])\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(5)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    while b"torch" not in Path(f"/proc/{child}/maps").read_bytes():  # it works by now
+        assert parent.poll() is None
+    parent.kill()
+    parent.wait(timeout=60)
+
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{child}/cmdline").exists() and time.monotonic() < deadline:
+        pass
+    assert not Path(f"/proc/{child}/cmdline").exists()
+
+
+def test_real_runs_stopped_between_and_within(tmp_path, monkeypatch):
+    "Without workers, in this process: the figures of a study that was stopped twice are the same."
+    study = replace(TINY, arms=TINY.arms[:2])
+    monkeypatch.setattr(experiments, "worker_places", lambda jobs: None)
+    whole = run_study(study, tmp_path / "a", seeds=1, quiet=True)
+    run_here = experiments.run_here
+    count = iter(range(100))
+
+    def stopped(run, runs):
+        number = next(count)
+        if number == 2:
+            raise KeyboardInterrupt
+        if number == 5:
+            half = replace(run, changes={**run.changes, "max_steps": 1})
+            run_here(half, runs)  # one step of it, as if stopped then
+            raise KeyboardInterrupt
+        return run_here(run, runs)
+
+    monkeypatch.setattr(experiments, "run_here", stopped)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run_study(study, tmp_path / "b", seeds=1, quiet=True)
+    parts = run_study(study, tmp_path / "b", seeds=1, quiet=True)
+
+    assert parts["values"] == whole["values"] and len(set(whole["runs"])) == 5
+    losses = {n: r["figures"].get("loss") for n, r in whole["runs"].items()}
+    assert losses == {n: r["figures"].get("loss") for n, r in parts["runs"].items()}
+    assert sum(loss is not None for loss in losses.values()) >= 3
+
+
+def test_summary():
+    values = {
+        "quarter": {"accuracy": [0.5, 0.6, 0.7]},
+        "half": {"accuracy": [0.53, 0.63, 0.74]},
+        "scratch": {"accuracy": [0.5, None, 0.6]},
+    }
+
+    base, half, scratch = summarize(TINY, values)
+
+    assert base["mean"] == pytest.approx(60) and base["sd"] == pytest.approx(10)
+    assert base["paper"] == 80.0 and "difference" not in base
+    assert half["difference"] == pytest.approx(10 / 3) and half["base"] == "quarter"
+    assert half["paper_difference"] == 3.0 and half["verdict"] == "reproduced"
+    assert (scratch["n"], scratch["pairs"]) == (2, 2)
+    assert scratch["paper_difference"] is None and scratch["verdict"] == "undecided"
+    assert json.dumps([base, half, scratch])
