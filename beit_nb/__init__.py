@@ -98,6 +98,7 @@ HOMES = {
     "finetuning": "BeitForImageClassification finetune",
     "probing": "probe",
     "segmentation": "BeitForSemanticSegmentation mean_iou slide_inference",
+    "experiments": "Study Arm run_study summarize",
     "explorers": "MaskExplorer",
 }
 _HOME_OF = {name: module for module, names in HOMES.items() for name in names.split()}

@@ -151,12 +151,13 @@ def study_graph(study: Study, seeds: Sequence[int]) -> dict[str, StudyRun]:
     for seed in seeds:
         for arm in study.arms:
             for measure in measures_of(study, arm):
-                run = plan_run(study, arm, measure.stage, seed)
+                needed = with_inputs(plan_run(study, arm, measure.stage, seed))
                 try:
-                    run.recipe("runs")
-                    graph |= with_inputs(run)
+                    for run in needed.values():
+                        run.recipe("runs")
                 except BeitError as e:
                     raise BeitError(f"{study.name}, arm {arm.name!r}: {e}") from e
+                graph |= needed
     return graph
 
 # %% ../nbs/82_arms.ipynb #run-words

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from . import BeitError, UnreadableImage, say, warn
+from .ablating import Ablate
 from .configs import Run
 from beit_nb.limits import (
     Count,
@@ -380,6 +381,7 @@ TOOLS = {
     "evaluate": Evaluate,
     "convert": Convert,
     "shard": Shard,
+    "ablate": Ablate,
     "bench": Bench,
     "plan": Plan,
     "report": Report,

@@ -116,7 +116,9 @@ def test_a_cluster(tmp_path, boss):
     assert "'40 %' '10 %' --set pretrain.steps=3" in command
     assert command.endswith('--task "$SLURM_ARRAY_TASK_ID"')
     assert len(tasks.read_text().splitlines()) == 7
-    run_python("import subprocess, sys; subprocess.run(['bash', '-n', sys.argv[1]], check=True)", submit)
+    run_python(
+        "import subprocess, sys; subprocess.run(['bash', '-n', sys.argv[1]], check=True)", submit
+    )
 
 
 def test_the_tasks_of_a_cluster_make_the_study(tmp_path, boss):

@@ -1,4 +1,4 @@
-"The runs of a study: several at once, each made once, what fails stays alone, what is stopped goes on."
+"The runs of a study: each made once, several at once, what fails stays alone, what stopped goes on."
 
 import json
 import signal
@@ -7,12 +7,13 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import pytest
 from helpers_studies import TINY, Pretender, pretend
 
 from beit_nb import BeitError, experiments
-from beit_nb.arms import Arm, plan_run, study_graph
+from beit_nb.arms import Arm, plan_run, study_graph, with_inputs
 from beit_nb.engine.files import read_json
 from beit_nb.experiments import (
     Worker,
@@ -121,11 +122,12 @@ def test_the_report_alone_runs_nothing(tmp_path, monkeypatch):
 def test_figures_of_another_run_are_refused(tmp_path, monkeypatch):
     boss = pretending(monkeypatch)
     run = plan_run(TINY, TINY.arm("half"), "pretrain", 0)
-    pretend(replace(run, changes={**run.changes, "lr": 0.5}), tmp_path)
-    folder = next(tmp_path.glob("pretrain-*"))
-    folder.rename(tmp_path / run.id)
+    pretend(run.inputs["tokenizer"], tmp_path)
+    other = replace(run, changes={**run.changes, "lr": 0.5})
+    pretend(other, tmp_path)
+    (tmp_path / other.id).rename(tmp_path / run.id)
 
-    outcome = run_graph({run.id: replace(run, inputs={})}, tmp_path, [CPU], quiet=True)[run.id]
+    outcome = run_graph(with_inputs(run), tmp_path, [CPU], quiet=True)[run.id]
 
     assert outcome.state == "failed" and "holds another run (lr 0.5 there" in outcome.reason
     assert boss.made == []
@@ -205,31 +207,37 @@ def test_who_is_stopped_stops_its_workers(tmp_path, monkeypatch):
     assert [process.poll() for process in started] == 2 * [-signal.SIGTERM]
 
 
-def test_a_worker_notices_that_whoever_started_it_is_gone(tmp_path):
+@pytest.mark.slow  # it imports torch
+def test_a_worker_notices_that_whoever_started_it_is_gone():
     "As after kill -9: its own program asks who its parent is."
-    wait = "from beit_nb import cli; import time; cli.main = lambda words: time.sleep(100) or 0; "
+    slow_main = "from beit_nb import cli; import time; cli.main = lambda words: time.sleep(300); "
     program = (
         "import subprocess, sys, time\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {wait + experiments.WORKER!r}])\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {slow_main + experiments.WORKER!r}])\n"
         "print(child.pid, flush=True)\n"
-        "time.sleep(5)\n"
+        "time.sleep(300)\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
-    while b"torch" not in Path(f"/proc/{child}/maps").read_bytes():  # it works by now
-        assert parent.poll() is None
+    child = Path(f"/proc/{parent.stdout.readline().strip()}")
+    wait_until(lambda: len(list((child / "task").iterdir())) > 1)  # the thread that watches
+
     parent.kill()
     parent.wait(timeout=60)
 
-    deadline = time.monotonic() + 60
-    while Path(f"/proc/{child}/cmdline").exists() and time.monotonic() < deadline:
-        pass
-    assert not Path(f"/proc/{child}/cmdline").exists()
+    wait_until(lambda: not child.exists() or not (child / "cmdline").read_bytes())
 
 
+def wait_until(holds, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        Event().wait(0.1)
+
+
+@pytest.mark.slow
 def test_real_runs_stopped_between_and_within(tmp_path, monkeypatch):
     "Without workers, in this process: the figures of a study that was stopped twice are the same."
-    study = replace(TINY, arms=TINY.arms[:2])
+    study = replace(TINY, arms=TINY.arms[:1])
     monkeypatch.setattr(experiments, "worker_places", lambda jobs: None)
     whole = run_study(study, tmp_path / "a", seeds=1, quiet=True)
     run_here = experiments.run_here
@@ -237,9 +245,9 @@ def test_real_runs_stopped_between_and_within(tmp_path, monkeypatch):
 
     def stopped(run, runs):
         number = next(count)
-        if number == 2:
+        if number == 1:
             raise KeyboardInterrupt
-        if number == 5:
+        if number == 3:
             half = replace(run, changes={**run.changes, "max_steps": 1})
             run_here(half, runs)  # one step of it, as if stopped then
             raise KeyboardInterrupt
@@ -251,10 +259,10 @@ def test_real_runs_stopped_between_and_within(tmp_path, monkeypatch):
             run_study(study, tmp_path / "b", seeds=1, quiet=True)
     parts = run_study(study, tmp_path / "b", seeds=1, quiet=True)
 
-    assert parts["values"] == whole["values"] and len(set(whole["runs"])) == 5
+    assert parts["values"] == whole["values"] and len(whole["runs"]) == 3
     losses = {n: r["figures"].get("loss") for n, r in whole["runs"].items()}
     assert losses == {n: r["figures"].get("loss") for n, r in parts["runs"].items()}
-    assert sum(loss is not None for loss in losses.values()) >= 3
+    assert sum(loss is not None for loss in losses.values()) >= 1
 
 
 def test_summary():

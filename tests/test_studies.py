@@ -83,7 +83,11 @@ def test_some_arms_and_other_fields():
         (["40%"], [], r"unknown arm of mask-ratio '40%' \(do you mean 40 %\?\)"),
         ([], ["steps=3"], "unknown stage of mask-ratio 'steps'|is no stage.field=value"),
         ([], ["pretrain.steps"], "is no stage.field=value, such as pretrain.steps=200"),
-        ([], ["pretrian.steps=3"], r"unknown stage of mask-ratio 'pretrian' \(do you mean pretrain"),
+        (
+            [],
+            ["pretrian.steps=3"],
+            r"unknown stage of mask-ratio 'pretrian' \(do you mean pretrain",
+        ),
         ([], ["pretrain.stps=3"], r"unknown field of a pretrain recipe 'stps' \(do you mean steps"),
     ],
 )
