@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Fields', 'LINKS', 'Measure', 'Arm', 'Study', 'StudyRun', 'plan_run', 'with_inputs', 'measures_of', 'study_graph',
-           'run_words', 'paired_interval', 'verdict', 'compare']
+           'run_words', 'paired_interval', 'verdict', 'compare_arms']
 
 # %% ../nbs/82_arms.ipynb #imports
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ class StudyRun:
         }
         return fields | {name: run.id for name, run in self.inputs.items()}
 
-    @property
+    @cached_property
     def id(self) -> str:
         "Its name, and its folder's: the command and ten letters that follow from its fields."
         text = json.dumps(self.own_fields, sort_keys=True)
@@ -201,7 +202,7 @@ def verdict(interval: tuple[float, float] | None, paper: float | None) -> str:
     return "reproduced" if (low > 0) == (paper > 0) and paper else "contradicted"
 
 
-def compare(
+def compare_arms(
     own: Sequence[float | None],
     its: Sequence[float | None],
     paper: float | None = None,

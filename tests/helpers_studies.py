@@ -38,7 +38,7 @@ def pretend(run, runs, **figures):
 
 
 class Pretender:
-    """In the place of `Worker`: figures from a formula, done when somebody looks the third time.
+    """In the place of `RunProcess`: figures from a formula, done at the third look.
 
     `made`: the names of all runs in the order in which they began. `most`: of those that were at
     work at once. `fails`: names that fail; `stop_at`: the number of the run at which somebody

@@ -21,7 +21,7 @@ FEW = ("--arms", "40 %", "10 %", "--set", "pretrain.steps=3")
 def boss(monkeypatch):
     "Runs that train nothing, and nobody waits for."
     boss = Pretender()
-    monkeypatch.setattr(experiments, "Worker", boss)
+    monkeypatch.setattr(experiments, "RunProcess", boss)
     monkeypatch.setattr(experiments.time, "sleep", lambda seconds: None)
     return boss
 

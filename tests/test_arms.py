@@ -13,7 +13,7 @@ from beit_nb.arms import (
     Arm,
     Measure,
     StudyRun,
-    compare,
+    compare_arms,
     measures_of,
     paired_interval,
     plan_run,
@@ -149,8 +149,8 @@ def test_verdicts():
 
 
 def test_a_missing_run_takes_its_pair_away():
-    both = compare([3.0, None, 5.0], [1.0, 9.0, 2.0], paper=1.0, paper_base=2.0)
+    both = compare_arms([3.0, None, 5.0], [1.0, 9.0, 2.0], paper=1.0, paper_base=2.0)
 
     assert (both["pairs"], both["difference"], both["paper_difference"]) == (2, 2.5, -1.0)
-    assert compare([None], [1.0])["difference"] is None
-    assert compare([2.0], [1.0])["verdict"] == "undecided"
+    assert compare_arms([None], [1.0])["difference"] is None
+    assert compare_arms([2.0], [1.0])["verdict"] == "undecided"

@@ -1,4 +1,4 @@
-"The runs of a study: each made once, several at once, what fails stays alone, what stopped goes on."
+"The runs of a study: each made once, several at once; what fails stays alone, the rest goes on."
 
 import json
 import signal
@@ -16,7 +16,7 @@ from beit_nb import BeitError, experiments
 from beit_nb.arms import Arm, plan_run, study_graph, with_inputs
 from beit_nb.engine.files import read_json
 from beit_nb.experiments import (
-    Worker,
+    RunProcess,
     finished_metrics,
     run_graph,
     run_study,
@@ -34,7 +34,7 @@ def no_waiting(monkeypatch):
 
 def pretending(monkeypatch, **options):
     boss = Pretender(**options)
-    monkeypatch.setattr(experiments, "Worker", boss)
+    monkeypatch.setattr(experiments, "RunProcess", boss)
     return boss
 
 
@@ -177,7 +177,7 @@ def test_a_worker_is_the_command_that_anybody_could_type(tmp_path, monkeypatch):
     outcomes = []
     for status in (0, 2):
         monkeypatch.setattr(experiments, "WORKER", code.format(status=status))
-        worker = Worker(run, tmp_path, {"PLACE": "here"})
+        worker = RunProcess(run, tmp_path, {"PLACE": "here"})
         worker.process.wait(timeout=60)
         outcomes.append(worker.outcome())
 
@@ -189,7 +189,7 @@ def test_a_worker_is_the_command_that_anybody_could_type(tmp_path, monkeypatch):
 def test_who_is_stopped_stops_its_workers(tmp_path, monkeypatch):
     started = []
 
-    class Seen(Worker):
+    class Seen(RunProcess):
         def __init__(self, *args):
             super().__init__(*args)
             started.append(self.process)
@@ -198,7 +198,7 @@ def test_who_is_stopped_stops_its_workers(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(experiments, "WORKER", "import time; time.sleep(100)")
-    monkeypatch.setattr(experiments, "Worker", Seen)
+    monkeypatch.setattr(experiments, "RunProcess", Seen)
     monkeypatch.setattr(experiments.time, "sleep", interrupt)
 
     with pytest.raises(KeyboardInterrupt):
