@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import BeitError, UnreadableImage
+from . import BeitError, UnreadableImage, warn_once
 from .engine.decoding import open_picture
 from .engine.files import fingerprint
 from .engine.notes import take_apart
@@ -180,7 +180,8 @@ def check_size(maps: LabelMaps, i: int, picture: Sequence[int], labels: Sequence
 def look_at_maps(maps: FileMaps, most: int = LOOKED_AT) -> np.ndarray:
     """In how many label maps each of the 256 labels occurs, (256,); of `most`, spread over the set.
 
-    Raises BeitError for the first that cannot be trained on, and where none of them can be read.
+    Says how many are damaged. Raises BeitError for the first that cannot be trained on, and where
+    none of them can be read.
     """
     n = len(maps)
     seen = np.zeros(256, np.int64)
@@ -198,6 +199,8 @@ def look_at_maps(maps: FileMaps, most: int = LOOKED_AT) -> np.ndarray:
         seen += torch.bincount(labels.flatten(), minlength=256).numpy() > 0
     if len(unreadable) == len(numbers):
         raise unreadable[0]
+    if unreadable:
+        warn_once(f"{len(unreadable):,} of {len(numbers):,} label maps: {unreadable[0]}")
     return seen
 
 # %% ../nbs/59_index_maps.ipynb #map-remarks

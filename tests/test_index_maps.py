@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from beit_nb import BeitError, UnreadableImage
+from beit_nb import SAID, BeitError, UnreadableImage
 from beit_nb.engine.loading import LabelledBatch, TransformedDataset, sequential_batches
 from beit_nb.engine.sources import ImageFolder
 from beit_nb.index_maps import (
@@ -164,7 +164,16 @@ def test_a_damaged_map_is_passed_over_and_named(four, capsys):
     assert torch.equal(batch.label[3], maps.label_map(3))
     said = capsys.readouterr().err
     assert "passed over: cannot read the label map" in said and "p1.png" in said
-    assert maps.record(range(4)) is not None and look_at_maps(maps)[0] == 3
+    assert maps.record(range(4)) is not None
+
+
+def test_damaged_maps_are_said_before_a_training(four, capsys):
+    SAID.clear()
+    (four / "masks" / "p1.png").write_bytes(b"no picture")
+
+    assert look_at_maps(maps_of(four))[0] == 3
+
+    assert "beit: 1 of 4 label maps: cannot read the label map" in capsys.readouterr().err
 
 
 def test_where_no_map_can_be_read_the_look_says_so(four):
