@@ -175,7 +175,7 @@ class TokenizerRecipe(Run):
 # %% ../nbs/21_configs.ipynb #pretrain-recipe
 @dataclass
 class PretrainRecipe(Backbone, Run):
-    "How BEiT is pre-trained: guess the visual tokens of masked patches."
+    "How BEiT is pre-trained: guess the visual tokens, or the pixels, of masked patches."
 
     init: Place = ""  # anybody's weights to start from (`load_weights`); empty: from scratch
     # a run of `beit tokenizer`, or a checkpoint of it; or DALL-E's encoder.pkl and decoder.pkl
@@ -184,7 +184,10 @@ class PretrainRecipe(Backbone, Run):
     vocab_size: Vocabulary = 8192  # tokens of that tokenizer
     token_size: Size = 112  # pixels a side of what the tokenizer sees: the same crop, smaller
 
-    masking: Literal["blockwise", "random"] = "blockwise"  # Table 4 switches it
+    # what is guessed; pixels: as the model sees them, _norm: every patch over its own spread (MAE)
+    targets: Literal["tokens", "pixels", "pixels_norm"] = "tokens"
+    recover: Literal["masked", "all"] = "masked"  # patches that the loss is over (Table 4)
+    masking: Literal["blockwise", "random", "none"] = "blockwise"  # Table 4 switches it
     num_mask_patches: Count = 75  # patches to hide (official; the paper's 40 % would be 78)
     min_mask_patches_per_block: Count = 16  # smallest block
     max_mask_patches_per_block: Count | None = None  # largest block; none: num_mask_patches
@@ -203,13 +206,32 @@ class PretrainRecipe(Backbone, Run):
     tokens: Place = ""  # ids that `beit tokenize` wrote, where crops are fixed: no tokenizer runs
     jitter_on: Literal["loader", "device"] = "loader"  # device: the same jitter, faster
 
+    @property
+    def outputs(self) -> int:
+        "Numbers that the head says of a patch: a score for every token, or its pixels."
+        return self.vocab_size if self.targets == "tokens" else 3 * self.patch_size**2
+
+    @property
+    def recovered(self) -> int:
+        "Patches of a picture that the loss is over, at most."
+        patches = (self.img_size // self.patch_size) ** 2
+        return patches if self.recover == "all" else self.num_mask_patches
+
     def conflicts(self) -> Iterator[str]:
         yield from Run.conflicts(self)
         yield from self.shape_conflicts(self.pos_embed_init)
+        yield from self.mask_conflicts()
+        if (self.masking, self.recover) == ("none", "masked"):
+            yield "masking none hides nothing to guess: set recover all, or another masking"
+        if self.targets != "tokens" and (self.tokenizer or self.tokens):
+            yield f"targets {self.targets} are no tokens: drop tokenizer and tokens, or set tokens"
+
+    def mask_conflicts(self) -> Iterator[str]:
+        "Settings of masks that would hide nothing, or more than there is."
         side = self.img_size // self.patch_size
         target = self.num_mask_patches
         most = self.max_mask_patches_per_block or target
-        least = self.min_mask_patches_per_block if self.masking == "blockwise" else 1
+        least = 1 if self.masking == "random" else self.min_mask_patches_per_block
         minimum = f"min_mask_patches_per_block {least}"
         if target > side**2:
             yield f"num_mask_patches {target} does not fit {side**2} patches: choose 1 to {side**2}"
@@ -220,7 +242,7 @@ class PretrainRecipe(Backbone, Run):
             )
         elif most < least:
             yield f"max_mask_patches_per_block {most} is below {minimum}: raise it or lower that"
-        elif self.masking == "blockwise" and round(least**0.5) >= side:
+        elif least > 1 and round(least**0.5) >= side:
             yield f"{minimum} is too large, no block fits inside {side} x {side} patches: lower it"
 
 # %% ../nbs/21_configs.ipynb #finetune-recipe

@@ -193,16 +193,16 @@ def tokenizer_pictures(out: Path, recipe: TokenizerRecipe, metrics: dict) -> Pic
 
 
 def pretrain_pictures(out: Path, recipe: PretrainRecipe, metrics: dict) -> Pictures:
-    "Its guesses at the hidden tokens of a few fixed pictures, as training went on."
+    "Its guesses at the hidden patches of a few fixed pictures, as training went on."
     tokenizer = decoder_of(recipe)
-    words = "one colour a token, since the tokenizer is gone or cannot paint"
-    return [
-        (
-            reconstruction_figure(out, tokenizer),
-            "Grey patches are hidden from the model. Below, step by step, its guess at the hidden "
-            f"tokens; last row: the true tokens ({'decoded' if tokenizer else words}).",
-        )
-    ]
+    last = "decoded" if tokenizer else "one colour a token, its tokenizer is gone or cannot paint"
+    words = {
+        "tokens": f"tokens; last row: the true tokens ({last})",
+        "pixels": "pixels",
+        "pixels_norm": "pixels, in the true light and contrast of each patch",
+    }
+    seen = "Grey patches are hidden from the model. Below, step by step, its guess at the hidden "
+    return [(reconstruction_figure(out, tokenizer), f"{seen}{words[recipe.targets]}.")]
 
 
 def is_arm(arm: Any) -> bool:

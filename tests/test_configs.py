@@ -212,6 +212,10 @@ CONFLICTS = [  # a preset, changes of it, what the refusal says
         dict(num_mask_patches=64, min_mask_patches_per_block=57),
         "min_mask_patches_per_block 57 is too large",
     ),
+    ("pretrain", dict(masking="none"), "masking none hides nothing to guess: set recover all"),
+    ("pretrain", dict(masking="none", recover="all", num_mask_patches=65), "does not fit"),
+    ("pretrain", dict(targets="pixels", tokenizer="runs/tok"), "pixels are no tokens: drop"),
+    ("pretrain", dict(targets="pixels_norm", tokens="ids"), "pixels_norm are no tokens: drop"),
     ("pretrain", dict(min_lr=1.0), "min_lr 1.0 is above lr"),
     ("tokenizer", dict(img_size=30), "img_size 30 is not divisible by downsample 4"),
     ("tokenizer", dict(width=3), "width 3 must be at least downsample 4"),
@@ -247,6 +251,9 @@ UNUSUAL = [
     ("pretrain", dict(seed=2**32 - 1)),
     ("pretrain", dict(masking="random", num_mask_patches=1)),
     ("pretrain", dict(masking="random", num_mask_patches=3, min_mask_patches_per_block=60)),
+    ("pretrain", dict(masking="none", recover="all")),
+    ("pretrain", dict(targets="pixels", recover="all")),
+    ("pretrain", dict(targets="pixels_norm", vocab_size=2)),
     ("pretrain", dict(num_mask_patches=64)),
     ("pretrain", dict(num_mask_patches=64, min_mask_patches_per_block=56)),
     ("pretrain", dict(min_aspect=1)),
@@ -379,3 +386,11 @@ def test_a_block_needs_a_hidden_unit():
 def test_length_is_that_of_whole_batches_and_of_what_was_asked(changes, length):
     "Of 23 pictures in batches of 4, five batches are full."
     assert Run(batch_size=4, **changes).length(23) == length
+
+
+def test_what_the_head_says_and_of_how_many_patches():
+    r = NANOS["pretrain"]
+    pixels = replace(r, targets="pixels", recover="all", masking="none")
+
+    assert (r.outputs, r.recovered) == (r.vocab_size, 26)
+    assert (pixels.outputs, pixels.recovered) == (4 * 4 * 3, 64)

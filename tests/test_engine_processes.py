@@ -61,6 +61,7 @@ TINY = dict(
     crop_scale=(0.6, 1.0),
     exact_mask=False,
 )
+PIXELS = dict(targets="pixels_norm", masking="random", recover="all", tokenizer="")
 SMALL_TOKENIZER = dict(width=16, batch_size=16, precision="fp32")
 CLASSIFY = dict(
     embed_dim=64,
@@ -285,6 +286,7 @@ def top(tmp_path_factory):
     run_alone(top, "half", max_steps=STEPS // 2)
     shutil.copytree(top / "half", top / "half-to-two")
     run_alone(top, "half")
+    run_alone(top, "pixels-of-one", **PIXELS)
     classify = CLASSIFY | dict(init=f"{top}/one")
     finetune(recipe_named("finetune", "nano", out=f"{top}/classify-one", **classify), quiet=True)
 
@@ -297,6 +299,7 @@ def top(tmp_path_factory):
         "two-to-one": dict(parallel="fsdp", max_steps=STEPS // 2),
         "half-to-two": dict(parallel="fsdp"),
         "process": dict(loss_mean="process"),
+        "pixels-of-two": PIXELS,
     }
     jobs = [("pretrain", pretraining_of(top, k, **v)) for k, v in pretrainings.items()]
     for parallel in ("ddp", "fsdp"):
@@ -351,6 +354,16 @@ def test_every_way_is_the_same_training(top, name):
         off = max(abs(a[key] - b[key]) for a, b in zip(one, other, strict=True))
         assert off < 1e-6 * largest, key
     assert largest_difference(weights(top / name), weights(top / "one")) < 1e-6
+
+
+@pytest.mark.slow
+def test_the_switches_too(top):
+    "Pixels of all patches, and masks of another kind."
+    one, two = (rows(top / f"pixels-of-{n}") for n in ("one", "two"))
+
+    for a, b in zip(one, two, strict=True):
+        assert abs(a["loss"] - b["loss"]) < 1e-6 and "mlm_acc" not in b
+    assert largest_difference(weights(top / "pixels-of-two"), weights(top / "pixels-of-one")) < 1e-6
 
 
 @pytest.mark.slow

@@ -586,7 +586,7 @@ def test_masks_are_never_empty(kind, target, least):
     rng = np.random.default_rng(0)
 
     check_recipe(r)
-    masks = [pretraining.mask_maker(r)(rng=rng) for _ in range(300)]
+    masks = [targets.mask_maker(r)(rng=rng) for _ in range(300)]
 
     assert all(mask.any() for mask in masks)
 

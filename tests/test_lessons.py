@@ -177,7 +177,7 @@ def test_every_module_has_its_notebook(module):
 
 
 OF_MANY = set(
-    "drawings explorers faults faults_continued lessons published rehearsal strangers "
+    "drawings explorers faults faults_continued lessons published rehearsal strangers switches "
     "tokenizer_dalle travelling_weights weights_parity whose_figures".split()
 )
 

@@ -59,7 +59,7 @@ PAPER = dict(
     weight_decay=0.05, beta2=0.999,                         # [12]
     clip_grad=3.0,                                          # [12]; 1.0 for large
     tokenizer="", vocab_size=8192, token_size=112,          # 3.1: DALL-E's words; [code]
-    masking="blockwise",
+    masking="blockwise", targets="tokens", recover="masked",
     num_mask_patches=75,                                    # [README]: --num_mask_patches 75
     min_mask_patches_per_block=16, max_mask_patches_per_block=None,  # Algorithm 1; [code]
     min_aspect=0.3, exact_mask=False,                       # Algorithm 1; exact is BEiT-2

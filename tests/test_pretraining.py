@@ -30,14 +30,13 @@ from beit_nb.pretraining import (
     build_mim,
     evaluate_mim,
     load_mim,
-    mask_maker,
     pretrain,
     start_mim,
     watch_reconstructions,
 )
 from beit_nb.recipes import as_config, recipe_named
 from beit_nb.resizing import resize_pos_embed
-from beit_nb.targets import TableTargets, TokenizerTargets, tokenize_dataset
+from beit_nb.targets import TableTargets, TokenizerTargets, mask_maker, tokenize_dataset
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 from beit_nb.tokens import Tokenizer
 

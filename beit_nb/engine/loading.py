@@ -40,7 +40,7 @@ class PretrainBatch(NamedTuple):
     mask: Tensor  # (B, h, w) bool, True where hidden
     number: Any  # (B,) tensor: which pictures of the data set; an int in one sample
     jitter: Tensor | None = None  # (B, 3, 3) for `jitter_batch`, where the device jitters colors
-    masked_index: Tensor | None = None  # (n,) the hidden patches, counted over the whole batch
+    masked_index: Tensor | None = None  # (n,) the patches to guess, counted over the whole batch
 
 
 class LabelledBatch(NamedTuple):

@@ -94,11 +94,11 @@ def vit_products(r: Backbone, head: MatMul = NO_HEAD) -> list[MatMul]:
 
 
 def mim_products(r: PretrainRecipe) -> list[MatMul]:
-    "BEiT in pre-training: the head reads masked patches only."
+    "BEiT in pre-training: the head reads the patches that the loss is over."
     D = r.embed_dim
-    V = r.vocab_size
+    V = r.outputs
     beside = V + 3 * D  # bias, norm, mask token
-    return vit_products(r, MatMul("head", r.num_mask_patches, D, V, extra_parameters=beside))
+    return vit_products(r, MatMul("head", r.recovered, D, V, extra_parameters=beside))
 
 
 def classifier_products(r: FinetuneRecipe, num_classes: int) -> list[MatMul]:
@@ -237,8 +237,8 @@ def tokenizer_of(r: PretrainRecipe) -> TokenizerRecipe:
 
 
 def tokenizer_in_the_loop(r: Run) -> TokenizerRecipe | None:
-    "The tokenizer that reads every batch; None where tokens are made once, before the first step."
-    if not isinstance(r, PretrainRecipe) or r.tokens:
+    "The tokenizer that reads every batch; None where tokens are made once, or pixels are guessed."
+    if not isinstance(r, PretrainRecipe) or r.tokens or r.targets != "tokens":
         return None
     views_change = r.crop_scale or r.color_jitter or r.flip
     return tokenizer_of(r) if views_change else None

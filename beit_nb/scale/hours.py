@@ -67,7 +67,7 @@ def tokens_per_image(r: Run) -> tuple[int, int]:
     if isinstance(r, TokenizerRecipe):
         return (r.img_size // r.downsample) ** 2, 0
     if isinstance(r, PretrainRecipe):
-        return (r.img_size // r.patch_size) ** 2, r.num_mask_patches
+        return (r.img_size // r.patch_size) ** 2, r.recovered
     if isinstance(r, Backbone):
         return (r.img_size // r.patch_size) ** 2, 0
     return 0, 0

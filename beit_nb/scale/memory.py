@@ -166,7 +166,7 @@ def least_memory(r: Run, processes: int = 1) -> float:
     if isinstance(r, TokenizerRecipe):
         scores = r.vocab_size * (r.img_size // r.downsample) ** 2
     elif isinstance(r, PretrainRecipe):
-        scores = r.vocab_size * r.num_mask_patches
+        scores = r.outputs * r.recovered
     side = r.img_size if isinstance(r, (TokenizerRecipe, Backbone)) else 0
     return model + at_once * (5 * 3 * side**2 + 4 * scores)
 

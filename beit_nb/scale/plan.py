@@ -202,8 +202,10 @@ def token_row(p: TrainingPlan) -> tuple[str, str]:
     each, guessed = tokens_per_image(p.recipe)
     text = f"{each:,} a picture: {each * p.samples:,} in all"
     if isinstance(p.recipe, PretrainRecipe):
-        most = "" if p.recipe.exact_mask else "at most "
-        text += f"; {most}{guessed} of them hidden: {guessed * p.samples:,} guesses"
+        everywhere = p.recipe.recover == "all"
+        most = "" if p.recipe.exact_mask or everywhere else "at most "
+        what = "asked for" if everywhere else "hidden"
+        text += f"; {most}{guessed} of them {what}: {guessed * p.samples:,} guesses"
     return "tokens", text
 
 
