@@ -6,7 +6,8 @@
 __all__ = ['BASE', 'LARGE', 'VIT_SMALL', 'VIT_TINY', 'PLUS', 'SMALL', 'NANO', 'TINY', 'LAPTOP', 'GPU', 'TOKENIZER', 'PAPER',
            'IN1K', 'IN22K', 'PRETRAIN', 'IMAGENET', 'BASE_1K', 'LARGE_1K', 'CIFAR_100', 'UNMIXED', 'AGAIN',
            'BASE_AGAIN', 'LARGE_AGAIN', 'HIGHER', 'FINETUNE', 'RELEASED', 'BASE_22K', 'LARGE_22K', 'LABELS_22K',
-           'THIRTY', 'BASE_THEN', 'LARGE_THEN', 'PROBE', 'LINEAR', 'shared']
+           'THIRTY', 'BASE_THEN', 'LARGE_THEN', 'PROBE', 'LINEAR', 'ADE20K', 'PUP', 'UPER', 'AT_640', 'BASE_LABELLED',
+           'LARGE_LABELLED', 'SEGMENT', 'shared']
 
 # %% ../nbs/22_presets.ipynb #imports
 from typing import Any
@@ -16,6 +17,7 @@ from beit_nb.configs import (
     LinearRecipe,
     PretrainRecipe,
     ProbeRecipe,
+    SegmentRecipe,
     TokenizerRecipe,
 )
 
@@ -225,4 +227,46 @@ LINEAR = {
         "Table 9: ImageNet-1K, all labels, 50 epochs (App. D); base and large; not run here",
         LinearRecipe(
             data="imagenet", epochs=50, batch_size=1024, lr=4e-3, min_lr=0.0, weight_decay=1e-4)),
+}
+
+# %% ../nbs/22_presets.ipynb #segment-presets
+# fmt: off
+ADE20K = shared(
+    data="ade20k", steps=160_000, batch_size=16, min_lr=0.0, warmup_steps=1500, eval_every=16_000)
+PUP = ADE20K | BASE | shared(head="setr_pup", lr=1e-3, out_indices=(4, 7, 9, 11))  # Table 14
+UPER = ADE20K | shared(
+    head="upernet", use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+AT_640 = shared(img_size=640, scale=(2560, 640))
+BASE_LABELLED = UPER | BASE | shared(
+    lr=3e-5, layer_decay=0.9, init="runs/finetune-base-plus-in22k")
+LARGE_LABELLED = UPER | LARGE | shared(
+    lr=2e-5, layer_decay=0.95, drop_path_rate=0.2, init_values=1e-6,
+    init="runs/finetune-large-plus-in22k")
+SEGMENT = {
+    "nano": ("embedded digits, their ink named; a minute on a laptop", SegmentRecipe(
+        data="digits", scale=(32, 32), ratio_range=None, cat_max_ratio=1.0, flip=0.0,
+        photometric=False, steps=200, batch_size=32, eval_every=50,
+        lr=2e-3, min_lr=0.0, warmup_steps=20, clip_grad=3.0, layer_decay=0.75,
+        head="linear", **NANO)),
+    "base-in1k-pup": (
+        "Table 3, 45.6, and Table 4: SETR-PUP on base after its pre-training (Table 14)",
+        SegmentRecipe(**PUP | shared(init="runs/pretrain-base-in1k"))),
+    "base-in1k-ft-pup": (
+        "Table 3, 47.7: the same after intermediate fine-tuning on ImageNet-1K",
+        SegmentRecipe(**PUP | shared(init="runs/finetune-base-in1k"))),
+    "base-plus-in22k": (
+        "the official configuration of base without intermediate fine-tuning: UPerNet at 512",
+        SegmentRecipe(**UPER | BASE | shared(lr=7e-4, init="runs/pretrain-base-plus-in22k"))),
+    "base-plus-in22k-ft": (
+        "README, base after intermediate fine-tuning: UPerNet at 512",
+        SegmentRecipe(**BASE_LABELLED)),
+    "base-plus-in22k-ft-640": (
+        "README and Table 7, 53.6: UPerNet at 640, base after intermediate fine-tuning",
+        SegmentRecipe(**BASE_LABELLED | AT_640)),
+    "large-plus-in22k-ft": (
+        "README, large after intermediate fine-tuning: UPerNet at 512",
+        SegmentRecipe(**LARGE_LABELLED)),
+    "large-plus-in22k-ft-640": (
+        "README and Table 7, 56.7: UPerNet at 640, large after intermediate fine-tuning",
+        SegmentRecipe(**LARGE_LABELLED | AT_640)),
 }

@@ -21,11 +21,12 @@ from beit_nb.configs import (
     ProbeRecipe,
     Recipe,
     Run,
+    SegmentRecipe,
     TokenizerRecipe,
     check_recipe,
 )
 from .limits import CHANGEABLE_FIELDS, as_config, check_same_run, no_such
-from .presets import FINETUNE, LINEAR, PRETRAIN, PROBE, TOKENIZER
+from .presets import FINETUNE, LINEAR, PRETRAIN, PROBE, SEGMENT, TOKENIZER
 
 # handed on; nbdev adds them to __all__
 _all_ = ["Backbone", "Run", "CHANGEABLE_FIELDS", "as_config", "check_recipe", "check_same_run"]
@@ -138,6 +139,14 @@ COMMANDS = {
         shown=("block_loss", "accuracy"),
         curves=dict(block_loss="loss of a block", accuracy="accuracy of the best block"),
         cards=dict(block_loss=("{:.3f}", "loss of a block"), accuracy=("{:.1%}", "accuracy")),
+    ),
+    "segment": Command(
+        SegmentRecipe, SEGMENT,
+        run="beit_nb.segmenting:segment",
+        help="semantic segmentation: a class for every pixel",
+        shown=("loss", "mIoU"),
+        curves=dict(loss="loss", mIoU="mIoU", mAcc="mean accuracy", aAcc="pixels named rightly"),
+        cards=dict(loss=("{:.3f}", "loss"), mIoU=("{:.1%}", "mIoU")),
     ),
 }
 

@@ -9,6 +9,7 @@ __all__ = ['DECODE_HEADS', 'HEAD_NAMES', 'BeitForSemanticSegmentation', 'to_segm
 # %% ../nbs/61_segmentation.ipynb #imports
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -98,9 +99,12 @@ class BeitForSemanticSegmentation(VisionTransformer):
             logits.append(self.auxiliary_head(levels))
         return logits
 
-    def forward(self, images: Tensor) -> Tensor:
-        logits = self.decode_head(self.pyramid(self.feature_maps(images)))
-        return resize_maps(logits, images.shape[2:])
+    def forward(self, images: Tensor, every_head: bool = False) -> Any:
+        "`every_head`: what training asks, the list of `heads`, auxiliary ones too."
+        maps = self.feature_maps(images)
+        if every_head:
+            return self.heads(maps)
+        return resize_maps(self.decode_head(self.pyramid(maps)), images.shape[2:])
 
 # %% ../nbs/61_segmentation.ipynb #to-segmentation-names
 HEAD_NAMES = (  # Hugging Face's, in memory or in a file, and the official one

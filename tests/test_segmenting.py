@@ -1,0 +1,292 @@
+"A training that names pixels: its scores against torchmetrics, stopped, in two processes, in parts."
+
+import json
+import multiprocessing
+import os
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers_processes import PATIENCE, torchrun_environment
+from torch import nn
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from beit_nb import BeitError
+from beit_nb.configs import SegmentRecipe, check_recipe
+from beit_nb.engine.runs import load_checkpoint
+from beit_nb.images import MEAN_STD
+from beit_nb.label_maps import open_label_maps
+from beit_nb.networks import NETS
+from beit_nb.recipes import recipe_named
+from beit_nb.segheads import resize_maps
+from beit_nb.segmentation import confusion_table, segmentation_scores
+from beit_nb.segmenting import (
+    MapView,
+    build_segmenter,
+    class_scores,
+    confusion_share,
+    same_sized,
+    score_maps,
+    segment,
+    segment_schedule,
+)
+
+FORK = multiprocessing.get_context("fork")
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+torch.set_num_threads(1)
+FEW = 24  # pictures of the held-out digits in these tests
+
+
+@pytest.fixture(scope="module")
+def few_digits():
+    "The embedded digits, of which only a few are held out, so that scores take no time."
+    patch = pytest.MonkeyPatch()
+    opened = {split: open_label_maps("digits", split) for split in ("train", "val")}
+    opened["val"].length = FEW
+    patch.setattr("beit_nb.segmenting.open_label_maps", lambda data, split, zero: opened[split])
+    yield opened
+    patch.undo()
+
+
+def tiny(out, **changes):
+    fields = dict(
+        data="digits", out=str(out), img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2,
+        weight_init="xavier", mean_std="beit", scale=(32, 32), ratio_range=None, cat_max_ratio=1.0,
+        photometric=False, flip=0.5, head="setr_pup", channels=8, steps=4, batch_size=4,
+        lr=3e-3, min_lr=0.0, warmup_steps=1, precision="fp32", labelled=40, eval_every=2,
+    )  # fmt: skip
+    return SegmentRecipe(**fields | changes)
+
+
+def model_of(out):
+    return load_checkpoint(out)["model"]
+
+
+def assert_same_weights(one, two):
+    assert one.keys() == two.keys()
+    assert [n for n in one if not torch.equal(one[n], two[n])] == []
+
+
+# The scores.
+
+
+def test_scores_are_those_of_torchmetrics():
+    g = torch.Generator().manual_seed(3)
+    truth = torch.randint(0, 7, (4, 30, 20), generator=g)
+    answers = torch.where(torch.rand(4, 30, 20, generator=g) < 0.6, truth, (truth + 1) % 7)
+    truth[truth == 5] = 255  # a class that does not occur, but is answered
+    answers[answers == 6] = 0
+    truth[truth == 6] = 0  # one that neither occurs nor is answered
+
+    table = confusion_table(answers, truth, 7)
+
+    scores = segmentation_scores(table)
+    theirs = MulticlassJaccardIndex(7, average="none", ignore_index=255)(answers, truth)
+    ours = {row["class"]: row["IoU"] for row in class_scores(table, "abcdefg")}
+    assert set(ours) == set("abcdef")  # torchmetrics says 0 of the one that is nowhere
+    torch.testing.assert_close(torch.tensor(list(ours.values())).float(), theirs[:6])
+    assert ours["f"] == 0 and scores["mIoU"] == pytest.approx(theirs[:6].mean().item())
+    accuracy = MulticlassAccuracy(7, average="none", ignore_index=255)(answers, truth)
+    there = [0, 1, 2, 3, 4]
+    assert scores["mAcc"] == pytest.approx(accuracy[there].mean().item())
+    whole = MulticlassAccuracy(7, average="micro", ignore_index=255)(answers, truth)
+    assert scores["aAcc"] == pytest.approx(whole.item())
+
+
+def test_scores_of_processes_add_up(few_digits):
+    "Tables of the two halves of a set are the table of the set."
+    maps = few_digits["val"]
+    model = build_segmenter(tiny("x"), 11).eval()
+    how = MapView(32, (32, 32)), MEAN_STD["beit"], "fp32"
+
+    whole = score_maps(model, maps, *how)
+
+    assert whole.dtype == torch.int64 and whole.sum() == FEW * 32 * 32
+    assert confusion_share(model, maps, *how, most=6).sum() == 6 * 32 * 32
+
+
+class ByHand(nn.Module):
+    "A network that answers with what it sees; it counts its pictures."
+
+    def __init__(self):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(tuple(images.shape))
+        return images
+
+
+@pytest.mark.parametrize("side", [(40, 64), (33, 33), (32, 100)])
+def test_a_picture_of_any_size(side):
+    images = torch.rand(1, 3, *side)
+    net = ByHand()
+    view = MapView(32, (100, 32), ratios=(1.0, 2.0), flip=True)
+
+    shares = view(net, [images, resize_maps(images, (2 * side[0], 2 * side[1]))], side)
+
+    assert shares.shape == (1, 3, *side) and set(net.seen) == {(1, 3, 32, 32)}
+    torch.testing.assert_close(shares.sum(1), torch.ones(1, *side))
+    assert (shares - images.softmax(1)).abs().mean() < 0.03  # enlarged pictures are blurred
+
+
+def test_one_window_that_slides_is_the_whole():
+    images = torch.rand(2, 3, 32, 32)
+    slide = MapView(32, (32, 32))
+    torch.manual_seed(0)
+    model = build_segmenter(tiny("x"), 11).eval()
+
+    answers = [v(model, [images], (32, 32)) for v in (slide, slide._replace(inference="whole"))]
+
+    torch.testing.assert_close(*answers)
+
+
+def test_pictures_of_one_size_go_together():
+    shapes = [(8, 8), (8, 8), (9, 9), (8, 8)]
+    pictures = [([torch.zeros(1, 3, *s)], torch.zeros(1, *s)) for s in shapes]
+
+    batches = list(same_sized(iter(pictures)))
+
+    assert [len(b) for b in batches] == [2, 1, 1]
+    large = [([torch.zeros(1, 3, 2, 2)], torch.zeros(1, 600, 600))] * 3
+    assert [len(b) for b in same_sized(iter(large))] == [1, 1, 1]
+
+
+# The schedule.
+
+
+def test_the_rate_is_mmcvs():
+    "poly with power 1, linear warm-up from a ratio of 1e-6 (mmcv's PolyLrUpdaterHook)."
+    r = SegmentRecipe(lr=7e-4, min_lr=0.0, warmup_steps=1500)
+    ours = segment_schedule(r, 160_000, 100)
+    for step in (0, 1, 750, 1499, 1500, 80_000, 159_999):
+        regular = (7e-4 - 0.0) * (1 - step / 160_000) ** 1.0 + 0.0
+        k = (1 - step / 1500) * (1 - 1e-6)
+        theirs = regular if step >= 1500 else regular * (1 - k)
+        assert ours[step] == pytest.approx(theirs, rel=1e-3, abs=1e-9)
+    bare = segment_schedule(replace(r, warmup_steps=0), 10, 1)
+    assert np.allclose(bare[:], 7e-4 * (1 - np.arange(10) / 10))
+
+
+# The training.
+
+
+def test_stopped_and_continued_is_the_same(few_digits, tmp_path):
+    "Weights, the buffers of batch norm and the scores, bit for bit."
+    whole = segment(tiny(tmp_path / "one"), quiet=True)
+    for max_steps in (3, None):
+        m = segment(tiny(tmp_path / "two", max_steps=max_steps), quiet=True)
+
+    assert m["finished"] and m["mIoU"] == whole["mIoU"] and m["per_class"] == whole["per_class"]
+    one, two = (model_of(tmp_path / name) for name in ("one", "two"))
+    assert_same_weights(one, two)
+    assert one["decode_head.convs.0.bn.running_var"].ne(1).any()
+    assert one["decode_head.convs.0.bn.num_batches_tracked"] == 4
+    assert [step for step, _ in m["curve"]] == [2, 4]
+    again = segment(tiny(tmp_path / "two"), quiet=True)  # nothing is left to do
+    assert json.loads(json.dumps(m)) == again
+
+
+def in_one_of_two(recipe, env):
+    "The body of a child: one process of two."
+    os.environ.update(env)
+    from beit_nb.engine.processes import join_processes
+
+    with join_processes():
+        segment(recipe, quiet=True)
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_two_processes_are_one(few_digits, tmp_path, norm):
+    "Batch norms see the pictures of both. Where nothing is dropped by chance, as in each process."
+    form = dict(norm=norm, steps=2, drop_path_rate=0.0)
+    alone = segment(tiny(tmp_path / "alone", **form), quiet=True)
+    recipe = tiny(tmp_path / "together", **form)
+    family = [
+        FORK.Process(target=in_one_of_two, args=(recipe, env)) for env in torchrun_environment(2)
+    ]
+    for process in family:
+        process.start()
+    for process in family:
+        process.join(PATIENCE)
+
+    assert [process.exitcode for process in family] == [0, 0]
+    together = json.loads((tmp_path / "together" / "metrics.json").read_text())
+    assert together["mIoU"] == pytest.approx(alone["mIoU"], abs=1e-3)
+    one, two = (model_of(tmp_path / name) for name in ("alone", "together"))
+    moved = model_of(tmp_path / "alone")["decode_head.conv_seg.weight"].abs().max()
+    assert moved > 1e-3
+    for name, w in one.items():
+        # Adam's steps of 3e-3 divide by gradients that may be rounding alone
+        torch.testing.assert_close(two[name], w, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_parts_of_a_step(few_digits, tmp_path):
+    "With group norm a step in parts is the step; with batch norm the parts see less."
+    distance = {}
+    for norm in ("group", "batch"):
+        steps = dict(norm=norm, steps=1, lr=1e-3, warmup_steps=0, drop_path_rate=0.0)
+        segment(tiny(tmp_path / f"{norm}-whole", **steps), quiet=True)
+        segment(tiny(tmp_path / f"{norm}-parts", device_batch_size=2, **steps), quiet=True)
+        one, two = (load_checkpoint(tmp_path / f"{norm}-{x}") for x in ("whole", "parts"))
+        moments = [torch.cat([m["exp_avg"].flatten() for m in x["optimizer"]["state"].values()]) for x in (one, two)]  # fmt: skip
+        distance[norm] = (moments[0] - moments[1]).norm() / moments[0].norm()
+
+    assert distance["group"] < 1e-5 < 1e-2 < distance["batch"]
+
+
+def test_from_pre_trained_weights(few_digits, tmp_path):
+    "The body is the checkpoint's, and so is the first score, whatever the seed of the body."
+    r = recipe_named("segment", "nano", init=str(NETS / "mim.safetensors"), out=str(tmp_path / "a"))
+    segment(replace(r, steps=1, lr=1e-9, min_lr=0.0, warmup_steps=0), quiet=True)
+
+    from beit_nb.checkpoints import load_weights
+
+    there = load_weights(NETS / "mim.safetensors").state
+    here = model_of(tmp_path / "a")
+    for name in ("blocks.3.mlp.fc1.weight", "patch_embed.proj.weight", "pos_embed"):
+        torch.testing.assert_close(here[name], there[name].float(), atol=1e-6, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(labelled=4000), "labelled 4000 asks for more than 3600"),
+        (dict(head="upernet", batch_size=1), "two pictures at once"),
+        (dict(head="upernet", device_batch_size=1), "--norm group"),
+        (dict(batch_size=64), "larger than the data set of 40"),
+        (dict(init=str(NETS / "mim.safetensors")), "patch_size is 4"),
+        (dict(init="nowhere.pth"), "nowhere.pth"),
+    ],
+)
+def test_refused_before_the_first_step(few_digits, tmp_path, changes, words):
+    with pytest.raises(BeitError, match=words):
+        segment(tiny(tmp_path / "run", **changes), quiet=True)
+
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(out_indices=(0, 1, 2, 3)), "must end with the last block, 11"),
+        (dict(out_indices=(3, 5, 11, 7)), "in their order"),
+        (dict(stride=600), "leaves gaps"),
+        (dict(scale=(512, 2048)), "the longer first"),
+        (dict(ratio_range=(2.0, 0.5)), "the smaller first"),
+        (dict(head="psp"), "one of setr_pup, upernet, linear"),
+        (dict(norm="layer"), "one of batch, group"),
+        (dict(img_size=500), "500 is not divisible"),
+    ],
+)
+def test_recipes_that_cannot_work(changes, words):
+    with pytest.raises(BeitError, match=words):
+        check_recipe(SegmentRecipe(**changes))
+
+
+def test_a_rehearsal(few_digits, tmp_path):
+    m = segment(tiny(tmp_path / "run", dry_run=True, steps=50), quiet=True)
+
+    assert not m["finished"] and m["steps"] == 2 and "per_class" not in m
