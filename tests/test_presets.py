@@ -216,8 +216,54 @@ LINEAR = {
     "nano": APP_D | dict(
         data="digits", epochs=6, batch_size=60, lr=3e-2, crop_scale=None, flip=0.0),  # [ours]
 }
+
+# Pixels: [14] the paper's Table 14; [seg] unilm beit/semantic_segmentation/configs; [SETR] its own
+TABLE_14 = dict(
+    ENGINE, data="ade20k", epochs=1,
+    steps=160_000, batch_size=16, warmup_steps=1500, warmup_epochs=0.0,  # [14], [seg]
+    img_size=512, min_lr=0.0, schedule="linear",                         # [14], [seg]
+    weight_decay=0.05, beta2=0.999, clip_grad=None,                      # [14], [seg]
+    layer_decay=0.65, drop_path_rate=0.1,                                # [14]
+    auxiliary_weight=0.4, norm="batch", channels=None, out_indices=None,  # [seg], [SETR]
+    scale=(2048, 512), ratio_range=(0.5, 2.0), cat_max_ratio=0.75, flip=0.5,  # [seg]
+    photometric=True, mean_std="imagenet", reduce_zero_label=None,       # [seg]; the data says it
+    inference="slide", stride=None,                                      # [seg]: 341 and 426
+    eval_every=16_000,                                                   # [seg]
+    weight_init="beit", pos_embed_init="normal",
+    labelled=None, init="", split="val",                                 # [ours]
+)
+PUP = TABLE_14 | BASE | dict(
+    head="setr_pup", lr=1e-3, img_size=512,  # [14]
+    out_indices=(4, 7, 9, 11))  # [SETR], its DeiT-B: which ones BEiT read is not said
+UPER = TABLE_14 | RELEASED | dict(mean_std="imagenet", head="upernet")  # [seg]
+AT_640 = dict(img_size=640, scale=(2560, 640))  # [seg]
+UPER_BASE = BASE | UPER | dict(lr=3e-5, layer_decay=0.9, init="runs/finetune-base-plus-in22k")
+UPER_LARGE = LARGE | UPER | dict(
+    lr=2e-5, layer_decay=0.95, drop_path_rate=0.2, init_values=1e-6,
+    init="runs/finetune-large-plus-in22k")
+SEGMENT = {
+    "base-in1k-pup": PUP | dict(init="runs/pretrain-base-in1k"),  # Tables 3, 4
+    "base-in1k-ft-pup": PUP | dict(init="runs/finetune-base-in1k"),  # Table 3
+    "base-plus-in22k": UPER_BASE | dict(
+        lr=7e-4, layer_decay=0.65, init="runs/pretrain-base-plus-in22k"),
+    "base-plus-in22k-ft": UPER_BASE,
+    "base-plus-in22k-ft-640": UPER_BASE | AT_640,
+    "large-plus-in22k-ft": UPER_LARGE,
+    "large-plus-in22k-ft-640": UPER_LARGE | AT_640,
+    "nano": TABLE_14 | NANO | AIDS | dict(  # [ours]: lesson `segmenting`
+        data="digits", steps=200, batch_size=32, warmup_steps=20, eval_every=50, lr=2e-3,
+        clip_grad=3.0, layer_decay=0.75, head="linear", scale=(32, 32), ratio_range=None,
+        cat_max_ratio=1.0, flip=0.0, photometric=False, mean_std="beit"),
+}
 # fmt: on
-TABLES = dict(tokenizer=TOKENIZER, pretrain=PRETRAIN, finetune=FINETUNE, probe=PROBE, linear=LINEAR)
+TABLES = dict(
+    tokenizer=TOKENIZER,
+    pretrain=PRETRAIN,
+    finetune=FINETUNE,
+    probe=PROBE,
+    linear=LINEAR,
+    segment=SEGMENT,
+)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +290,15 @@ def test_a_recipe_goes_on_where_one_of_its_body_ended():
             assert getattr(before, field) == getattr(r, field), (init, field)
         assert before.mean_std == r.mean_std and before.use_rel_pos_bias == r.use_rel_pos_bias
     assert len(chains) == 4
+
+
+def test_a_segmentation_goes_on_where_its_body_ended():
+    for name, (_, r) in COMMANDS["segment"].presets.items():
+        if r.init:
+            command, before = r.init.removeprefix("runs/").split("-", 1)
+            for field in BODY_FIELDS:
+                there = getattr(COMMANDS[command].presets[before][1], field)
+                assert there == getattr(r, field), (name, field)
 
 
 def test_every_preset_has_a_table():

@@ -1,4 +1,4 @@
-"A training that names pixels: its scores against torchmetrics, stopped, in two processes, in parts."
+"A training that names pixels: scored as torchmetrics does, stopped, in two processes, in parts."
 
 import json
 import multiprocessing
@@ -223,6 +223,12 @@ def test_two_processes_are_one(few_digits, tmp_path, norm):
         torch.testing.assert_close(two[name], w, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def momentum(out):
+    "The first moments of a run's Adam, one after the other: after one step, its gradient."
+    moments = load_checkpoint(out)["optimizer"]["state"].values()
+    return torch.cat([of_one["exp_avg"].flatten() for of_one in moments])
+
+
 def test_parts_of_a_step(few_digits, tmp_path):
     "With group norm a step in parts is the step; with batch norm the parts see less."
     distance = {}
@@ -230,9 +236,8 @@ def test_parts_of_a_step(few_digits, tmp_path):
         steps = dict(norm=norm, steps=1, lr=1e-3, warmup_steps=0, drop_path_rate=0.0)
         segment(tiny(tmp_path / f"{norm}-whole", **steps), quiet=True)
         segment(tiny(tmp_path / f"{norm}-parts", device_batch_size=2, **steps), quiet=True)
-        one, two = (load_checkpoint(tmp_path / f"{norm}-{x}") for x in ("whole", "parts"))
-        moments = [torch.cat([m["exp_avg"].flatten() for m in x["optimizer"]["state"].values()]) for x in (one, two)]  # fmt: skip
-        distance[norm] = (moments[0] - moments[1]).norm() / moments[0].norm()
+        one, two = (momentum(tmp_path / f"{norm}-{how}") for how in ("whole", "parts"))
+        distance[norm] = (one - two).norm() / one.norm()
 
     assert distance["group"] < 1e-5 < 1e-2 < distance["batch"]
 
