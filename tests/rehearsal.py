@@ -16,6 +16,7 @@ of one step of every training to tests/rehearsal.json, which test_rehearsal.py h
 import contextlib
 import json
 import tempfile
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -31,6 +32,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from beit_nb import images
 from beit_nb.configs import Run
@@ -127,6 +130,34 @@ class Operators(TorchDispatchMode):
             call = Call(func, self.place, kinds((args, kwargs)), kinds(out), kwargs)
             self.calls.append(call)
         return out
+
+
+class Memory(TorchDispatchMode):
+    "Counts the bytes of all that is kept by somebody while it runs: `now`, and at most, `peak`."
+
+    def __init__(self):
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.known = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.note(out)
+        return out
+
+    def note(self, tree) -> None:
+        for x in tree_leaves(tree):
+            if isinstance(x, Tensor) and x.untyped_storage() not in self.known:
+                storage = x.untyped_storage()
+                self.known[storage] = True
+                size = storage.nbytes()
+                self.add(size)
+                weakref.finalize(storage, self.add, -size)
+
+    def add(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
 
 
 def apply_anew(module: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
@@ -264,6 +295,9 @@ def on_paper() -> Iterator[Stage]:
 
 # The trainings.
 
+PICTURES = 16  # of a batch
+EPOCH = 1_281_167  # pictures of ImageNet-1K
+
 
 class Training(NamedTuple):
     "One way to train, as its command puts it together."
@@ -305,8 +339,10 @@ def pretrain_batch(r: Run) -> PretrainBatch:
     return add_masked_indices(PretrainBatch(patch_view, token_view, mask, number, jitter))[0]
 
 
-def pretraining(preset: str, targets: Callable = table_targets, **changes) -> Training:
-    r = replace(recipe_named("pretrain", preset), batch_size=PICTURES, **changes)
+def pretraining(
+    preset: str, targets: Callable = table_targets, batch_size: int = PICTURES, **changes
+) -> Training:
+    r = replace(recipe_named("pretrain", preset), batch_size=batch_size, **changes)
 
     def loss(stage: Stage) -> PretrainLoss:
         return PretrainLoss(targets(r, stage), r.mean_std)
@@ -340,8 +376,6 @@ def classifying(preset: str, **changes) -> Training:
     return Training("finetune", r, partial(build_classifier, r, 1000), loss, batch)
 
 
-PICTURES = 16
-EPOCH = 1_281_167  # ImageNet-1K
 TRAININGS = {
     "pretrain, BEiT+, DALL-E": partial(pretraining, "base-plus-in1k", dalle_targets),
     "pretrain, BEiT+, table": partial(pretraining, "base-plus-in1k"),
@@ -404,6 +438,33 @@ def rehearse(stage: Stage, training: Training, steps: int = 2) -> Trainer:
             if ema:
                 ema.update(trainer.model)
     return trainer
+
+
+def measured(training: Training) -> tuple[int, int]:
+    """Bytes that a later micro-batch of a step takes at most, and its operations.
+
+    The moments of AdamW are there, and so are the gradients of the micro-batch before, as they are
+    in the buckets of DDP.
+    """
+    r = training.recipe
+    with on_paper() as stage:
+        model = stage.place(training.build)
+        with tempfile.TemporaryDirectory() as out:
+            trainer = Trainer(training.command, r, Path(out), model, r.length(EPOCH))
+        forward = wrap_model(model, training.loss(stage)).train()
+        batch = stage.take(training.batch())
+        memory = Memory()
+        memory.note([list(model.parameters()), list(model.buffers())])
+        counter = FlopCounterMode(display=False)
+        with stage.inside(), memory, counter:
+            for step in (
+                trainer.optimizer.step,
+                partial(train_step, trainer, forward, [batch], [1]),
+            ):
+                for p in model.parameters():
+                    p.grad = torch.empty_like(p)
+                step()
+    return memory.peak, counter.get_total_flops()
 
 
 # What is wanted of a step.
