@@ -227,7 +227,7 @@ def labels_of_folder(root: Path, is_ade20k: bool) -> Labels:
     names = read_names(root / "train")
     return Labels(names or found_names(part_pairs(root, "train").masks))
 
-# %% ../nbs/62_label_maps.ipynb #open-label-maps
+# %% ../nbs/62_label_maps.ipynb #open-pairs
 def pet_pairs(split: str) -> MapPairs:
     "The Oxford pets with their trimaps: 1 pet, 2 background, 3 the border between them."
     base, ids, _ = torchvision_part("oxford-pets", split)
@@ -261,7 +261,7 @@ def open_pairs(data: str, split: str) -> tuple[MapPairs, Labels]:
         part = "val"
     return part_pairs(root, part), labels_of_folder(root, name == "ade20k")
 
-
+# %% ../nbs/62_label_maps.ipynb #open-label-maps
 def open_label_maps(
     data: str,  # a known set, or a folder
     split: str = "train",  # one of SPLITS
