@@ -43,6 +43,7 @@ class Weights(NamedTuple):
     source: str  # who wrote it, in words
     guessed: Sequence[str] = ()  # arguments of which the file says nothing
     precision: str = "auto"  # in which its training scored it
+    data: str = ""  # on which pictures, where that is told
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -107,7 +108,7 @@ def weights_of_run(checkpoint: Mapping[str, Any]) -> Weights:
     size = recipe.img_size
     view = scored_view(recipe) if command == "finetune" else ScoredView(size, usual_crop(size))
     weights = Weights(state, args, classes, mean_std, view, f"`beit {command}`")
-    return weights._replace(precision=recipe.precision)
+    return weights._replace(precision=recipe.precision, data=recipe.data)
 
 
 def is_of_hugging_face(folder: Path) -> bool:

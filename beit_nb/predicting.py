@@ -95,10 +95,10 @@ def check_grid(grid: str, images: tuple[str, ...]) -> None:
     if not os.path.isdir(os.path.dirname(grid) or "."):
         raise BeitError(f"--grid {grid} lies in no folder that exists; make it first")
     if os.path.realpath(grid) in {os.path.realpath(path) for path in images}:
-        raise BeitError(f"--grid {grid} is one of the --images; choose another name")
+        raise BeitError(f"--grid {grid} is one of the pictures; choose another name")
     if len(images) > MOST:
         raise BeitError(
-            f"--grid draws at most {MOST:,} pictures, but --images names {len(images):,}; give "
+            f"--grid draws at most {MOST:,} pictures, but there are {len(images):,}; give "
             "fewer, or take --json"
         )
 

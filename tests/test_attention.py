@@ -8,6 +8,8 @@ from beit_nb import BeitError
 from beit_nb.attention import (
     attention_maps,
     cls_attention,
+    mark_patch,
+    over_picture,
     patch_attention,
     show_attention,
     top_mass_mask,
@@ -81,6 +83,34 @@ def test_the_model_is_left_as_it_was_after_an_error():
         attention_maps(model, torch.zeros(1, 3, 30, 30))
     assert model.training
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@forms
+@torch.no_grad()  # with gradients torch takes another of its fused kernels
+def test_listening_changes_no_bit(form, fused, monkeypatch):
+    "What the model says while it is listened to is what it says alone."
+    monkeypatch.setitem(KERNELS, "cpu", KERNELS["cpu"]._replace(fused_attention=fused))
+    model = shaken(VisionTransformer(**SIZE, **FORMS[form])).eval()
+    images, _ = a_batch()
+    alone = model.forward_intermediates(images)
+    heard = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, out: heard.append(out))
+
+    attention_maps(model, images)
+
+    assert all(torch.equal(a, b) for a, b in zip(alone, heard, strict=True))
+
+
+def test_what_is_kept_stands_in_place_of_the_maps():
+    model = VisionTransformer(**SIZE)
+    images, _ = a_batch()
+
+    rows = attention_maps(model, images, keep=lambda probs: probs[:, :, 9])
+
+    for row, a in zip(rows, attention_maps(model, images), strict=True):
+        assert torch.equal(row, a[:, :, 9])
 
 
 def test_hidden_patches_change_the_maps():
@@ -159,3 +189,30 @@ def test_the_figure_of_cls_has_no_frame():
     fig = show_attention(torch.rand(3, 8, 8), torch.rand(2, 2, 2), mass=None)
     assert fig.axes[0].get_title() == "CLS asks" and not fig.axes[0].patches
     assert fig.axes[1].get_title() == "head 0: 100%"
+
+
+def test_a_picture_is_dark_outside_of_what_is_kept():
+    picture = torch.rand(3, 6, 8) + 0.1
+    kept = torch.rand(2, 3, 4) < 0.5
+
+    over = over_picture(picture, kept)
+
+    assert over.shape == (2, 3, 6, 8)
+    for y, x in ((0, 0), (3, 5), (5, 7)):
+        bright = kept[:, y // 2, x // 2]
+        assert torch.equal(over[:, 0, y, x] == picture[0, y, x], bright)
+
+
+@pytest.mark.parametrize("side, painted", [(120, 64), (480, 256)])
+def test_the_patch_that_asks_is_framed_or_filled(side, painted):
+    "A line of 1/60 of the picture: 2 of 120 pixels leave a hole in a patch of 10, 8 of 480 none."
+    picture = torch.full((3, side, side), 0.5)
+    grid = (12, 12) if side == 120 else (30, 30)
+
+    marked = mark_patch(picture, (1, 2), grid)
+
+    changed = (marked != picture).any(0)
+    assert changed.sum() == painted
+    patch = side // grid[0]
+    assert changed.nonzero().amin(0).tolist() == [patch, 2 * patch]
+    assert torch.equal(mark_patch(picture, None, grid), picture)

@@ -125,7 +125,10 @@ def test_every_option_of_a_recipe_refuses_a_word_that_it_cannot_mean(command):
         ("plan nano --command pretran", "(do you mean pretrain?)"),
         ("bench stepp", "NAMES ('stepp',) must be values, each one of step, small"),
         ("bench --thredas 1", "no option --thredas (do you mean --threads?)"),
-        ("attention --init x --images y --query 3", "--query (3,) must be 2 values, each a whole"),
+        (
+            "attention x y --query 3",
+            "--query ('3',) must be rows and columns such as 11,13, or cls",
+        ),
         ("demo quick", "no use for 'quick' (do you mean --quick?)"),
         ("report x y", "no use for 'y'; its options are: none"),
         ("shard", "beit shard needs DATA and --out"),

@@ -102,7 +102,7 @@ def test_long_names_do_not_run_into_the_neighbor():
     [
         ("a.jpg", ("b.png",), "must be the name of a .png"),
         ("none/a.png", ("b.png",), "no folder that exists"),
-        ("./a.png", ("b.png", "a.png"), "one of the --images"),
+        ("./a.png", ("b.png", "a.png"), "one of the pictures"),
         ("a.png", ("b.png",) * 1001, "at most 1,000"),
     ],
 )
@@ -116,7 +116,7 @@ def test_refused_before_anything_is_asked(runs, pictures):
 
     refused("predict", "--init", "none", "--images", *pictures, "--grid", "x.gif", says="x.gif")
     words = ["--images", *pictures, "--grid", pictures[0]]
-    refused("predict", "--init", runs / "fine", *words, says="one of the --images")
+    refused("predict", "--init", runs / "fine", *words, says="one of the pictures")
 
     assert pictures[0].read_bytes() == before
 

@@ -60,7 +60,7 @@ def commands(top, run):
     init = top / run / "checkpoints" / "last.pt"
     return {
         "predict": ("predict", "--init", init, "--images", top / "a.png"),
-        "attention": ("attention", "--init", init, "--images", top / "a.png", "--out", top / "att"),
+        "attention": ("attention", init, top / "a.png", "--out", top / "att"),
         "probe": ("probe", "nano", "--init", init, "--out", top / "probe"),
         "init": ("finetune", "nano", "--init", init, "--steps", 2, "--out", top / "again"),
         "tokenize": ("tokenize", top / "pics", "--tokenizer", init, "--out", top / "ids2"),

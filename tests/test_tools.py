@@ -13,7 +13,7 @@ from PIL import Image
 from beit_nb.engine.log import read_log
 from beit_nb.scale.bench import BENCHES
 from beit_nb.scale.hours import HARDWARE
-from beit_nb.tools import TOOLS, Bench, picture_names
+from beit_nb.tools import TOOLS, Bench
 
 
 @pytest.fixture
@@ -68,33 +68,20 @@ def test_predict_answers_all_that_it_can(runs, six):
 def test_attention_draws_all_that_it_can(runs, six, tmp_path):
     out = tmp_path / "maps"
 
-    said = beit("attention", "--init", runs / "pre", "--images", *six, "--out", out, ok=1)
+    said = beit("attention", runs / "pre", *six, "--out", out, ok=1)
 
-    drawn = [str(out / f"{i}.png") for i in (0, 2, 3, 5)]
-    assert said.stdout.splitlines() == drawn == sorted(map(str, out.iterdir()))
+    drawn = [str(out / f"{name}.png") for name in (0, 2, 3, 5, "distance")]
+    named = [line.split(": ")[0] for line in said.stdout.splitlines()]
+    assert named == drawn == sorted(map(str, out.iterdir()))
 
 
 def test_none_of_the_pictures_can_be_read(runs, six, tmp_path):
-    for tool, run in (("predict", "fine"), ("attention", "pre")):
-        words = [tool, "--init", runs / run, "--images", six[1], six[4]]
-        said = beit(*words, ok=2).stderr.splitlines()
+    predict = ["predict", "--init", runs / "fine", "--images"]
+    for words in (predict, ["attention", runs / "pre"]):
+        said = beit(*words, six[1], six[4], ok=2).stderr.splitlines()
 
         assert len(said) == 2 and str(six[1]) in said[0]
         assert said[1].startswith("beit: error: ") and str(six[4]) in said[1]
-
-
-def test_no_drawing_takes_the_place_of_another_or_of_a_picture(tmp_path):
-    "Names are kept where they are free; upper and lower case are one, as on some disks."
-    paths = tuple(
-        f"{tmp_path}/{name}"
-        for name in ("a/x.png", "b/x.png", "b/X.jpg", "x-2.gif", "y.png", "a/x.png")
-    )
-
-    targets = picture_names(paths, tmp_path)
-
-    names = [targets[path].name for path in paths]
-    assert names == ["x.png", "x-2.png", "X-3.png", "x-2-2.png", "y-2.png", "x.png"]
-    assert not {str(path) for path in targets.values()} & set(paths)
 
 
 def test_pictures_of_one_name_are_all_drawn(runs, white, tmp_path):
@@ -104,7 +91,7 @@ def test_pictures_of_one_name_are_all_drawn(runs, white, tmp_path):
     before = white.read_bytes()
     files = [white, tmp_path / "a" / "white.png", tmp_path / "b" / "white.png"]
 
-    beit("attention", "--init", runs / "pre", "--images", *files, "--out", tmp_path)
+    beit("attention", runs / "pre", *files, "--out", tmp_path)
 
     assert white.read_bytes() == before  # drawn beside it, not over it
     assert {f"white-{i}.png" for i in (2, 3, 4)} <= {file.name for file in tmp_path.iterdir()}
@@ -119,7 +106,7 @@ def test_no_drawing_becomes_data(runs, white, tmp_path, place):
     torch.save(state, path)
     out = tmp_path / place
 
-    refused("attention", "--init", path, "--images", white, "--out", out, says=f"{out} lies in")
+    refused("attention", path, white, "--out", out, says=f"{out} lies in")
 
 
 @pytest.mark.parametrize(
@@ -195,16 +182,10 @@ def test_every_number_of_a_tool_is_checked_before_anything_is_read(words, field)
 
 
 def test_attention(runs, white, tmp_path):
-    words = ["--images", white, "--out", tmp_path / "maps"]
-
     for run in ("pre", "fine"):
-        said = beit("attention", "--init", runs / run, *words).stdout
-        assert said.strip() == str(tmp_path / "maps" / "white.png")
+        said = beit("attention", runs / run, white, "--out", tmp_path / "maps").stdout
+        assert said.startswith(f"{tmp_path}/maps/white.png: 3 heads of block 3, asked by 4,4 of 8")
         assert Image.open(tmp_path / "maps" / "white.png").size[0] > 200
-
-    words += ["--init", runs / "pre"]
-    refused("attention", *words, "--block", 4, says=["block 4", "0 to 3"])
-    refused("attention", *words, "--query", 8, 0, says=["query (8, 0)", "8 x 8"])
 
 
 @pytest.mark.usefixtures("pages_unpainted")
@@ -347,7 +328,7 @@ def test_half_a_drawing_is_none(runs, white, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Figure, "savefig", full)
-    attention = ["attention", "--init", runs / "pre", "--images", white, "--out", tmp_path / "a"]
+    attention = ["attention", runs / "pre", white, "--out", tmp_path / "a"]
 
     refused(*attention, says=f"cannot write {tmp_path}/a/white.png: No space left on device")
 
