@@ -88,9 +88,7 @@ def query_tokens(queries: tuple[str, ...], grid_size: tuple[int, int]) -> dict[s
 def check_block(block: int, depth: int) -> int:
     "The block's number from 0, -1 being the last. Raises BeitError for one that is not there."
     if not -depth <= block < depth:
-        raise BeitError(
-            f"--block {block} does not exist; choose 0 to {depth - 1}, or -1, the last"
-        )
+        raise BeitError(f"--block {block} does not exist; choose 0 to {depth - 1}, or -1, the last")
     return block % depth
 
 # %% ../nbs/67_attention_figures.ipynb #viewer
@@ -128,9 +126,7 @@ class AttentionViewer:
         self.tokens = query_tokens(queries, (side, side))
         self.model = load_pretrained(VisionTransformer, weights, img_size=self.size)
         self.grid = self.model.patch_embed.patch_shape
-        self.view = weights.view._replace(
-            img_size=self.size, crop_pct=1.0, crop_mode="center"
-        )
+        self.view = weights.view._replace(img_size=self.size, crop_pct=1.0, crop_mode="center")
         self.mean_std = weights.mean_std
         self.data = weights.data
         self.features = features
