@@ -146,7 +146,7 @@ def test_weights_that_do_not_fit(one_copied, run, use, edit):
 
 
 KINDS = ["timm", "official", "hf", "safetensors", "lfs", "page"]
-TAKE_OTHERS = ("predict", "probe", "init")  # weights of the others are welcome there
+TAKE_OTHERS = ("predict", "attention", "probe", "init")  # weights of the others are welcome there
 STRANGE = [
     (run, use, kind)
     for run, use in USES
