@@ -70,6 +70,21 @@ def test_folders_without_pictures_are_refused(tmp_path):
         list(image_names(tmp_path / "note.txt"))
 
 
+@pytest.mark.parametrize("maps", ["masks", "annotations"])
+def test_label_maps_are_no_pictures(tmp_path, maps):
+    save_gray(tmp_path / "images" / "train" / "1.png", 7)
+    save_gray(tmp_path / maps / "train" / "1.png", 1)
+
+    with pytest.raises(
+        BeitError, match=rf"label maps \({maps}/\) .* give .*/images for the pictures"
+    ):
+        list(image_names(tmp_path))
+
+    assert list(image_names(tmp_path / "images")) == ["train/1.png"]
+    (tmp_path / "images").rename(tmp_path / "cats")
+    assert len(list(image_names(tmp_path))) == 2  # two folders of pictures, whatever their names
+
+
 def test_class_folders_are_sorted_and_seen(tmp_path):
     for name in ("b", "a", ".git"):
         (tmp_path / name).mkdir()

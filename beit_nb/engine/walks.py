@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXTENSIONS', 'OTHER', 'WHY_LEFT_OUT', 'OTHER_ENDING', 'DOTTED', 'SECOND', 'NO_SIZE', 'NO_FILE', 'HIDDEN',
            'is_picture', 'LeftOut', 'is_no_data', 'list_entries', 'leads_back', 'kind_of', 'walk_files', 'refuse_runs',
-           'image_names', 'class_folders', 'sample_key', 'why_left_out', 'class_number']
+           'refuse_label_maps', 'image_names', 'class_folders', 'sample_key', 'why_left_out', 'class_number']
 
 # %% ../../nbs/19_engine_walks.ipynb #imports
 import os
@@ -120,11 +120,21 @@ def refuse_runs(folder: str | Path) -> None:
         )
 
 
+def refuse_label_maps(folder: str | Path) -> None:
+    "Raise BeitError where label maps lie beside pictures, which would be taken for pictures too."
+    beside = [name for name in ("masks", "annotations") if os.path.isdir(f"{folder}/{name}")]
+    if beside and os.path.isdir(f"{folder}/images"):
+        raise BeitError(
+            f"{folder} holds label maps ({beside[0]}/) beside its pictures, and only "
+            f"`beit segment` reads them; give {folder}/images for the pictures alone"
+        )
+
+
 def image_names(folder: str | Path, left_out: LeftOut | None = None) -> Iterator[str]:
     """Names of all pictures below `folder`, at any depth, in the order of their paths.
 
     What is passed over is counted in `left_out`. Raises BeitError where there is no such folder, or
-    no picture in it, and where it is the folder of a run.
+    no picture in it, where it is the folder of a run, and where label maps lie beside pictures.
     """
     left_out = LeftOut() if left_out is None else left_out
     if not os.path.isdir(folder):
@@ -133,6 +143,7 @@ def image_names(folder: str | Path, left_out: LeftOut | None = None) -> Iterator
             "known data set"
         )
     refuse_runs(folder)
+    refuse_label_maps(folder)
     found = False
     for name in walk_files(folder, left_out):
         if is_picture(name):
