@@ -60,7 +60,8 @@ def sort_words(hints: dict[str, Any], words: list[str]) -> tuple[dict[str, list[
         field, said = named_option(word, options)
         takers = [field, *places] if field else []
         if field:
-            values[field] = said
+            grows = room_for_words(hints[field]) == inf  # a second `--query 3,4` adds to the first
+            values[field] = values.get(field, []) + said if grows else said
         else:
             strange.append(word)
     return {name: said for name, said in values.items() if said or name in options}, strange

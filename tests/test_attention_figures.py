@@ -283,9 +283,11 @@ def test_what_a_person_may_mistype(picture, tmp_path):
 
 def test_the_command(picture, tmp_path):
     picture.save(tmp_path / "a.png")
-    words = [tmp_path / "a.png", "--query", "1,2", "cls", "--block", 0, "--out", tmp_path / "maps"]
+    words = [tmp_path / "a.png", "--query", "1,2", "--block", 0, "--out", tmp_path / "maps"]
 
-    said = beit("attention", NANO, *words, "--grid", tmp_path / "all.png").stdout.splitlines()
+    said = beit(
+        "attention", NANO, *words, "--query", "cls", "--grid", tmp_path / "all.png"
+    ).stdout.splitlines()
 
     assert said == [
         f"{tmp_path}/maps/a.png: 4 heads of block 0, asked by 1,2 cls of 8 x 8 patches",
