@@ -240,7 +240,7 @@ def network_args(config: Mapping[str, Any], state: Mapping[str, Tensor], where) 
     args = args_of_config(config, where)
     if "lm_head.weight" in state:
         return args | {"vocab_size": len(state["lm_head.weight"])}
-    if "head.weight" in state:
+    if len(state.get("head.weight", ())):
         pooling = config.get("use_mean_pooling", True)
         return args | {"num_classes": len(state["head.weight"]), "use_mean_pooling": pooling}
     made = ", ".join(config.get("architectures") or ["unknown"])

@@ -1,5 +1,6 @@
 """Whole networks in and out: every direction, bit for bit, with the peers running."""
 
+import re
 from argparse import Namespace
 from zipfile import ZipFile
 
@@ -215,12 +216,118 @@ def test_the_body_of_an_official_segmentation(form, tmp_path, capfd):
     assert torch.equal(new.forward_features(x), body(x)) and new.fc_norm is not None
 
 
-def test_names_of_openmmlab_are_told(tmp_path):
-    state = {"backbone.layers.0.attn.qkv.weight": torch.zeros(3, 3)}
-    torch.save({"state_dict": state}, tmp_path / "mm.pth")
+def of_openmmlab(state):
+    "The names of mmpretrain's and mmsegmentation's BEiT, by the rules of their converters."
+    rules = (
+        (r"^patch_embed\.proj", "patch_embed.projection"),
+        (r"^blocks\.(\d+)\.norm", r"layers.\1.ln"),
+        (r"^blocks\.(\d+)\.mlp\.fc1", r"layers.\1.ffn.layers.0.0"),
+        (r"^blocks\.(\d+)\.mlp\.fc2", r"layers.\1.ffn.layers.1"),
+        (r"^blocks", "layers"),
+        (r"^norm", "ln1"),
+        (r"^fc_norm", "ln2"),
+        (r"^(head|lm_head)\.", {"head": "HEAD.fc.", "lm_head": "HEAD.cls_head."}),
+    )
+    out = {}
+    for name, x in state.items():
+        for pattern, new in rules:
+            found = re.match(pattern, name)
+            if found:
+                name = re.sub(pattern, new[found[1]] if isinstance(new, dict) else new, name)
+                break
+        out[f"backbone.{name}".replace("backbone.HEAD.", "head.")] = x
+    return out
 
-    with pytest.raises(BeitError, match="OpenMMLab's names .*take the official file"):
-        load_weights(tmp_path / "mm.pth")
+
+@forms
+@pytest.mark.parametrize("build", (classifier, masked))
+def test_files_of_openmmlab(build, form, tmp_path):
+    "A checkpoint of mmpretrain: the head lies beside the backbone, the indices are tensors too."
+    net = build(form)
+    state = of_openmmlab(net.state_dict())
+    state["backbone.layers.0.attn.relative_position_index"] = torch.zeros(65, 65).long()
+    torch.save({"meta": {"epoch": 3}, "state_dict": state}, tmp_path / "mm.pth")
+
+    got = load_weights(tmp_path / "mm.pth")
+
+    assert got.state.keys() == net.state_dict().keys()
+    again = type(net).from_pretrained(got._replace(args=got.args | {"num_heads": 4}))
+    assert same(again, net)
+
+
+def test_a_body_of_openmmlabs_segmentation(tmp_path, capfd):
+    body = VisionTransformer(**SIZE, **FORMS["per block"])
+    state = of_openmmlab(body.state_dict()) | {"decode_head.conv_seg.weight": torch.zeros(3)}
+    torch.save({"state_dict": state}, tmp_path / "mm.pth")
+    SAID.clear()
+
+    got = VisionTransformer.from_pretrained(tmp_path / "mm.pth")
+
+    assert same(got, body) and "left out: decode_head" in capfd.readouterr().err
+
+
+def kept_run(tmp_path, **parts):
+    "A checkpoint of `beit finetune` on disk, and the network in it."
+    r = recipe_named("finetune", "nano")
+    net = shaken(build_classifier(r, 3)).eval()
+    content = {"config": as_config("finetune", r), "model": net.state_dict()} | parts
+    save_checkpoint(tmp_path / "run.pt", content | {"classes": ["a", "b", "c"]})
+    return tmp_path / "run.pt", net
+
+
+def test_the_running_mean_of_a_run(tmp_path):
+    mean = {n: 2 * x for n, x in kept_run(tmp_path)[1].state_dict().items()}
+    kept = {f"module.{n}": x for n, x in mean.items()} | {"n_averaged": torch.tensor(7)}
+    path, net = kept_run(tmp_path, ema=kept)
+
+    got = load_weights(path, ema=True)
+
+    assert got.state.keys() == mean.keys() and got.classes == ["a", "b", "c"]
+    assert all(torch.equal(got.state[n], mean[n]) for n in mean)
+    assert torch.equal(load_weights(path).state["cls_token"], net.cls_token)
+
+
+@pytest.mark.parametrize("name", ("model_ema", "state_dict_ema"))
+def test_the_running_mean_in_files_of_others(name, tmp_path):
+    "The official code and timm keep it beside the weights, under these names."
+    state = classifier("per block").state_dict()
+    mean = {n: x / 2 for n, x in state.items()}
+    torch.save({name.removesuffix("_ema"): state, name: mean}, tmp_path / "both.pth")
+
+    got = load_weights(tmp_path / "both.pth", ema=True).state
+
+    assert all(torch.equal(got[n], mean[n]) for n in mean)
+    assert torch.equal(load_weights(tmp_path / "both.pth").state["cls_token"], state["cls_token"])
+
+
+def test_no_running_mean_is_said(tmp_path):
+    path, net = kept_run(tmp_path)
+    to_hf(net, tmp_path / "hf")
+    save_official(net, tmp_path / "plain.pth")
+
+    for source, words in (
+        (path, "run.pt: this run kept no running mean.*leave --ema out"),
+        (tmp_path / "plain.pth", "plain.pth: there is no running mean"),
+        (tmp_path / "hf", "knows no running mean"),
+    ):
+        with pytest.raises(BeitError, match=words):
+            load_weights(source, ema=True)
+
+
+def test_a_name_on_the_hub_is_no_file():
+    with pytest.raises(BeitError, match="`hf download microsoft/beit-base-patch16-224 --local-dir"):
+        load_weights("microsoft/beit-base-patch16-224")
+    with pytest.raises(BeitError) as e:
+        load_weights("tests/nothing")
+    assert "hub" not in str(e.value)
+
+
+def test_a_head_without_a_class_is_no_head(tmp_path):
+    state = classifier("per block").state_dict()
+    state |= {"head.weight": torch.zeros(0, 64), "head.bias": torch.zeros(0)}
+    torch.save(state, tmp_path / "none.pth")
+
+    assert "num_classes" not in load_weights(tmp_path / "none.pth").args
 
 
 def test_half_a_file_says_so(tmp_path):
