@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['usage', 'recipes_page', 'read_recipe', 'write_report', 'train', 'run_tool', 'read_together', 'run_command',
-           'LastingFile', 'keep_streams', 'leave', 'stop_once', 'main']
+           'LastingFile', 'keep_streams', 'leave', 'stop_once', 'stopped_line', 'main']
 
 # %% ../nbs/99_cli.ipynb #imports
 import errno
@@ -68,9 +68,10 @@ def recipes_page(name: str) -> str:
         f"{command.help}; the recipes:",
         "",
     ]
+    width = max(20, *(2 + len(preset) for preset in command.presets))
     for preset, (text, _) in command.presets.items():
-        line = f"  {preset:20}{text}"
-        lines += wrap(line, 100, subsequent_indent=22 * " ", break_on_hyphens=False)
+        line = f"  {preset:{width}}{text}"
+        lines += wrap(line, 100, subsequent_indent=(2 + width) * " ", break_on_hyphens=False)
     return "\n".join(lines)
 
 # %% ../nbs/99_cli.ipynb #read-recipe
@@ -260,6 +261,14 @@ def stop_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 # %% ../nbs/99_cli.ipynb #main
+def stopped_line(name: str) -> str:
+    "What a stop means for a command: trainings and a few tools go on, others begin once more."
+    trains = name in COMMANDS and issubclass(COMMANDS[name].recipe, Run)
+    if trains or getattr(TOOLS.get(name), "continues", False):
+        return "stopped; the same command continues from the last checkpoint"
+    return "stopped; the same command begins anew"
+
+
 def main(argv: list[str] | None = None) -> int:
     """The console script; returns the exit status.
 
@@ -277,7 +286,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             return run_command([word for word in words if word != "--debug"])
         except KeyboardInterrupt as e:
-            said = str(e) or "stopped; the same command continues from the last checkpoint"
+            said = str(e) or stopped_line(words[0] if words else "")
             write_lines(sys.stderr, ("", f"beit: {said}"))
             return exit_status(e)
         except (BeitError, OSError, FloatingPointError) as e:

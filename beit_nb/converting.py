@@ -111,15 +111,15 @@ def in_words(args: Mapping[str, Any]) -> str:
     return "a BEiT without a head"
 
 # %% ../nbs/57_converting.ipynb #read-source
-def read_source(path: Path) -> Source:
+def read_source(path: Path, ema: bool = False) -> Source:
     """Whatever `load_weights` or `load_tokenizer` reads, from a file or a folder.
 
-    Raises BeitError where there is neither.
+    `ema`: the running mean of a BEiT's weights. Raises BeitError where there is none of these.
     """
     if path.is_dir() and is_dalle(path):
         return Source(load_dalle(path).state_dict(), {"format": "pt"}, "DALL-E's tokenizer")
     if is_of_hugging_face(path):
-        weights = load_weights(path)
+        weights = load_weights(path, ema)
         about = {"converted from": path.name}
         return Source(weights.state, {"format": "pt"}, in_words(weights.args), weights, about)
     if path.is_dir():
@@ -130,8 +130,8 @@ def read_source(path: Path) -> Source:
         dvae = load_tokenizer(path).dvae if ours else load_dalle(path)
         whose = "of `beit tokenizer`" if ours else "of DALL-E's"
         return Source(dvae.state_dict(), notes_of(content), f"a tokenizer {whose}")
-    weights = weights_of_content(content, path)
-    about = about_run(content, path)
+    weights = weights_of_content(content, path, ema)
+    about = about_run(content, path) | ({"weights": "their running mean"} if ema else {})
     return Source(weights.state, notes_of(content), in_words(weights.args), weights, about)
 
 # %% ../nbs/57_converting.ipynb #timm-state
@@ -277,16 +277,21 @@ def how_to_read(weights: Weights, out: Path, to: str) -> list[str]:
     return []
 
 # %% ../nbs/57_converting.ipynb #convert
-def convert(source: str | Path, out: str | Path, to: str, overwrite: bool = False) -> list[str]:
+def convert(
+    source: str | Path, out: str | Path, to: str, overwrite: bool = False, ema: bool = False
+) -> list[str]:
     """A trained network in another format; returns what to tell about it, in lines.
 
     `source`: whatever `load_weights` or `load_tokenizer` reads. `to`: one of FORMS, a tokenizer
-    only "safetensors". Raises BeitError for what cannot be read, what that format cannot hold, and
-    an `out` that is there already, unless `overwrite`.
+    only "safetensors". `ema`: the running mean of the weights, which lies beside them. Raises
+    BeitError for what cannot be read, what that format cannot hold, and an `out` that is there
+    already, unless `overwrite`.
     """
     source, out = Path(source), Path(out)
     check_place(source, out, to, overwrite)
-    found = read_source(source)
+    found = read_source(source, ema)
+    if found.weights is None and ema:
+        raise BeitError(f"{source} holds {found.what}, which needs no --ema: it hands out its mean")
     if found.weights is None and to != "safetensors":
         raise BeitError(f"{source} holds {found.what}; tokenizers go --to safetensors only")
     if found.weights:

@@ -67,21 +67,29 @@ def timm_transform(r: FinetuneRecipe) -> Callable[[Image.Image], Tensor]:
 
 # %% ../nbs/40_labelled_views.ipynb #finetune-transform
 class FinetuneTransform:
-    "A labelled picture as training shows it: (3, H, W) uint8, or floats around [0, 1]."
+    """A labelled picture as training shows it: (3, H, W) uint8, or floats around [0, 1].
+
+    Raises BeitError for erasing without timm's pipeline.
+    """
 
     def __init__(self, r: FinetuneRecipe, labels: np.ndarray):
         self.labels = labels
         self.mean_std = MEAN_STD[r.mean_std]
         self.max_shift = 2  # pixels
-        self.views = TwoViews(r.img_size)
+        self.views = TwoViews(r.img_size, crop_scale=r.crop_scale, flip=r.flip)
         self.timm = None if r.augment == "shift" else timm_transform(r)
+        if r.augment == "shift" and r.erasing:
+            raise BeitError(
+                "augment 'shift' erases nothing: set --erasing 0, or --augment none for timm's "
+                "pipeline"
+            )
 
     def __call__(self, picture, number: int, rng: np.random.Generator) -> LabelledBatch:
         image = self.shifted(picture, rng) if self.timm is None else self.by_timm(picture)
         return LabelledBatch(image, int(self.labels[number]), number)
 
     def shifted(self, picture, rng: np.random.Generator) -> Tensor:
-        "The whole picture, moved by a few pixels."
+        "The picture, or its random piece, moved by a few pixels."
         x = self.views(picture).patch_view  # (3, H, W) uint8
         top = int(rng.integers(0, 2 * self.max_shift + 1))
         left = int(rng.integers(0, 2 * self.max_shift + 1))

@@ -125,11 +125,13 @@ class ScoreCallback:
         self.samples = samples
         self.every = every
         self.workers = workers
+        self.newest: tuple[int, list[float]] = (-1, [])  # step, and the accuracies of its blocks
 
     def __call__(self, trainer: Trainer) -> dict | None:
         if trainer.step % self.every:
             return None
         layers = score_blocks(trainer.model, self.body, self.samples, self.workers)
+        self.newest = (trainer.step, layers)
         return {"accuracy": max(layers), "block": 1 + int(np.argmax(layers))}
 
 # %% ../nbs/53_linear.ipynb #linear
@@ -173,9 +175,9 @@ def linear(r: LinearRecipe, quiet: bool = False) -> dict:
         fit(trainer, loader, LinearLoss(body), [score])
         metrics = {"steps": trainer.step, "labels": len(samples)}
         if trainer.finished:
-            found = {
-                split: score_blocks(trainer.model, body, unseen, r.workers)
-                for split, unseen in held_out.items()
-            }
+            at, val = score.newest
+            found = {"val": val} if at == trainer.step else {}
+            for split in held_out.keys() - found.keys():
+                found[split] = score_blocks(trainer.model, body, held_out[split], r.workers)
             metrics |= last_scores_of_blocks(r, found["val"], found[r.split])
         return write_metrics(out, metrics, trainer.finished)

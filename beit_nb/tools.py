@@ -41,6 +41,8 @@ class Demo:
     Tokenizer, pre-training, fine-tuning against scratch, report.
     """
 
+    continues = True  # a second call goes on where the first was stopped
+
     # where everything goes; none: runs/demo, -quick or -thorough; the same command continues
     out: Place | None = None
     seed: Seed = 0  # of everything
@@ -63,11 +65,15 @@ class Demo:
             say(f"Both networks as small files: {keep_networks(plan.out, 'beit demo --thorough')}")
 
 # %% ../nbs/98_tools.ipynb #predict
-def each_picture(paths: tuple[str, ...], answer: Callable[[str, Any], None]) -> int:
+def each_picture(
+    paths: tuple[str, ...],
+    answer: Callable[[str, Any], None],
+    failed: Callable[[str, UnreadableImage], None] = lambda path, why: None,
+) -> int:
     """Call `answer` with every picture that can be read; the others are named on stderr.
 
-    Returns the exit status: 1 if there were others. Raises the last one's UnreadableImage where no
-    picture could be read.
+    `failed` is called with each of these, and why. Returns the exit status: 1 if there were others.
+    Raises the last one's UnreadableImage where no picture could be read.
     """
     from beit_nb.engine.decoding import load_image
 
@@ -77,6 +83,7 @@ def each_picture(paths: tuple[str, ...], answer: Callable[[str, Any], None]) -> 
             image = load_image(path)
         except UnreadableImage as e:
             unread += 1
+            failed(path, e)
             if number == unread == len(paths):
                 raise
             warn(f"passed over: {e}")
@@ -92,17 +99,18 @@ class Predict:
     # a run of `beit finetune` or a checkpoint, an official or timm file, a Hugging Face folder
     init: Place
     images: Places  # picture files
+    ema: bool = False  # the running mean of the weights, which a training with --ema keeps
     top: Count = 5  # how many classes to print
     json: bool = False  # print one JSON object a line for each picture, and nothing else
     grid: Place | None = None  # a PNG to draw: the pictures with their first guesses
 
     def run(self) -> int:
         from beit_nb.engine.files import atomic_write
-        from beit_nb.predicting import Predictor, check_grid, draw_grid
+        from beit_nb.predicting import Predictor, check_grid, draw_grid, unread_json
 
         if self.grid:
             check_grid(self.grid, self.images)
-        predict = Predictor(self.init, self.top)
+        predict = Predictor(self.init, self.top, self.ema)
         answers = []
 
         def answer(path: str, image) -> None:
@@ -111,7 +119,11 @@ class Predict:
             if self.grid:
                 answers.append(said)
 
-        status = each_picture(self.images, answer)
+        def failed(path: str, why: UnreadableImage) -> None:
+            if self.json:
+                say(unread_json(path, why))
+
+        status = each_picture(self.images, answer, failed)
         if self.grid:
             with atomic_write(self.grid) as f:
                 draw_grid(answers).save(f, "PNG")
@@ -122,7 +134,7 @@ class Predict:
 class Evaluate:
     """Score any checkpoint on labelled pictures, prepared as its own authors do.
 
-    Top-1 with its standard error, top-5, every class, who is taken for whom. `torchrun` shares the
+    Top-1 with its 95 % interval, top-5, every class, who is taken for whom. `torchrun` shares the
     pictures.
     """
 
@@ -137,6 +149,7 @@ class Evaluate:
     precision: Literal["auto", "fp32", "bf16", "fp16"] | None = None
     batch_size: Count = 250  # pictures at once
     workers: Workers = 0  # loader processes
+    ema: bool = False  # the running mean of the weights, which a training with --ema keeps
 
     def run(self) -> None:
         from beit_nb.engine.processes import join_processes, rank
@@ -204,11 +217,12 @@ class Convert:
     out: Positional[Place]  # the new file; of hf the new folder
     to: Literal["official", "timm", "hf", "safetensors"]  # a tokenizer: safetensors
     overwrite: bool = False  # replace what is there
+    ema: bool = False  # the running mean of the weights, which a training with --ema keeps
 
     def run(self) -> None:
         from beit_nb.converting import convert
 
-        say(*convert(self.source, self.out, self.to, self.overwrite))
+        say(*convert(self.source, self.out, self.to, self.overwrite, self.ema))
 
 # %% ../nbs/98_tools.ipynb #tokenize
 @dataclass
@@ -217,6 +231,8 @@ class Tokenize:
 
     The same command goes on where it stopped. `torchrun` shares the parts among processes.
     """
+
+    continues = True  # a second call goes on where the first was stopped
 
     data: Positional[Place]  # a known data set, or a folder
     # a run of `beit tokenizer`, or a checkpoint of it; or DALL-E's encoder.pkl and decoder.pkl
@@ -266,6 +282,8 @@ class Tokenize:
 @dataclass
 class Shard:
     "Pack a folder of pictures into tar shards, for storage that hates small files."
+
+    continues = True  # a second call goes on where the first was stopped
 
     data: Positional[Place]  # the folder; with class folders in it, labels are kept
     out: Place  # where the shards go

@@ -102,6 +102,8 @@ def training_memory(
     products = model_products(r, num_classes)
     sharded = r.parallel == "fsdp" and gpus > 1
     out = model_memory(total_parameters(products), gpus if sharded else 1, half)
+    if getattr(r, "ema", 0):
+        out["running mean"] = 4 * total_parameters(products)
     if isinstance(r, TokenizerRecipe):
         return out | dict(activations=batch * dvae_bytes(r, half))
     assert isinstance(r, Backbone)
@@ -160,6 +162,7 @@ def least_memory(r: Run, processes: int = 1) -> float:
     products = model_products(r, 1)
     shards = processes if r.parallel == "fsdp" else 1
     model = sum(model_memory(total_parameters(products), shards, half=False).values())
+    model += 4 * total_parameters(products) * bool(getattr(r, "ema", 0))  # the running mean
     share = r.batch_size // processes
     at_once = min(share, r.device_batch_size or share)
     scores = 0
