@@ -84,6 +84,14 @@ PRETRAIN = {
         lr=1.5e-3, min_lr=1.5e-5, warmup_steps=60, beta2=0.98, clip_grad=3.0,
         vocab_size=256, token_size=32, num_mask_patches=26, min_mask_patches_per_block=4,
         exact_mask=True, crop_scale=None, color_jitter=0.0, flip=0.0, watch_every=250, **NANO)),
+    "photos": (
+        "crops of the embedded photographs with the tokenizer of that name; a start for folders of "
+        "photographs on a laptop; not measured",
+        PretrainRecipe(
+            data="photos", epochs=10, batch_size=64, lr=1.5e-3, min_lr=1.5e-5, warmup_steps=60,
+            beta2=0.98, clip_grad=3.0, vocab_size=512, token_size=64, num_mask_patches=25,
+            min_mask_patches_per_block=4, crop_scale=(0.02, 0.3), watch_every=200,
+            **NANO | shared(img_size=64, patch_size=8))),
     "cifar": ("CIFAR-100 on one GPU; not measured here", PretrainRecipe(
         data="cifar100", epochs=300, batch_size=512,
         lr=1.5e-3, warmup_epochs=10, beta2=0.98, clip_grad=3.0,
@@ -131,6 +139,14 @@ FINETUNE = {
         lr=2e-3, min_lr=1e-5, warmup_steps=20, weight_decay=0.05, clip_grad=3.0, layer_decay=0.75,
         mixup=0.0, cutmix=0.0, augment="shift", erasing=0.0, crop_scale=None, flip=0.0,
         **NANO | shared(drop_path_rate=0.1))),
+    "photos": (
+        "after the pre-training of that name: 64 pixels, for a folder of your own (--data), as the "
+        "photographs have no labels; not measured",
+        FinetuneRecipe(
+            data="photos", steps=300, batch_size=32, eval_every=50, lr=2e-3, min_lr=1e-5,
+            warmup_steps=30, clip_grad=3.0, layer_decay=0.75, mixup=0.0, cutmix=0.0,
+            augment="none", erasing=0.0, crop_scale=(0.35, 1.0),
+            **NANO | shared(img_size=64, patch_size=8, drop_path_rate=0.1))),
     "cifar": ("CIFAR-100 on one GPU with the small network; not measured here", FinetuneRecipe(
         data="cifar100", epochs=100, batch_size=512, lr=2e-3, min_lr=1e-6, warmup_epochs=10,
         crop_scale=(0.35, 1.0), **TINY)),

@@ -259,10 +259,11 @@ def probe_figure(arms: dict, split: str = "test") -> Figure:
 
     fig, ax = plt.subplots(figsize=(5, 2.8), layout="constrained")
     blocks = range(1, 1 + len(arms["pretrained"]["layers"]))
-    ax.plot(blocks, arms["pretrained"]["layers"], "o-", color=PALETTE["blue"], label="pre-trained")
-    ax.plot(blocks, arms["random"]["layers"], "o-", color=PALETTE["orange"], label="random network")
+    [line] = ax.plot(blocks, arms["pretrained"]["layers"], "o--", color=PALETTE["blue"], ms=9)
+    line.set(label="pre-trained", markerfacecolor="none")  # where lines meet, both are seen
+    ax.plot(blocks, arms["random"]["layers"], "s-", color=PALETTE["orange"], label="random network")
     ax.axhline(arms["pixels"]["mean"], color=PALETTE["grey"], ls="--", label="raw pixels")
-    ax.set(xlabel="block", ylabel=f"{split} accuracy", ylim=(0, 1), xticks=blocks)
-    ax.legend(frameon=False, fontsize=8)
+    ax.set(xlabel="block", ylabel=f"{split} accuracy", ylim=(0, 1.02), xticks=blocks)
+    fig.legend(frameon=False, fontsize=8, ncols=3, loc="outside upper center")
     ax.spines[["top", "right"]].set_visible(False)
     return fig

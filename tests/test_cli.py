@@ -26,6 +26,7 @@ from beit_nb.configs import check_recipe
 from beit_nb.limits import plain_type
 from beit_nb.recipes import COMMANDS, from_config
 from beit_nb.tokenizer import train_tokenizer
+from beit_nb.tools import TOOLS
 
 pytestmark = pytest.mark.usefixtures("pages_unpainted")
 
@@ -305,6 +306,13 @@ def fail_with(error):
     return training
 
 
+def fail_with_all(error):
+    def tool(*arguments):
+        raise error
+
+    return tool
+
+
 @pytest.mark.parametrize(
     "error, status, says",
     [
@@ -321,6 +329,28 @@ def test_exit_statuses(monkeypatch, tmp_path, error, status, says):
     said = beit("tokenizer", "nano", "--out", tmp_path, ok=status).stderr
 
     assert said.startswith(says) and "Traceback" not in said
+
+
+def test_a_stop_says_what_the_command_will_do(monkeypatch, tmp_path, photos):
+    monkeypatch.setattr("beit_nb.converting.convert", fail_with_all(KeyboardInterrupt()))
+    monkeypatch.setattr("beit_nb.probing.probe", fail_with(KeyboardInterrupt()))
+
+    convert = beit("convert", "a.pth", tmp_path / "b.pth", "--to", "official", ok=130).stderr
+    probe = beit("probe", "nano", "--out", tmp_path / "p", ok=130).stderr
+
+    assert convert == probe == "\nbeit: stopped; the same command begins anew\n"
+    assert [name for name, tool in TOOLS.items() if getattr(tool, "continues", False)] == [
+        "demo",
+        "tokenize",
+        "shard",
+    ]
+
+
+def test_names_of_recipes_do_not_run_into_their_texts():
+    page = beit("finetune", "--help").stdout
+
+    for name in COMMANDS["finetune"].presets:
+        assert f"  {name}  " in page
 
 
 @pytest.mark.parametrize("error", [ValueError("shapes differ"), RuntimeError("oops"), KeyError(3)])

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from beit_nb.evaluation import (
     names_known,
     read_answers,
     standard_error,
+    wilson_interval,
 )
 from beit_nb.finetuning import finetune
 from beit_nb.recipes import recipe_named
@@ -200,6 +202,16 @@ def test_figures_by_hand(pictures, file, tmp_path):
     assert standard_error(0.5, 100) == 0.05
 
 
+@pytest.mark.parametrize("right", [0, 1, 13, 20])
+def test_intervals_are_those_of_scipy_and_never_a_point(right):
+    from scipy.stats import binomtest
+
+    low, high = wilson_interval(right, 20, z=1.959963985)
+
+    theirs = binomtest(right, 20).proportion_ci(0.95, "wilson")
+    assert np.allclose((low, high), theirs) and high - low > 0.1
+
+
 def test_many_classes_are_drawn_in_groups(pictures, file, tmp_path):
     evaluate(str(file), str(pictures), str(tmp_path), quiet=True)
     scored = read_answers(tmp_path)
@@ -286,6 +298,19 @@ def test_a_network_of_broken_numbers_has_no_score(network, pictures, tmp_path):
     assert not said.stdout.count("top-1") and not (tmp_path / "o" / "metrics.json").exists()
 
 
+def test_the_running_mean_has_a_score_of_its_own(tmp_path):
+    data = red_and_blue(tmp_path / "data")
+    r = recipe_named("finetune", "nano", data=str(data), out=str(tmp_path / "run"), steps=3)
+    own = finetune(replace(r, ema=0.5, batch_size=4, labels_per_class=None), quiet=True)
+
+    words = ("evaluate", r.out, "--data", data, "--ema", "--out", tmp_path / "score")
+    said = beit(*words).stdout
+
+    scored = json.loads((tmp_path / "score" / "metrics.json").read_text())
+    assert scored["accuracy"] == own["ema_accuracy"] and "top-1" in said
+    refused(*words[:-1], tmp_path / "score", "--no-ema", says="holds another score")
+
+
 def test_a_score_replaces_no_run_and_lies_in_no_data(pictures, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text('{"command": "finetune"}')
@@ -313,11 +338,14 @@ def test_a_score_replaces_only_itself(file, pictures, tmp_path):
 def test_the_command_leaves_figures_a_picture_and_a_page(file, pictures, tmp_path):
     said = beit("evaluate", file, "--data", pictures, "--out", tmp_path / "out").stdout
 
-    assert "top-1" in said and "standard error" in said and "top-5" in said
+    assert "top-1" in said and "(95 % interval " in said and "top-5" in said
+    assert "seen at 32 pixels, the middle of 36 (crop_pct 0.875)" in said
     left = {path.name for path in (tmp_path / "out").iterdir()}
     assert left == {"answers.npz", "config.json", "confusion.png", "metrics.json", "report.html"}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "beit evaluate" in page and "taken for" in page and "data:image/png" in page
+    assert f"net.pth on the val pictures of {pictures}" in page and "95 % interval" in page
+    assert all(f"<td>{name}</td>" in page for name in NAMES)  # a table of all classes
     beit("evaluate", file, "--data", pictures, "--out", tmp_path / "out")  # once more, over it
     (tmp_path / "out" / "answers.npz").write_bytes(b"x")
     beit("report", tmp_path / "out")

@@ -1,10 +1,12 @@
 "Folders of Hugging Face's: what transformers reads from us, and what we read from it."
 
 import json
+import re
 
 import pytest
 import torch
 from helpers_models import shaken
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from beit_nb import SAID, BeitError
@@ -499,6 +501,18 @@ def test_the_card_says_what_is_known_and_no_more():
         assert words in full
     assert full.startswith("---\nlibrary_name: transformers\nlicense: mit\ntags:\n")
     assert "license" not in bare and "recipe" not in bare
+
+
+@pytest.mark.parametrize("build, says", [(classifier, r"1\.000|0\.\d"), (mim, r"\d")])
+def test_the_lines_of_the_card_run(build, says, tmp_path, monkeypatch, capsys):
+    write_hf_folder(tmp_path, build(**SMALL).state_dict())
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "picture.png")
+    lines = (tmp_path / "README.md").read_text().split("```")[1].removeprefix("python")
+    monkeypatch.chdir(tmp_path)
+
+    exec(lines.replace("path/of/this/folder", "."), {})
+
+    assert re.search(says, capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_erasing_and_filling_are_official():
 @pytest.mark.parametrize("augment", ["none", "rand-m9-mstd0.5-inc1", "shift"])
 def test_an_endless_picture_takes_no_memory(size, augment):
     "1 x 65,000 pixels, resized before they are cropped, would be 256 x 16,640,000: 17 GB."
-    r = FinetuneRecipe(img_size=224, augment=augment)
+    r = FinetuneRecipe(img_size=224, augment=augment, erasing=0.0)
     picture = torch.full((3, *size), 77, dtype=torch.uint8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
@@ -105,6 +105,22 @@ def test_pictures_that_are_only_shifted_are_scored_whole():
     )
     assert scored_view(FinetuneRecipe(img_size=224)).edge == 256  # official: below 384
     assert scored_view(FinetuneRecipe(img_size=384)).edge == 384
+
+
+def test_shifted_pictures_are_mirrored_and_cropped_too():
+    rng = np.random.default_rng(0)
+    half = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    half[:, :, 16:] = 200  # bright at the right
+    r = FinetuneRecipe(img_size=32, augment="shift", erasing=0.0, crop_scale=None)
+
+    mirrored = FinetuneTransform(replace(r, flip=1.0), [0])(half, 0, rng).image.float()
+    still = FinetuneTransform(replace(r, flip=0.0), [0])(half, 0, rng).image.float()
+    piece = FinetuneTransform(replace(r, crop_scale=(0.05, 0.06)), [0])(half, 0, rng).image
+
+    assert mirrored[:, 4:-4, 4:14].mean() == 200 == still[:, 4:-4, 18:28].mean()
+    assert piece[0, 3:-3, 3:-3].unique().numel() < still.unique().numel() + 32  # a few columns
+    with pytest.raises(BeitError, match="'shift' erases nothing: set --erasing 0"):
+        FinetuneTransform(replace(r, erasing=0.25), [0])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])

@@ -63,6 +63,19 @@ def test_json_is_what_the_network_says(runs, pictures):
         assert line == f"{row['image']}: {', '.join(likely)}"
 
 
+def test_every_picture_has_a_line_of_json(runs, pictures, tmp_path):
+    broken = tmp_path / "broken.png"
+    broken.write_text("no picture")
+    words = ["predict", "--init", runs / "fine", "--json", "--images"]
+
+    some = [json.loads(x) for x in beit(*words, pictures[0], broken, ok=1).stdout.splitlines()]
+    none = [json.loads(x) for x in beit(*words, broken, ok=2).stdout.splitlines()]
+
+    assert [row["image"] for row in some] == [str(pictures[0]), str(broken)]
+    assert "predictions" in some[0] and none == some[1:]
+    assert none[0].keys() == {"image", "error"} and "broken.png" in none[0]["error"]
+
+
 def test_grid_has_a_place_for_each_readable_picture(runs, pictures, tmp_path):
     broken = tmp_path / "broken.png"
     broken.write_text("no picture")

@@ -86,6 +86,10 @@ PRETRAIN = {
         data="digits", epochs=10, batch_size=64, min_lr=1.5e-5, warmup_epochs=0, warmup_steps=60,
         vocab_size=256, num_mask_patches=26, exact_mask=True,  # 41 % of 64
         crop_scale=None, color_jitter=0.0, flip=0.0, mean_std="beit", watch_every=250),
+    "photos": OURS | NANO | dict(  # [ours]: not measured; the tokenizer `photos` and its crops
+        data="photos", img_size=64, patch_size=8, epochs=10, batch_size=64, min_lr=1.5e-5,
+        warmup_epochs=0, warmup_steps=60, vocab_size=512, token_size=64,
+        num_mask_patches=25, crop_scale=(0.02, 0.3), mean_std="beit", watch_every=200),
     "cifar": OURS | TINY | dict(  # [ours]: not measured
         data="cifar100", epochs=300, batch_size=512, vocab_size=1024,
         num_mask_patches=25, crop_scale=(0.35, 1.0), watch_every=None),  # 39 % of 64
@@ -158,6 +162,11 @@ FINETUNE = {
         lr=2e-3, min_lr=1e-5, warmup_epochs=0, warmup_steps=20, clip_grad=3.0, layer_decay=0.75,
         drop_path_rate=0.1, mixup=0.0, cutmix=0.0, augment="shift", erasing=0.0, crop_scale=None,
         flip=0.0, mean_std="beit"),
+    "photos": TABLE_13 | NANO | AIDS | dict(  # [ours]: not measured, after `photos`
+        data="photos", img_size=64, patch_size=8, epochs=1, steps=300, batch_size=32, eval_every=50,
+        lr=2e-3, min_lr=1e-5, warmup_epochs=0, warmup_steps=30, clip_grad=3.0, layer_decay=0.75,
+        drop_path_rate=0.1, mixup=0.0, cutmix=0.0, augment="none", erasing=0.0,
+        crop_scale=(0.35, 1.0), mean_std="beit"),
     "cifar": TABLE_13 | TINY | AIDS | dict(  # [ours]: not measured
         data="cifar100", batch_size=512, lr=2e-3, warmup_epochs=10, crop_scale=(0.35, 1.0)),
 }
