@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -78,11 +79,16 @@ def asked_rows(query: Tensor, probs: Tensor) -> Tensor:
     return torch.stack([by_patch, probs[:, :, 0, 1:]])
 
 
-def asked_maps(model: VisionTransformer, s: Subjects) -> dict[str, Tensor]:
-    "What the patches that ask, and CLS, give to all patches: (depth, B, heads, h, w) each."
+def asked_maps(model: VisionTransformer, s: Subjects, hide: bool = False) -> dict[str, Tensor]:
+    """What the patches that ask, and CLS, give to all patches: (depth, B, heads, h, w) each.
+
+    `hide`: the patches that ask are hidden, as in pre-training; the model has a mask token.
+    """
     parts = []
+    number = model.patch_embed.num_patches
     for images, query in zip(s.images.split(100), s.query.split(100)):
-        rows = attention_maps(model, images, keep=partial(asked_rows, query))
+        mask = F.one_hot(query, number).bool() if hide else None
+        rows = attention_maps(model, images, mask, partial(asked_rows, query))
         parts.append(torch.stack(rows, 1))  # (2, depth, B, heads, N)
     by_patch, by_cls = torch.cat(parts, 2).unflatten(-1, model.patch_embed.patch_shape)
     return {"patch": by_patch, "CLS": by_cls}

@@ -5,6 +5,7 @@ import torch
 from helpers_models import SIZE, shaken
 
 from beit_nb.attention import attention_maps, top_mass_mask
+from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.regions import (
     asked_maps,
     attention_distance,
@@ -102,6 +103,20 @@ def test_the_patch_with_most_of_the_object_asks():
         rows = probs[torch.arange(6), :, 1 + s.query, 1:]
         torch.testing.assert_close(asked["patch"][block].flatten(2), rows)
         torch.testing.assert_close(asked["CLS"][block].flatten(2), probs[:, :, 0, 1:])
+
+
+def test_a_hidden_patch_asks_without_its_pixels():
+    model = shaken(BeitForMaskedImageModeling(**SIZE, vocab_size=9)).eval()
+    s = some_subjects()
+    hole = torch.zeros(6, 64).scatter(1, s.query[:, None], 1).view(6, 8, 8)
+    pixels = hole.bool().repeat_interleave(4, 1).repeat_interleave(4, 2)[:, None]
+
+    seen, hidden = asked_maps(model, s), asked_maps(model, s, hide=True)
+
+    other = s._replace(images=s.images.masked_fill(pixels, 3.0))
+    assert torch.equal(hidden["patch"], asked_maps(model, other, hide=True)["patch"])
+    assert not torch.allclose(seen["patch"], asked_maps(model, other)["patch"], atol=1e-3)
+    assert not torch.allclose(seen["patch"], hidden["patch"], atol=1e-3)
 
 
 def test_sets_of_heads_and_of_their_mean():
