@@ -1,0 +1,130 @@
+"The reproduction report: every row of the paper, commands that are sound, numbers that were measured."
+
+import re
+import shlex
+
+import pytest
+from helpers import beit, refused
+from helpers_processes import run_python
+
+from beit_nb.arms import StudyRun, study_graph
+from beit_nb.cli import read_recipe
+from beit_nb.options import check_options, read_options
+from beit_nb.recipes import COMMANDS
+from beit_nb.results import TITLES, kept_studies, key_of, our_number, paper_rows
+from beit_nb.studies import STUDIES, study_named
+from beit_nb.tools import TOOLS
+
+ROWS = [row for rows in paper_rows().values() for row in rows]
+LINES = list(dict.fromkeys(line for row in ROWS for line in row.commands))
+
+
+def test_no_torch_is_imported():
+    run_python("import sys, beit_nb.results; sys.exit('torch' in sys.modules)")
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_every_command_is_sound(line):
+    "Read as the terminal reads it; a study must exist."
+    command, *words = line.split()
+    if command in COMMANDS:
+        read_recipe(command, words)
+        return
+    values, strange = read_options(TOOLS[command], words)
+    assert strange == []
+    options = check_options(TOOLS[command](**values))
+    if command == "ablate":
+        assert study_graph(study_named(options.name, options.scale), [0])
+
+
+def test_every_preset_of_the_paper_is_in_the_report():
+    "Also those of the official README, by the sentence of the preset."
+    said = "\n".join(LINES) + "\n"
+    for study in STUDIES.values():  # a row of an ablation is made by the study's runs
+        for run in study_graph(study["base-in1k"], [0]).values():
+            said += f"{run.command} {run.preset} \n"
+    for command, entry in COMMANDS.items():
+        for name, (sentence, _) in entry.presets.items():
+            if re.search(r"\bTables? \d|README|released", sentence) and name not in SAME:
+                assert re.search(rf"^{command} {name}\b(?!-)", said, re.M), f"{command} {name}"
+
+
+SAME = {"base-plus-in1k"}  # Table 5's last row: the study changes base-in1k's fields instead
+
+
+def test_base_plus_is_the_last_arm_of_table_5():
+    study = study_named("table5", "base-in1k")
+    recipes = [run.recipe("runs") for run in study_graph(study, [0]).values()]
+    preset = COMMANDS["pretrain"].presets["base-plus-in1k"][1]
+
+    [made] = [r for r in recipes if getattr(r, "use_shared_rel_pos_bias", False)]
+
+    free = ("out", "tokenizer")
+    assert {k: v for k, v in vars(made).items() if k not in free} == {
+        k: v for k, v in vars(preset).items() if k not in free
+    }
+
+
+def test_rows_of_the_paper():
+    "Counted in arXiv 2106.08254v2, appendices included; some rows hold two models."
+    by_table = {table: len(rows) for table, rows in paper_rows().items()}
+
+    assert by_table["Table 1"] == 14 and by_table["Table 5"] == 3 and by_table["Table 11"] == 5
+    assert set(by_table) <= set(TITLES)
+    assert [r.paper for r in ROWS if r.what == "BEiT384-L"] == ["86.3"]
+    assert [r.paper for r in ROWS if r.table == "Table 9" and r.commands] == ["56.7", "73.5"]
+
+
+def test_what_stands_beside_a_row():
+    first, second, last = paper_rows()["Table 5"]
+    apart = dict(base="ViT", difference=-1.0, low=-2.0, high=-0.25, verdict="contradicted")
+    usual = dict(measure="fine-tuning", n=3, mean=70.0, sd=1.0)
+    summary = [usual | {"arm": "ViT"}, usual | apart | {"arm": "+ LayerScale"}]
+    records = [{"study": {"name": "table5", "scale": "nano"}, "summary": summary}]
+
+    assert our_number(first, records) == "nano, fine-tuning: 70.0 ± 1.0"
+    assert our_number(second, records) == "nano, fine-tuning: -1.0 [-2.0, -0.2], contradicted"
+    assert our_number(last, records) == "not run"
+    assert our_number(ROWS[0], records) == "another method"
+
+
+def test_the_report():
+    said = beit("results").stdout
+
+    for table in paper_rows():
+        assert f"{table}: {TITLES[table]}" in said
+    for line in LINES:
+        assert f"beit {line}" in said
+    assert "Questions without a table" in said and "beit results mask-ratio" in said
+    assert said.count("not run") >= 15
+
+
+def test_some_of_the_report():
+    said = beit("results", "table9", "mask-ratio").stdout
+
+    assert "Table 9" in said and "Table 1:" not in said
+    assert "mask-ratio at nano, 3 seeds" in said and "verdict" in said
+    refused("results", "tabel9", says="unknown table or study 'tabel9' (do you mean table9?)")
+    assert key_of("Figure 2") == "figure2"
+
+
+def test_kept_records_are_of_the_recipes_that_we_ship():
+    "The names of their runs follow from their fields, as today's code reads them."
+    records = kept_studies()
+    assert [r["study"]["name"] for r in records] == ["mask-ratio"]
+    for record in records:
+        rebuilt = {}
+        for name, kept in record["runs"].items():
+            words = shlex.split(kept["line"])
+            assert words[:1] == ["beit"] and kept["state"] == "finished"
+            recipe = read_recipe(words[1], words[2:])
+            study = STUDIES[record["study"]["name"]][record["study"]["scale"]]
+            preset, _ = study.stages[words[1]]
+            inputs = {
+                field: rebuilt[value.split("/")[-1]]
+                for field, value in vars(recipe).items()
+                if field in ("init", "tokenizer") and value.startswith("OUT/runs/")
+            }
+            fields = {k: v for k, v in vars(recipe).items() if k not in (*inputs, "out")}
+            rebuilt[name] = StudyRun(words[1], preset, fields, inputs)
+            assert rebuilt[name].id == name
