@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'SCALES', 'STUDIES', 'RATIOS', 'HOW_MUCH', 'HOW_LARGE', 'HOW_LONG', 'HOW_MANY', 'OWN_WORDS', 'NEVER',
-           'HOW_FEW', 'SCALED', 'BIASED', 'TABLE_5', 'add_study', 'study_named', 'ratio_arms', 'block_arms',
-           'paper_pair', 'step_arms', 'word_arms', 'label_arms', 'read_change', 'changed_study']
+           'HOW_FEW', 'SCALED', 'BIASED', 'TABLE_5', 'SCATTERED', 'PIXELS', 'EVERYWHERE', 'WORDLESS', 'LONGER',
+           'DALLE_DIGITS', 'WHICH_PART', 'WHOSE_WORDS', 'add_study', 'study_named', 'ratio_arms', 'block_arms',
+           'paper_pair', 'step_arms', 'word_arms', 'label_arms', 'table_4', 'table_8', 'read_change', 'changed_study']
 
 # %% ../nbs/86_studies.ipynb #imports
 from ast import literal_eval
@@ -193,6 +194,59 @@ TABLE_5 = (
 )
 for scale in SCALES:
     add_study("table5", scale, "What do LayerScale and relative positions add?", TABLE_5, "Table 5")
+
+# %% ../nbs/86_studies.ipynb #table4
+SCATTERED = {"masking": "random"}
+PIXELS = {"targets": "pixels"}
+EVERYWHERE = {"recover": "all"}
+WORDLESS: Any = {"without": ("tokenizer",)}
+LONGER: dict[str, Fields] = {"nano": {"steps": 1200}, "base-in1k": {"epochs": 800}}  # 8/3 of it
+
+
+def table_4(scale: str) -> tuple[Arm, ...]:
+    "The rows of Table 4, and two that the paper has not."
+    own = {} if scale == "nano" else {"tokenizer": ""}
+    pixels = PIXELS | own
+    return (
+        Arm("BEiT", {}, paper_pair(82.86, 44.65)),
+        Arm("single patches", {"pretrain": SCATTERED}, paper_pair(82.77, 42.93)),
+        Arm("pixels", {"pretrain": pixels}, paper_pair(81.04, 41.38), **WORDLESS),
+        Arm(
+            "pixels, single patches",
+            {"pretrain": pixels | SCATTERED},
+            paper_pair(80.50, 37.09),
+            **WORDLESS,
+        ),
+        Arm("recover all", {"pretrain": EVERYWHERE}, paper_pair(82.59, 40.93)),
+        Arm(
+            "no masks, recover all",
+            {"pretrain": EVERYWHERE | {"masking": "none"}},
+            paper_pair(81.67, 36.73),
+        ),
+        Arm("longer", {"pretrain": LONGER[scale]}, paper_pair(83.19, 45.58)),
+        Arm("normalised pixels", {"pretrain": pixels | {"targets": "pixels_norm"}}, **WORDLESS),
+        Arm("no pre-training", {"finetune": {"layer_decay": None}}, **NEVER),
+    )
+
+
+DALLE_DIGITS = {"tokenizer": "data/dalle", "token_size": 64, "vocab_size": 8192}
+
+
+def table_8(scale: str) -> tuple[Arm, ...]:
+    "DALL-E's tokenizer, and one that is trained at home."
+    theirs = DALLE_DIGITS if scale == "nano" else {"tokenizer": "data/dalle"}
+    return (
+        Arm("DALL-E's tokenizer", {"pretrain": theirs}, {"fine-tuning": 82.86}),
+        Arm("our own", {}, {"fine-tuning": 82.70}),
+    )
+
+
+WHICH_PART = "Which of BEiT's ideas earns its keep?"
+WHOSE_WORDS = "Does a tokenizer that is trained at home do as well as DALL-E's?"
+for scale in SCALES:
+    add_study("table4", scale, WHICH_PART, table_4(scale), "Table 4")
+add_study("table8", "nano", WHOSE_WORDS, table_8("nano"), "Table 8")
+add_study("table8", "base-in1k", WHOSE_WORDS, table_8("base-in1k"), "Table 8", **OWN_WORDS)
 
 # %% ../nbs/86_studies.ipynb #changed-study
 def read_change(study: Study, words: str) -> tuple[str, str, Any]:

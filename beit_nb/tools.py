@@ -31,6 +31,7 @@ from beit_nb.limits import (
     Workers,
 )
 from .recipes import data_source
+from .results import Results
 from .scale.hours import HARDWARE
 
 # %% ../nbs/98_tools.ipynb #demo
@@ -367,4 +368,5 @@ TOOLS = {
     "bench": Bench,
     "plan": Plan,
     "report": Report,
+    "results": Results,
 }

@@ -1,4 +1,4 @@
-"The reproduction report: every row of the paper, commands that are sound, numbers that were measured."
+"The reproduction report: every row of the paper, sound commands, numbers that were measured."
 
 import re
 import shlex
