@@ -16,9 +16,9 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from . import BeitError, say
-from .arms import Study, StudyRun, run_words, study_graph, with_inputs
+from .arms import Study, StudyRun, changed_study, run_words, study_graph, with_inputs
 from .limits import Count, Few, Natural, Place
-from .studies import STUDIES, changed_study, study_named
+from .studies import STUDIES, study_named
 
 # %% ../nbs/87_ablating.ipynb #summary-lines
 def points(value: float | None, signed: bool = False) -> str:
@@ -97,6 +97,7 @@ def study_figure(record: Mapping[str, Any]):
         ax.axvline(0, color=PALETTE["grey"], lw=0.8)
         ax.set(xlabel="points", yticks=range(len(rows)), yticklabels=[r["arm"] for r in rows])
         ax.set_title(measure, loc="left", fontsize=10)
+        ax.set_ylim(-0.6, most - 0.4)
         ax.spines[["top", "right"]].set_visible(False)
     axes[0][0].invert_yaxis()
     return fig

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['Fields', 'LINKS', 'Measure', 'Arm', 'Study', 'StudyRun', 'plan_run', 'with_inputs', 'measures_of', 'study_graph',
-           'run_words', 'paired_interval', 'verdict', 'compare_arms']
+           'run_words', 'read_change', 'changed_study', 'paired_interval', 'verdict', 'compare_arms']
 
 # %% ../nbs/82_arms.ipynb #imports
 import hashlib
 import json
+from ast import literal_eval
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 from . import BeitError
 from .configs import check_recipe
 from .limits import CHANGEABLE_FIELDS, as_config, no_such
-from .recipes import recipe_named
+from .recipes import command_named, recipe_named
 
 # %% ../nbs/82_arms.ipynb #study
 Fields = Mapping[str, Any]  # fields of a recipe and their values
@@ -175,6 +176,38 @@ def run_words(run: StudyRun, runs: str | Path) -> list[str]:
             values = value if isinstance(value, tuple) else (value,)
             words += [f"--{option}", *map(str, values)]
     return words
+
+# %% ../nbs/82_arms.ipynb #changed-study
+def read_change(study: Study, words: str) -> tuple[str, str, Any]:
+    "The words `pretrain.steps=200` as stage, field and value; BeitError where they mean none."
+    place, equals, value = words.partition("=")
+    stage, _, name = place.partition(".")
+    if not (equals and name):
+        raise BeitError(f"--set {words} is no stage.field=value, such as pretrain.steps=200")
+    if stage not in study.stages:
+        raise no_such(f"stage of {study.name}", stage, study.stages)
+    names = [field.name for field in fields(command_named(stage).recipe)]
+    if name not in names:
+        raise no_such(f"field of a {stage} recipe", name, names)
+    try:
+        return stage, name, literal_eval(value)
+    except (ValueError, SyntaxError):  # a word
+        return stage, name, value
+
+
+def changed_study(study: Study, arms: Sequence[str], changes: Sequence[str]) -> Study:
+    "A study with some of its arms, and fields that are others for all arms."
+    stages: dict[str, tuple[str, Fields]] = dict(study.stages)
+    for words in changes:
+        stage, name, value = read_change(study, words)
+        preset, usual = stages[stage]
+        stages[stage] = (preset, {**usual, name: value})
+    chosen = tuple(study.arm(name) for name in arms) or study.arms
+    bases = {study.arm(arm.base).name for arm in chosen}
+    if missing := bases - {arm.name for arm in chosen}:
+        names = " and ".join(map(repr, sorted(missing)))
+        raise BeitError(f"--arms {' '.join(map(repr, arms))} are compared with {names}: add it")
+    return replace(study, stages=stages, arms=chosen)
 
 # %% ../nbs/82_arms.ipynb #paired-interval
 def paired_interval(

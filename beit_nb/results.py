@@ -77,6 +77,10 @@ SCORES = (
     PaperRow("Table 2", "BEiT-B", "plot", BASE_224),
     PaperRow("Table 3", "labels of ImageNet", "45.3"),
     PaperRow("Table 3", "DINO", "44.1"),
+    PaperRow("Table 3", "BEiT", "45.6", (PRE_BASE, "segment base-in1k-pup")),
+    PaperRow(
+        "Table 3", "BEiT, intermediate fine-tuning", "47.7",
+        (*BASE_224, "segment base-in1k-ft-pup")),
 )
 
 # %% ../nbs/89_results.ipynb #more-rows
@@ -91,6 +95,10 @@ SCORES += (
     PaperRow("Table 6", "BEiT-L+, 512", "88.6", (*LARGE_22K, "finetune large-plus-in22k-in1k-512")),
     PaperRow("Table 6", "BEiT-L+, 70M in-house pictures", "89.3 / 89.5"),
     PaperRow("Table 7", "Swin-B / -L", "50.0 / 51.7; 52.1 / 53.5"),
+    PaperRow(
+        "Table 7", "BEiT-B+", "53.6 / 54.2", (*BASE_22K, "segment base-plus-in22k-ft-640")),
+    PaperRow(
+        "Table 7", "BEiT-L+", "56.7 / 57.0", (*LARGE_22K, "segment large-plus-in22k-ft-640")),
     PaperRow("Table 7", "BEiT-L+, 70M in-house pictures", "57.9 / 58.4"),
     PaperRow("Table 9", "DINO-B", "78.2"),
     PaperRow("Table 9", "MoCo v3-B / -L", "76.7 / 77.6"),
@@ -114,7 +122,7 @@ SCORES += (
         (*BASE_224, "finetune base-in1k-cifar100")),
     PaperRow(
         "Figure 2", "maps of BEiT-B", "picture",
-        (PRE_BASE, "attention --init runs/pretrain-base-in1k --images picture.jpg")),
+        (PRE_BASE, "attention runs/pretrain-base-in1k picture.jpg")),
     PaperRow(
         "README", "B, pre-trained on 22K", "83.7 / 96.6",
         (BASE_PLUS, "finetune base-plus-in1k --init runs/pretrain-base-plus-in22k")),
@@ -135,6 +143,12 @@ SCORES += (
     PaperRow(
         "README", "L, and its labels, 512", "88.60 / 98.66",
         (*LARGE_22K, "finetune large-plus-in22k-in1k-512")),
+    PaperRow(
+        "README", "B, segmentation at 512", "a recipe only",
+        (*BASE_22K, "segment base-plus-in22k-ft")),
+    PaperRow(
+        "README", "L, segmentation at 512", "a recipe only",
+        (*LARGE_22K, "segment large-plus-in22k-ft")),
 )
 
 # %% ../nbs/89_results.ipynb #ablation-rows

@@ -4,8 +4,8 @@ import pytest
 from helpers_processes import run_python
 
 from beit_nb import BeitError
-from beit_nb.arms import plan_run, study_graph
-from beit_nb.studies import SCALES, STUDIES, changed_study, study_named
+from beit_nb.arms import changed_study, plan_run, study_graph
+from beit_nb.studies import SCALES, STUDIES, study_named
 
 ALL = [study for scales in STUDIES.values() for study in scales.values()]
 
