@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'PRE_BASE', 'PRE_LARGE', 'BASE_224', 'LARGE_224', 'BASE_PLUS', 'LARGE_PLUS', 'BASE_22K', 'LARGE_22K',
-           'SCORES', 'PaperRow', 'key_of', 'ablation_rows', 'paper_rows', 'kept_studies', 'our_number', 'in_words',
+           'SCORES', 'PaperRow', 'key_of', 'ablation_rows', 'paper_rows', 'kept_studies', 'our_number', 'short_words',
            'paper_lines', 'question_lines', 'Results']
 
 # %% ../nbs/89_results.ipynb #imports
@@ -200,11 +200,11 @@ def our_number(row: PaperRow, records: Sequence[Mapping[str, Any]]) -> str:
             continue
         for ours in record["summary"]:
             if ours["arm"] == row.arm and ours["n"]:
-                found.append(f"{study['scale']}, {ours['measure']}: {in_words(ours)}")
+                found.append(f"{study['scale']}, {ours['measure']}: {short_words(ours)}")
     return "; ".join(found) or "not run"
 
 
-def in_words(row: Mapping[str, Any]) -> str:
+def short_words(row: Mapping[str, Any]) -> str:
     "A row of a summary in a few words: its difference, or its mean where it is the base."
     cells = summary_cells(row)
     if difference := cells["difference [95 %]"]:
