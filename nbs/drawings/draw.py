@@ -168,11 +168,11 @@ def elbo() -> Drawing:
     d.arrow(300, 90, 348, 90)
     d.box(350, 60, 84, 60, "tokens z")
     d.arrow(392, 120, 392, 178)
-    d.box(327, 180, 130, 60, "decoder p_θ(x|z)", "which picture?", BLUE)
+    d.box(327, 180, 130, 60, "decoder p_ψ(x|z)", "which picture?", BLUE)
     d.box(170, 180, 130, 60, "prior p(z)", "what is usual?")
     d.line(235, 122, 235, 178, ORANGE, "4 3")
     d.lines(220, 268, "KL(q ‖ prior): what\nnaming the tokens costs", color=ORANGE)
-    d.lines(392, 268, "E_q[log p_θ(x|z)]: how well\nthe picture comes back", color=BLUE)
+    d.lines(392, 268, "E_q[log p_ψ(x|z)]: how well\nthe picture comes back", color=BLUE)
 
     top, bound, zero = 56, 96, 290  # heights of log p(x), of the ELBO, and the foot of the bar
     side = dict(x=600, anchor="start")
@@ -190,9 +190,9 @@ def elbo() -> Drawing:
 
 
 RACE = """\
-Each token runs home in a time T_k that is exponential with rate π_k. \
-The first one is token k with probability π_k, exactly.
-−log T_k is log π_k + Gumbel noise, so the first home is the argmax of log π_k + g_k.
+Each token runs home in a time T_k that is exponential with rate p_k. \
+The first one is token k with probability p_k, exactly.
+−log T_k is log p_k + Gumbel noise, so the first home is the argmax of log p_k + g_k.
 The soft choice is the softmax of the same sums, divided by τ."""
 
 
@@ -206,7 +206,7 @@ def gumbel() -> Drawing:
         y = 66 + 46 * i
         end = 150 + 95 * time
         won = time == first
-        d.text(136, y + 4, f"{name}   π = {chance}", 12.5, anchor="end")
+        d.text(136, y + 4, f"{name}   p = {chance}", 12.5, anchor="end")
         d.arrow(150, y, end, y, color=ORANGE if won else LINE)
         home = f"T = {time}" + (", first home: drawn" if won else "")
         d.text(end + 8, y + 4, home, 12.5, ORANGE if won else INK, "start")

@@ -1,0 +1,67 @@
+"Figures that a lesson's words repeat are those that its cells printed."
+
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from beit_nb.demo import pretrain_recipe
+from beit_nb.demo_stages import DemoPlan
+
+NBS = Path(__file__).parents[1] / "nbs"
+
+# lesson, cell of words, figures that it repeats, cells that printed them
+REPEATED = [
+    ("03_gumbel", "solution-predict", "0.529 0.110", "table-print"),
+    ("04_dvae", "normal-words", "0.04 0.5", "check-normal"),
+    ("04_dvae", "ablation-meaning", "0.0613", "check-collapse"),
+    ("04_dvae", "ablation-meaning", "0.03", "ablation"),
+    ("05_dalle", "words-decoder", "194 99", "measure-field"),
+    ("44_pretraining", "words-long-shown", "38.6 25.9", "long-run"),
+]
+
+
+def cell(lesson: str, name: str):
+    cells = nbformat.read(NBS / f"{lesson}.ipynb", as_version=4).cells
+    [found] = [c for c in cells if c.id == name]
+    return found
+
+
+def printed(output: str) -> list[float]:
+    "The numbers in what a cell printed."
+    return [float(n.replace(",", "")) for n in re.findall(r"-?\d[\d,]*(?:\.\d+)?", output)]
+
+
+def not_printed(figures: str, output: str) -> list[str]:
+    "Those of `figures` that are no printed number, rounded as the words round it."
+    numbers = printed(output)
+
+    def stands(figure: str) -> bool:
+        digits = len(figure.partition(".")[2])
+        return any(f"{n:.{digits}f}" == figure for n in numbers)
+
+    return [figure for figure in figures.split() if not stands(figure)]
+
+
+@pytest.mark.parametrize(("lesson", "words", "figures", "source"), REPEATED)
+def test_words_repeat_what_was_printed(lesson, words, figures, source):
+    said = cell(lesson, words).source
+    output = "".join(o.get("text", "") for o in cell(lesson, source).outputs)
+
+    assert all(re.search(rf"(?<![\d.]){re.escape(f)}(?![\d])", said) for f in figures.split())
+    assert not_printed(figures, output) == []
+
+
+def test_a_figure_out_of_step_is_found():
+    assert not_printed("38.6 25.9 1600", "1,600 steps: right 38.6%, constant 25.94%") == []
+    assert not_printed("38.6 25.9", "right 38.7%, constant 25.85%") == ["38.6"]
+
+
+def test_the_front_page_tells_the_steps_of_the_demo():
+    "And the last look of its film, which comes at every so many steps."
+    recipe = pretrain_recipe(DemoPlan())
+    last = recipe.steps - recipe.steps % recipe.watch_every
+    words = cell("index", "story").source
+
+    assert f"takes {recipe.steps:,} steps" in words and f"at step {last:,}" in words
