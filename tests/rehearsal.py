@@ -50,6 +50,7 @@ from beit_nb.finetuning import FinetuneLoss, build_classifier
 from beit_nb.masking import blockwise_masks
 from beit_nb.pretraining import PretrainLoss, add_masked_indices, build_mim
 from beit_nb.recipes import recipe_named
+from beit_nb.segmenting import SegmentLoss, build_segmenter
 from beit_nb.targets import TableTargets, build_targets
 from beit_nb.tokenizer import TokenizerLoss, build_dvae, tokenizer_schedules
 from beit_nb.tokens import Tokenizer
@@ -376,6 +377,18 @@ def classifying(preset: str, **changes) -> Training:
     return Training("finetune", r, partial(build_classifier, r, 1000), loss, batch)
 
 
+def segmenting(preset: str, **changes) -> Training:
+    r = replace(recipe_named("segment", preset), batch_size=PICTURES, **changes)
+
+    def batch() -> LabelledBatch:
+        pictures = torch.zeros(PICTURES, 3, r.img_size, r.img_size, dtype=torch.uint8)
+        return LabelledBatch(pictures, pictures[:, 0], torch.arange(PICTURES))
+
+    return Training(
+        "segment", r, partial(build_segmenter, r, 150), lambda stage: SegmentLoss(r), batch
+    )
+
+
 TRAININGS = {
     "pretrain, BEiT+, DALL-E": partial(pretraining, "base-plus-in1k", dalle_targets),
     "pretrain, BEiT+, table": partial(pretraining, "base-plus-in1k"),
@@ -384,13 +397,24 @@ TRAININGS = {
     "tokenizer, DALL-E": partial(tokenizing, "dalle"),
     "finetune, mixup": partial(classifying, "base-in1k"),
     "finetune, BEiT+, mean of weights": partial(classifying, "base-plus-in1k", ema=0.999),
+    "segment, SETR-PUP": partial(segmenting, "base-in1k-pup"),
+    "segment, UPerNet": partial(segmenting, "base-plus-in22k"),
 }
-SHALLOW = {name: {} if name.startswith("tokenizer") else {"depth": 2} for name in TRAININGS}
+FEW_BLOCKS = {
+    "tokenizer": {},
+    "pretrain": {"depth": 2},
+    "finetune": {"depth": 2},
+    "segment": {"depth": 4, "out_indices": (0, 1, 2, 3)},  # a map of each
+}
+SHALLOW = {name: FEW_BLOCKS[name.split(",")[0]] for name in TRAININGS}
 
 
 @cache
-def rehearsed(name: str, where: Callable, precision: str = "bf16", **changes) -> list[Call]:
-    "The operators of the second step of a training."
+def rehearsed(
+    name: str, where: Callable, precision: str = "bf16", whole: bool = False
+) -> list[Call]:
+    "The operators of the second step of a training; of few blocks where it is not the `whole`."
+    changes = {} if whole else SHALLOW[name]
     with where() as stage:
         rehearse(stage, TRAININGS[name](precision=precision, **changes))
         return stage.calls
@@ -541,6 +565,7 @@ LISTED = {  # DALL-E's encoder as a GPU runs it; the others with their backward 
     "pretrain, BEiT+, table": on_paper,
     "tokenizer": on_paper,
     "finetune, mixup": on_paper,
+    "segment, UPerNet": on_paper,
 }
 
 
@@ -551,7 +576,7 @@ def torch_version() -> str:
 
 def operator_list(name: str) -> dict[str, int]:
     "How often each operator runs in a step in bf16, by what it makes; networks of two blocks."
-    return dict(sorted(Counter(map(str, rehearsed(name, LISTED[name], **SHALLOW[name]))).items()))
+    return dict(sorted(Counter(map(str, rehearsed(name, LISTED[name]))).items()))
 
 
 def write_fixture() -> None:

@@ -3,12 +3,12 @@
 import json
 from dataclasses import replace
 
+import gpu
 import pytest
 import torch
 from rehearsal import (
     FIXTURE,
     LISTED,
-    SHALLOW,
     TRAININGS,
     Memory,
     faults,
@@ -22,9 +22,10 @@ from rehearsal import (
     rehearsed,
     torch_version,
 )
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from beit_nb.device import KERNELS, default_device
-from beit_nb.mim import mim_loss
+from beit_nb.mim import masked_indices, mim_loss
 from beit_nb.pretraining import build_mim
 from beit_nb.recipes import recipe_named
 from beit_nb.scale.flops import flops_per_image
@@ -40,7 +41,7 @@ def count(calls, name):
 def test_a_step_on_a_gpu_neither_waits_nor_strays(name, precision):
     training = TRAININGS[name](precision=precision)
 
-    calls = rehearsed(name, on_pretended_gpu, precision, **SHALLOW[name])
+    calls = rehearsed(name, on_pretended_gpu, precision)
 
     assert faults(calls, training) == []
     assert count(calls, "_fused_adamw") == 2  # with weight decay and without
@@ -51,7 +52,7 @@ def test_a_step_on_a_gpu_neither_waits_nor_strays(name, precision):
 def test_a_step_with_its_backward_pass_keeps_to_its_types(name):
     training = TRAININGS[name](precision="bf16")
 
-    calls = rehearsed(name, on_paper, **SHALLOW[name])
+    calls = rehearsed(name, on_paper)
 
     assert faults(calls, training) == []
     if training.command == "finetune":  # a product for the input, and one for the weights
@@ -147,13 +148,13 @@ def test_the_pretended_gpu_is_gone_afterwards():
     ],
 )
 def test_plain_attention_runs_as_flash_attention(where, kernel):
-    calls = rehearsed("finetune, mixup", where, depth=2)
+    calls = rehearsed("finetune, mixup", where)
     assert count(calls, kernel) == 2
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_relative_bias_has_the_type_of_the_queries(precision):
-    calls = rehearsed("finetune, BEiT+, mean of weights", on_paper, precision, depth=2)
+    calls = rehearsed("finetune, BEiT+, mean of weights", on_paper, precision)
     entered = [c for c in calls if name_of(c) == "_scaled_dot_product_efficient_attention"]
 
     assert len(entered) == 2
@@ -210,3 +211,45 @@ def test_memory_with_checkpointing_is_the_planned(preset, precision, monkeypatch
         loss.backward()
 
     assert sum(training_memory(r, 16).values()) == pytest.approx(memory.peak, rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_step_is_one_graph_for_any_number_of_hidden_patches(checkpointing, monkeypatch):
+    "Traced once for the first number, once for all others, and never broken."
+    monkeypatch.setitem(KERNELS, "cpu", KERNELS["cuda"])
+    torch._dynamo.reset()
+    shape = dict(
+        embed_dim=48, num_heads=3, depth=2, vocab_size=64, grad_checkpointing=checkpointing
+    )
+    model = build_mim(replace(recipe_named("pretrain", "base-plus-in1k"), **shape)).train()
+    traced = CompileCounterWithBackend("eager")
+    model.compile(fullgraph=True, backend=traced)
+    times = []
+
+    for hidden in (75, 74, 70, 75, 73, 72, 71, 74, 69, 75):
+        mask = torch.arange(196).expand(2, 196) < hidden
+        index = masked_indices(mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(torch.zeros(2, 3, 224, 224), mask, masked_index=index)
+        mim_loss(logits, torch.zeros(2 * hidden, dtype=torch.long)).backward()
+        times.append(traced.frame_count)
+
+    assert times == [1] + 9 * [2]
+
+
+def test_the_script_for_a_gpu_says_where_there_is_none(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(gpu, "QUICK", False)
+    with pytest.raises(SystemExit, match="no GPU, so nothing was measured"):
+        gpu.main()
+
+
+def test_the_script_for_a_gpu_measures(monkeypatch, precision_restored):
+    "On a CPU, with tiny networks: its lines are right, its figures mean nothing."
+    monkeypatch.setattr(gpu, "QUICK", True)
+
+    same, learnt, fast = gpu.equality(), gpu.scaler(), gpu.throughput("fp32", compiled=False)
+
+    assert same["fp32"]["logits"] < 1e-5 and same["bf16"]["gradient"] < 0.1
+    assert learnt["last"] < learnt["first"] and learnt["scale"] >= 1
+    assert fast["images_per_second"] > 0 and fast["planned_gb"] > 0
