@@ -277,6 +277,7 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
         ahead = (length.total - trainer.step) * r.batch_size
         if ahead > len(pictures):  # else few would read the table
             targets = tabulate(targets, pictures, transform.views)
+        transform.for_tokens = isinstance(targets, TokenizerTargets)
         if r.watch_every and not (trainer.finished and read_metrics(out)):
             callbacks.append(watch_reconstructions(r, out, r.watch_every, pictures, targets))
             if trainer.step == 0:

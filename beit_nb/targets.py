@@ -69,14 +69,14 @@ class PretrainTransform:
     "A picture to everything that one sample of pre-training needs."
 
     def __init__(self, r: PretrainRecipe):
-        token_size = r.token_size if r.targets == "tokens" else None  # else nobody looks at it
         self.views = TwoViews(
-            r.img_size, token_size, r.crop_scale, r.color_jitter, r.flip, r.jitter_on
+            r.img_size, r.token_size, r.crop_scale, r.color_jitter, r.flip, r.jitter_on
         )
+        self.for_tokens = r.targets == "tokens"  # does a tokenizer look? Not where ids are known
         self.mask = mask_maker(r)
 
     def __call__(self, picture, number: int, rng: np.random.Generator) -> PretrainBatch:
-        views = self.views(picture)
+        views = self.views(picture, self.for_tokens)
         mask = torch.from_numpy(self.mask(rng=rng))
         return PretrainBatch(views.patch_view, views.token_view, mask, number, views.jitter)
 

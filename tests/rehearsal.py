@@ -329,13 +329,14 @@ def table_targets(r: Run, stage: Stage) -> Any:
         return TableTargets(table)
 
 
-def pretrain_batch(r: Run) -> PretrainBatch:
+def pretrain_batch(r: Run, for_tokens: bool = True) -> PretrainBatch:
     "Gray pictures and real masks, as the loader hands them on."
     n = r.batch_size
     mask = blockwise_masks(n, rng=np.random.default_rng(0))
     number = torch.arange(n)
     patch_view = torch.zeros(n, 3, r.img_size, r.img_size, dtype=torch.uint8)
-    token_view = torch.zeros(n, 3, r.token_size, r.token_size, dtype=torch.uint8)
+    side = r.token_size if for_tokens else 0  # nobody looks where ids come from a table
+    token_view = torch.zeros(n, 3, side, side, dtype=torch.uint8)
     jitter = torch.zeros(n, 3, 3) if r.jitter_on == "device" else None
     return add_masked_indices(PretrainBatch(patch_view, token_view, mask, number, jitter))[0]
 
@@ -348,7 +349,8 @@ def pretraining(
     def loss(stage: Stage) -> PretrainLoss:
         return PretrainLoss(targets(r, stage), r.mean_std)
 
-    return Training("pretrain", r, partial(build_mim, r), loss, partial(pretrain_batch, r))
+    batch = partial(pretrain_batch, r, targets is dalle_targets)
+    return Training("pretrain", r, partial(build_mim, r), loss, batch)
 
 
 def tokenizing(preset: str, **changes) -> Training:

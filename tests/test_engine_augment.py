@@ -232,6 +232,19 @@ def test_one_size_for_both_is_one_resizing(monkeypatch):
     assert torch.equal(made.patch_view, made.token_view)
 
 
+@pytest.mark.parametrize("token_size", [None, 16])
+def test_where_nobody_looks_at_the_token_view_it_is_empty_and_the_rest_the_same(token_size):
+    views = TwoViews(32, token_size, (0.2, 1.0), color_jitter=0.4, flip=0.5)
+    made = []
+    for for_tokens in (True, False):
+        torch.manual_seed(3)
+        made.append((views(photos()["coffee"], for_tokens), torch.rand(1)))
+
+    (whole, after), (without, after_too) = made
+    assert without.token_view.shape == (3, 0, 0) and whole.token_view.numel()
+    assert torch.equal(whole.patch_view, without.patch_view) and after == after_too
+
+
 def test_lanczos_of_older_torches(monkeypatch):
     x = TF.pil_to_tensor(photos()["coffee"])
     new = resize(x, 112, "lanczos")

@@ -322,10 +322,19 @@ def test_a_table_is_made_where_it_will_be_read(tmp_path, monkeypatch, steps, tab
     tabulate = pretraining.tabulate
     monkeypatch.setattr(pretraining, "open_data", lambda data: few_digits(40))
     monkeypatch.setattr(pretraining, "tabulate", lambda *a: made.append(tabulate(*a)) or made[-1])
+    hidden = TableTargets.hidden if tables else TokenizerTargets.hidden
+    seen = []
+
+    def look(self, batch):
+        seen.append(batch.token_view.shape[-1])
+        return hidden(self, batch)
+
+    monkeypatch.setattr(TableTargets if tables else TokenizerTargets, "hidden", look)
 
     pretrain(r, quiet=True)
 
     assert len(made) == tables
+    assert seen == steps * [0 if tables else 32]  # what the tokenizer would see is not made
 
 
 def test_a_finished_run_makes_no_table_and_draws_nothing(tmp_path, monkeypatch):

@@ -144,7 +144,7 @@ class Views(NamedTuple):
     "What `TwoViews` makes of one picture."
 
     patch_view: Tensor  # (3, img_size, img_size) uint8, for the patches
-    token_view: Tensor  # (3, token_size, token_size) uint8, the same piece, for the tokenizer
+    token_view: Tensor  # (3, token_size, token_size) uint8, the same piece; or (3, 0, 0)
     jitter: Tensor | None = None  # (3, 3), for `jitter_batch`, where the device is to color
 
 # %% ../../nbs/33_engine_augment.ipynb #two-views
@@ -181,7 +181,8 @@ class TwoViews:
         side = min(height, width)
         return (height - side) // 2, (width - side) // 2, side, side
 
-    def __call__(self, image: Image.Image | Tensor) -> Views:
+    def __call__(self, image: Image.Image | Tensor, for_tokens: bool = True) -> Views:
+        "`for_tokens`: will somebody look at the token view? Else it is empty, and saves its time."
         picture = image if isinstance(image, Tensor) else pil_to_tensor(image)  # (3, H, W)
         box = self.box(picture)
         steps = sample_jitter(self.color_jitter) if self.color_jitter else []
@@ -191,7 +192,9 @@ class TwoViews:
             piece = crop(picture, box).permute(1, 2, 0).contiguous().permute(2, 0, 1)
         patch_view = resize(piece, self.img_size, "bicubic")[:3]
         same = self.token_size == self.img_size
-        token_view = patch_view if same else resize(piece, self.token_size, "lanczos")[:3]
+        token_view = piece.new_empty(3, 0, 0)
+        if for_tokens:
+            token_view = patch_view if same else resize(piece, self.token_size, "lanczos")[:3]
         if self.flip and torch.rand(()) < self.flip:
             patch_view = patch_view.flip(2)
             token_view = token_view.flip(2)

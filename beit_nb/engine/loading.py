@@ -36,7 +36,7 @@ class PretrainBatch(NamedTuple):
     "Masked image modelling: two views of one crop, and a mask."
 
     patch_view: Tensor  # (B, 3, S, S) uint8, what BEiT sees
-    token_view: Tensor  # (B, 3, T, T) uint8, what the tokenizer sees
+    token_view: Tensor  # (B, 3, T, T) uint8, what the tokenizer sees; T = 0: nobody
     mask: Tensor  # (B, h, w) bool, True where hidden
     number: Any  # (B,) tensor: which pictures of the data set; an int in one sample
     jitter: Tensor | None = None  # (B, 3, 3) for `jitter_batch`, where the device jitters colors
