@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Queries', 'TOOLS', 'Demo', 'each_picture', 'Predict', 'Evaluate', 'AttentionMaps', 'Convert', 'Tokenize', 'Shard',
-           'Plan', 'Bench', 'Report']
+           'Plan', 'Bench', 'Report', 'Doctor']
 
 # %% ../nbs/98_tools.ipynb #imports
 import re
@@ -355,6 +355,25 @@ class Report:
 
         say(run_report(self.out))
 
+# %% ../nbs/98_tools.ipynb #doctor-tool
+@dataclass
+class Doctor:
+    """Is this run healthy: landmarks and reference bands, causes by name.
+
+    Exit status 0: fine, 1: look at it, 3: broken.
+    """
+
+    # --out folders of trainings, finished or not, or a log.txt of the official code
+    runs: Positional[Places]
+    json: bool = False  # print one JSON object a line for each run, and nothing else
+    band: Place | None = None  # a band to compare with; none: what comes with beit_nb
+    write_band: Place | None = None  # judge nothing, make a band: runs of three seeds or more
+
+    def run(self) -> int:
+        from beit_nb.doctor import consult
+
+        return consult(self.runs, self.json, self.band, self.write_band)
+
 # %% ../nbs/98_tools.ipynb #tools
 TOOLS = {
     "demo": Demo,
@@ -368,5 +387,6 @@ TOOLS = {
     "bench": Bench,
     "plan": Plan,
     "report": Report,
+    "doctor": Doctor,
     "results": Results,
 }
