@@ -13,6 +13,7 @@ NBS = Path(__file__).parents[1] / "nbs"
 
 # lesson, cell of words, figures that it repeats, cells that printed them
 REPEATED = [
+    ("02_elbo", "elbo-words", "-0.83", "log-inside"),
     ("03_gumbel", "solution-predict", "0.529 0.110", "table-print"),
     ("04_dvae", "normal-words", "0.04 0.5", "check-normal"),
     ("04_dvae", "ablation-meaning", "0.0613", "check-collapse"),
