@@ -28,7 +28,7 @@ setup(
     packages=find_packages(include=["beit_nb", "beit_nb.*"]),
     install_requires=cfg["requirements"].split(),
     package_data={
-        "beit_nb": ["py.typed", "nets/*", "evidence/*"],
+        "beit_nb": ["py.typed", "nets/*", "evidence/*", "bands/*"],
         "beit_nb.explorers": ["*.js", "*.css"],
     },
     extras_require={
