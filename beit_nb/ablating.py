@@ -269,12 +269,13 @@ class Ablate:
 
     def answer(self, study: Study, out: Path) -> int:
         "Make what is missing, write what is known, say it; 1 where a run did not finish."
-        from beit_nb.engine.processes import rank
+        from beit_nb.engine.processes import join_processes, rank
         from beit_nb.experiments import run_study
 
-        record = run_study(study, out, self.seeds, 0 if self.report else self.jobs)
-        if rank() == 0:
-            say("", *summary_lines(record), "", f"report: {study_page(record, out)}")
+        with join_processes():
+            record = run_study(study, out, self.seeds, 0 if self.report else self.jobs)
+            if rank() == 0:
+                say("", *summary_lines(record), "", f"report: {study_page(record, out)}")
         return int(any(run["state"] != "finished" for run in record["runs"].values()))
 
 

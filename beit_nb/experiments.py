@@ -7,6 +7,7 @@ __all__ = ['WORKER', 'finished_metrics', 'Outcome', 'RunProcess', 'worker_places
            'summarize', 'arm_values', 'study_record', 'study_folder', 'keep_record', 'run_study', 'Arm', 'Study']
 
 # %% ../nbs/83_experiments.ipynb #imports
+import json
 import os
 import subprocess
 import sys
@@ -230,14 +231,13 @@ def study_record(
     for name, run in study_graph(study, seeds).items():
         finished = outcomes[name].state == "finished"
         figures[name] = (finished_metrics(run, runs) if finished else None) or {}
-        plain = {k: v for k, v in figures[name].items() if isinstance(v, (int, float))}
         made[name] = {
             "line": f"beit {' '.join(run_words(run, 'OUT/runs'))}",
             "fields": run.own_fields,
             "state": outcomes[name].state,
             "reason": outcomes[name].reason,
             "seconds": round(outcomes[name].seconds, 1),
-            "figures": plain,
+            "figures": {k: v for k, v in figures[name].items() if isinstance(v, (int, float))},
         }
     values = arm_values(study, seeds, figures)
     return {
@@ -256,11 +256,11 @@ def study_folder(study: Study, out: str | Path) -> Path:
     make_folder(out / "runs")
     file = out / "study.json"
     there = read_json(file).get("study", {}) if file.exists() else {}
-    ours = {"name": study.name, "scale": study.scale}
-    if there and {k: there.get(k) for k in ours} != ours:
+    ours = json.loads(json.dumps(asdict(study)))
+    if other := [k for k in ("name", "scale", "stages") if there and there.get(k) != ours[k]]:
         raise BeitError(
-            f"{out} holds the study {there.get('name')} at scale {there.get('scale')}; give this "
-            "one another --out"
+            f"{out} holds another study ({there.get('name')} at {there.get('scale')}, with other "
+            f"{' and '.join(other)}); give this one another --out"
         )
     return out
 

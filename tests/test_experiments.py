@@ -140,15 +140,25 @@ def test_an_unfinished_run_is_not_finished(tmp_path):
     assert finished_metrics(run, tmp_path) is None
 
 
-def test_another_study_is_refused_before_any_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({"name": "other"}, "name"),
+        ({"scale": "huge", "stages": TINY.stages | {"probe": ("nano", {})}}, "scale and stages"),
+    ],
+)
+def test_another_study_is_refused_before_any_run(tmp_path, monkeypatch, changes, what):
+    "So that no record takes the place of another's. More arms or seeds are the same study."
     boss = pretending(monkeypatch)
     run_study(TINY, tmp_path, seeds=1, jobs=2, quiet=True)
+    before = (tmp_path / "study.json").read_bytes()
     boss.made.clear()
 
-    with pytest.raises(BeitError, match="holds the study tiny at scale ; give this one another"):
-        run_study(replace(TINY, name="other"), tmp_path, seeds=1)
+    says = f"holds another study .tiny at , with other {what}.; give this one another --out"
+    with pytest.raises(BeitError, match=says):
+        run_study(replace(TINY, **changes), tmp_path, seeds=1)
 
-    assert boss.made == []
+    assert boss.made == [] and (tmp_path / "study.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 from helpers import beit, refused
@@ -11,10 +12,18 @@ from beit_nb.arms import StudyRun, study_graph
 from beit_nb.cli import read_recipe
 from beit_nb.options import check_options, read_options
 from beit_nb.recipes import COMMANDS
-from beit_nb.results import TITLES, kept_studies, key_of, our_number, paper_rows
+from beit_nb.results import (
+    TITLES,
+    kept_studies,
+    key_of,
+    our_number,
+    paper_lines,
+    paper_rows,
+)
 from beit_nb.studies import STUDIES, study_named
 from beit_nb.tools import TOOLS
 
+ROOT = Path(__file__).parents[1]
 ROWS = [row for rows in paper_rows().values() for row in rows]
 LINES = list(dict.fromkeys(line for row in ROWS for line in row.commands))
 
@@ -97,6 +106,13 @@ def test_the_report():
         assert f"beit {line}" in said
     assert "Questions without a table" in said and "beit results mask-ratio" in said
     assert said.count("not run") >= 15
+
+
+def test_readme_shows_its_first_table():
+    lines = paper_lines("Table 1", kept_studies())
+    table = "\n".join(line for line in lines if line and not line.startswith("  $"))
+
+    assert f"```text\n{table}\n```" in (ROOT / "README.md").read_text(encoding="utf8")
 
 
 def test_some_of_the_report():

@@ -37,13 +37,43 @@ def test_arms_change_the_same_fields_at_both_scales():
 
 
 def test_the_numbers_of_the_paper():
-    "Table 4 (last row) and Table 5 of arXiv 2106.08254v2."
+    "Tables 4, 5 and 8 of arXiv 2106.08254v2."
     longer = study_named("longer", "base-in1k")
     assert longer.arm("").paper == {"fine-tuning": 82.86, "segmentation": 44.65}
     assert longer.arm("800 epochs").paper == {"fine-tuning": 83.19, "segmentation": 45.58}
+    table4 = {arm.name: arm.paper for arm in study_named("table4", "base-in1k").arms if arm.paper}
+    assert {name: tuple(row.values()) for name, row in table4.items()} == {
+        "BEiT": (82.86, 44.65),
+        "single patches": (82.77, 42.93),
+        "pixels": (81.04, 41.38),
+        "pixels, single patches": (80.50, 37.09),
+        "recover all": (82.59, 40.93),
+        "no masks, recover all": (81.67, 36.73),
+        "longer": (83.19, 45.58),
+    }
+    table8 = [arm.paper["fine-tuning"] for arm in study_named("table8", "nano").arms]
+    assert table8 == [82.86, 82.70]
     table5 = [arm.paper for arm in study_named("table5", "nano").arms]
     assert [row["fine-tuning"] for row in table5] == [82.86, 83.00, 83.22]
     assert [row["segmentation"] for row in table5] == [44.86, 45.43, 45.70]
+
+
+def test_arms_of_table_4_are_what_they_say():
+    for scale in SCALES:
+        study = study_named("table4", scale)
+        made = {a.name: plan_run(study, a, "pretrain", 0).recipe("runs") for a in study.arms[:-1]}
+        usual = made["BEiT"]
+        assert (usual.masking, usual.targets, usual.recover) == ("blockwise", "tokens", "masked")
+        assert made["single patches"].masking == "random"
+        both = made["pixels, single patches"]
+        assert (both.masking, both.targets, both.tokenizer) == ("random", "pixels", "")
+        assert made["recover all"].recover == "all" and made["recover all"].masking == "blockwise"
+        nothing = made["no masks, recover all"]
+        assert (nothing.masking, nothing.recover) == ("none", "all")
+        alone = study.arm("no pre-training")
+        for stage in ("finetune", "segment"):
+            recipe = plan_run(study, alone, stage, 0).recipe("runs")
+            assert (recipe.init, recipe.layer_decay) == ("", None)
 
 
 def test_shares_of_the_picture():
