@@ -11,7 +11,9 @@ ini.read(here / "settings.ini", encoding="utf8")
 cfg = ini["DEFAULT"]
 lab_requirements = cfg["lab_requirements"].split()
 site_requirements = cfg["site_requirements"].split()
-test_requirements = lab_requirements + site_requirements + cfg["test_requirements"].split()
+quantizers_requirements = cfg["quantizers_requirements"].split()
+test_requirements = lab_requirements + site_requirements + quantizers_requirements
+test_requirements += cfg["test_requirements"].split()
 dev_requirements = cfg["dev_requirements"].split()
 
 setup(
@@ -34,6 +36,7 @@ setup(
     extras_require={
         "lab": lab_requirements,
         "site": site_requirements,
+        "quantizers": quantizers_requirements,
         "test": test_requirements,
         "dev": test_requirements + dev_requirements,
     },

@@ -139,6 +139,8 @@ class TokenizerRecipe(Run):
     "How a dVAE is trained: -ELBO per pixel-channel, with schedules for KL weight and temperature."
 
     img_size: Size = 32  # pixels a side of the pictures it trains on
+    # how a token is chosen; what is said of Gumbel, KL and use below is of gumbel alone
+    quantizer: Literal["gumbel", "vq", "fsq", "lfq", "kmeans", "hash"] = "gumbel"
     arch: Literal["small", "dalle"] = "small"  # our network, or DALL-E's of 97.6 million parameters
     downsample: Literal[2, 4, 8, 16] = 4  # pixels a side of one token
     vocab_size: Vocabulary = 256  # how many tokens there are
@@ -171,6 +173,14 @@ class TokenizerRecipe(Run):
             yield "arch dalle has logits linear and likelihood laplace: set both"
         if self.parallel == "fsdp":
             yield "a tokenizer is small: set parallel ddp"
+        other = (self.arch, self.logits, self.likelihood) != ("small", "distance", "normal")
+        if self.quantizer != "gumbel" and other:
+            yield f"quantizer {self.quantizer} has arch small, logits distance, likelihood normal"
+        odd = self.vocab_size & (self.vocab_size - 1) or self.vocab_size < 4
+        if self.quantizer in ("fsq", "lfq") and odd:
+            yield f"quantizer {self.quantizer} needs vocab_size 4, 8, 16, ..: a power of 2"
+        if self.quantizer in ("kmeans", "hash") and self.compile:
+            yield f"quantizer {self.quantizer} has no network to compile: set compile False"
 
 # %% ../nbs/21_configs.ipynb #pretrain-recipe
 @dataclass

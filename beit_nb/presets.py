@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BASE', 'LARGE', 'VIT_SMALL', 'VIT_TINY', 'PLUS', 'SMALL', 'NANO', 'TINY', 'LAPTOP', 'GPU', 'TOKENIZER', 'PAPER',
-           'IN1K', 'IN22K', 'PRETRAIN', 'IMAGENET', 'BASE_1K', 'LARGE_1K', 'CIFAR_100', 'UNMIXED', 'AGAIN',
-           'BASE_AGAIN', 'LARGE_AGAIN', 'HIGHER', 'FINETUNE', 'RELEASED', 'BASE_22K', 'LARGE_22K', 'LABELS_22K',
-           'THIRTY', 'BASE_THEN', 'LARGE_THEN', 'PROBE', 'LINEAR', 'ADE20K', 'PUP', 'UPER', 'AT_640', 'BASE_LABELLED',
-           'LARGE_LABELLED', 'SEGMENT', 'shared']
+           'IN1K', 'IN22K', 'PRETRAIN', 'ABLATED', 'SINGLE', 'EVERYWHERE', 'IMAGENET', 'BASE_1K', 'LARGE_1K',
+           'CIFAR_100', 'UNMIXED', 'AGAIN', 'BASE_AGAIN', 'LARGE_AGAIN', 'HIGHER', 'FINETUNE', 'RELEASED', 'BASE_22K',
+           'LARGE_22K', 'LABELS_22K', 'THIRTY', 'BASE_THEN', 'LARGE_THEN', 'PROBE', 'LINEAR', 'ADE20K', 'PUP', 'UPER',
+           'AT_640', 'BASE_LABELLED', 'LARGE_LABELLED', 'SEGMENT', 'shared']
 
 # %% ../nbs/22_presets.ipynb #imports
 from typing import Any
@@ -116,6 +116,41 @@ PRETRAIN = {
     "tiny-in1k": (
         "a tiny ViT, 300 epochs with base's numbers; ours, not run here",
         PretrainRecipe(epochs=300, **IN1K, **VIT_TINY)),
+}
+
+# %% ../nbs/22_presets.ipynb #ablation-presets
+# fmt: off
+ABLATED = shared(epochs=300, **IN1K, **BASE)
+SINGLE = shared(masking="random")
+EVERYWHERE = shared(recover="all")
+PRETRAIN |= {
+    "base-in1k-300": (
+        "Tables 4, 5 and 8, the row that others are compared with: 300 epochs, DALL-E's tokens",
+        PretrainRecipe(**ABLATED)),
+    "base-in1k-random": (
+        "Table 4, minus blockwise masking: single patches are hidden",
+        PretrainRecipe(**ABLATED, **SINGLE)),
+    "base-in1k-pixels": (
+        "Table 4, minus visual tokens: raw pixels are guessed (the paper does not say which)",
+        PretrainRecipe(targets="pixels", **ABLATED)),
+    "base-in1k-pixels-norm": (
+        "the same with each patch normalised, as in MAE; not in the paper",
+        PretrainRecipe(targets="pixels_norm", **ABLATED)),
+    "base-in1k-pixels-random": (
+        "Table 4, minus visual tokens and blockwise masking",
+        PretrainRecipe(targets="pixels", **ABLATED, **SINGLE)),
+    "base-in1k-recover": (
+        "Table 4, plus recover 100 %: the loss is over all tokens, the mask stays",
+        PretrainRecipe(**ABLATED, **EVERYWHERE)),
+    "base-in1k-unmasked": (
+        "Table 4, minus masking, plus recover 100 %: nothing is hidden",
+        PretrainRecipe(masking="none", **ABLATED, **EVERYWHERE)),
+    "base-layerscale-in1k": (
+        "Table 5, plus LayerScale (0.1, as the released weights have it)",
+        PretrainRecipe(init_values=0.1, **ABLATED)),
+    "base-in1k-own-tokens": (
+        "Table 8, a tokenizer of one's own on ImageNet-1K: that of `beit tokenizer imagenet`",
+        PretrainRecipe(tokenizer="runs/tokenizer-imagenet", **ABLATED)),
 }
 
 # %% ../nbs/22_presets.ipynb #finetune-shared

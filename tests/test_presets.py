@@ -72,6 +72,7 @@ PAPER = dict(
 )
 IN22K = dict(  # [README]: --warmup_steps 10000 --epochs 150, no flag: [code]'s 0.5
     data="imagenet22k", epochs=150, warmup_epochs=0, warmup_steps=10_000, mean_std="beit")
+ROW = PAPER | BASE | dict(epochs=300)  # Tables 4, 5 and 8: 300 epochs (3.3)
 OURS = dict(PAPER, beta2=0.98, token_size=32, min_mask_patches_per_block=4, **AIDS)  # [ours]
 PRETRAIN = {
     "small-in1k": PAPER | VIT_SMALL | dict(epochs=300),  # [ours]: base's numbers
@@ -79,6 +80,15 @@ PRETRAIN = {
     "base-in1k": PAPER | BASE,
     "large-in1k": PAPER | LARGE | dict(clip_grad=1.0),  # [12]
     "base-plus-in1k": PAPER | BASE | PLUS | dict(epochs=300),  # Table 5
+    "base-in1k-300": ROW,
+    "base-in1k-random": ROW | dict(masking="random"),
+    "base-in1k-pixels": ROW | dict(targets="pixels"),
+    "base-in1k-pixels-norm": ROW | dict(targets="pixels_norm"),  # [ours]: MAE's kind
+    "base-in1k-pixels-random": ROW | dict(targets="pixels", masking="random"),
+    "base-in1k-recover": ROW | dict(recover="all"),
+    "base-in1k-unmasked": ROW | dict(recover="all", masking="none"),
+    "base-layerscale-in1k": ROW | dict(init_values=0.1),  # Table 5; [README]: 0.1
+    "base-in1k-own-tokens": ROW | dict(tokenizer="runs/tokenizer-imagenet"),  # Table 8
     "base-plus-in22k": PAPER | BASE | PLUS | IN22K,
     "large-plus-in22k":  # [12]; [README]: --layer_scale_init_value 1e-5
         PAPER | LARGE | PLUS | IN22K | dict(clip_grad=1.0, init_values=1e-5),
@@ -173,7 +183,8 @@ FINETUNE = {
 
 # Tokenizers: the paper took DALL-E's, so but for that one all is [ours]
 SMALL = dict(
-    ENGINE, data="digits", img_size=32, arch="small", downsample=4, vocab_size=256, code_dim=32,
+    ENGINE, data="digits", img_size=32, arch="small", quantizer="gumbel",
+    downsample=4, vocab_size=256, code_dim=32,
     width=64, logits="distance", likelihood="normal", epochs=2, batch_size=32, lr=2e-3, min_lr=0.0,
     warmup_epochs=0, warmup_steps=20, lr_steps=None, weight_decay=1e-4, beta2=0.99, clip_grad=1.0,
     kl_weight=0.0, kl_steps=5000, usage_weight=0.05, tau_start=1.0, tau_end=1 / 16, tau_share=0.8,
