@@ -234,7 +234,7 @@ class PretrainRecipe(Backbone, Run):
         if (self.masking, self.recover) == ("none", "masked"):
             yield "masking none hides nothing to guess: set recover all, or another masking"
         if self.targets != "tokens" and (self.tokenizer or self.tokens):
-            yield f"targets {self.targets} are no tokens: drop tokenizer and tokens, or set tokens"
+            yield f"targets {self.targets} take no tokenizer and no tokens: drop these"
 
     def mask_conflicts(self) -> Iterator[str]:
         "Settings of masks that would hide nothing, or more than there is."
