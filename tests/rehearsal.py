@@ -161,6 +161,21 @@ class Memory(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
 
+class Sent(TorchDispatchMode):
+    "Counts the bytes that this process sends or gets, by collective, while it runs."
+
+    def __init__(self):
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "c10d":
+            tensors = [x for x in tree_leaves(args) if isinstance(x, Tensor)]
+            size = max((x.numel() * x.element_size() for x in tensors), default=0)
+            self.bytes[func.overloadpacket.__name__] += size
+        return func(*args, **(kwargs or {}))
+
+
 def apply_anew(module: nn.Module, fn: Callable, recurse: bool = True) -> nn.Module:
     "`nn.Module._apply` for fake tensors, which torch does not let change in place."
     for part in module.modules():

@@ -6,11 +6,13 @@ from dataclasses import replace
 import gpu
 import pytest
 import torch
+import torch.distributed as dist
 from rehearsal import (
     FIXTURE,
     LISTED,
     TRAININGS,
     Memory,
+    Sent,
     faults,
     measured,
     name_of,
@@ -23,8 +25,13 @@ from rehearsal import (
     torch_version,
 )
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from beit_nb.device import KERNELS, default_device
+from beit_nb.engine.processes import wrap_model
+from beit_nb.engine.trainer import Trainer
+from beit_nb.engine.training import train_step
 from beit_nb.mim import masked_indices, mim_loss
 from beit_nb.pretraining import build_mim
 from beit_nb.recipes import recipe_named
@@ -253,3 +260,68 @@ def test_the_script_for_a_gpu_measures(monkeypatch, precision_restored):
     assert same["fp32"]["logits"] < 1e-5 and same["bf16"]["gradient"] < 0.1
     assert learnt["last"] < learnt["first"] and learnt["scale"] >= 1
     assert fast["images_per_second"] > 0 and fast["planned_gb"] > 0
+
+
+@pytest.fixture
+def sixteen():
+    "This process is the first of sixteen, the others do not exist."
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=16)
+    yield init_device_mesh("cpu", (16,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "preset", ["base-plus-in1k", pytest.param("large-plus-in22k", marks=pytest.mark.slow)]
+)
+def test_one_of_sixteen_shards_holds_and_sends_its_part(preset, sixteen, monkeypatch, tmp_path):
+    "The mesh is made before, since it tells the others its numbers."
+    monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *a: sixteen)
+    monkeypatch.setattr("beit_nb.engine.trainer.gather_over_ranks", lambda x: [x])
+    training = pretraining(preset, batch_size=16 * 8, parallel="fsdp", precision="bf16")
+    r = training.recipe
+    sent = Sent()
+
+    with on_paper() as stage:
+        model = stage.place(training.build)
+        in_blocks = 4 * sum(p.numel() for p in model.blocks.parameters())
+        whole = 4 * sum(p.numel() for p in model.parameters())
+        loss = training.loss(stage)
+        batch = stage.take(pretraining(preset, batch_size=8).batch())
+        with stage.inside(), sent:
+            trainer = Trainer("pretrain", r, tmp_path, model, r.length(1000))
+            forward = wrap_model(trainer.model, loss, trainer.sharded).train()
+            train_step(trainer, forward, [batch], [1.0])
+        held = 4 * sum(p.to_local().numel() for p in model.parameters())
+        moments = 4 * sum(
+            state["exp_avg"].to_local().numel() for state in trainer.optimizer.state.values()
+        )
+
+    plan = training_memory(replace(r, tokens="a table"), 8, gpus=16)
+    assert held == moments == pytest.approx(plan["weights"], rel=0.01)  # rows are not cut
+    # forward and again backward, but for what stands around the blocks, which stays
+    assert sent.bytes["_allgather_base_"] == pytest.approx(whole + in_blocks, rel=0.01)
+    assert sent.bytes["_reduce_scatter_base_"] == pytest.approx(whole, rel=0.01)
+
+
+def test_one_of_sixteen_copies_sends_its_gradients_once(sixteen):
+    "In earnest, for DDP looks into its tensors; a small network."
+    model = build_mim(recipe_named("pretrain", "nano"))
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    mask = torch.arange(64).expand(2, 64) < 26
+
+    def loss(model, images, step):
+        return mim_loss(model(images, mask), torch.zeros(52, dtype=torch.long)), {}
+
+    sent = []
+
+    def send(state, bucket):
+        sent.append(bucket.buffer().nbytes)
+        done = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
+
+    forward = wrap_model(model, loss)
+    forward.register_comm_hook(None, send)
+    forward(torch.zeros(2, 3, 32, 32), 0)[0].backward()
+
+    assert sum(sent) == gradients
