@@ -264,7 +264,9 @@ def read_answers(out: Path) -> Scored:
 
 
 def evaluation_pictures(out: Path, recipe: None, metrics: dict) -> list[tuple[Figure, str]]:
-    "For the page of a score: the confusion matrix."
+    "For the page of a score: the confusion matrix; of a segmentation nothing."
+    if "mIoU" in metrics:
+        return []
     caption = (
         "Rows are classes, columns what their pictures were taken for; right: the accuracy of each "
         "class, with the interval that holds it in 95 of 100 cases, or of all from worst to best."

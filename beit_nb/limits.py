@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Count', 'Size', 'Few', 'Vocabulary', 'Natural', 'Workers', 'Seed', 'Positive', 'NonNegative', 'BelowOne', 'Share',
-           'PositiveShare', 'CropPct', 'CropScale', 'Edges', 'ZoomRange', 'FourBlocks', 'PATH', 'Place', 'Places',
-           'NOUNS', 'KINDS', 'CHANGEABLE_FIELDS', 'Limit', 'at_least', 'spelt_out', 'plain_type', 'limit_of',
+           'PositiveShare', 'CropPct', 'CropScale', 'Edges', 'ZoomRange', 'Zooms', 'FourBlocks', 'PATH', 'Place',
+           'Places', 'NOUNS', 'KINDS', 'CHANGEABLE_FIELDS', 'Limit', 'at_least', 'spelt_out', 'plain_type', 'limit_of',
            'asked_for', 'have_types', 'has_type', 'wrong_fields', 'nearest', 'no_such', 'expand_paths', 'as_config',
            'check_same_run']
 
@@ -77,6 +77,10 @@ Edges = Annotated[
 ZoomRange = Annotated[
     tuple[float, float],
     Limit(lambda x: 0.05 <= x[0] <= x[1] <= 20, "two factors from 0.05 to 20, the smaller first"),
+]
+Zooms = Annotated[
+    tuple[float, ...],
+    Limit(lambda x: x and all(0.1 <= z <= 4 for z in x), "factors from 0.1 to 4"),
 ]
 FourBlocks = Annotated[
     tuple[int, int, int, int],

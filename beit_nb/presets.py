@@ -297,7 +297,7 @@ SEGMENT = {
     "nano": ("embedded digits, their ink named; a minute on a laptop", SegmentRecipe(
         data="digits", scale=(32, 32), ratio_range=None, cat_max_ratio=1.0, flip=0.0,
         photometric=False, steps=200, batch_size=32, eval_every=50,
-        lr=2e-3, min_lr=0.0, warmup_steps=20, clip_grad=3.0, layer_decay=0.75,
+        lr=1e-2, min_lr=0.0, warmup_steps=20, clip_grad=3.0, layer_decay=0.3,
         head="linear", **NANO)),
     "base-in1k-pup": (
         "Table 3, 45.6, and Table 4: SETR-PUP on base after its pre-training (Table 14)",

@@ -147,6 +147,7 @@ COMMANDS = {
         shown=("loss", "mIoU"),
         curves=dict(loss="loss", mIoU="mIoU", mAcc="mean accuracy", aAcc="pixels named rightly"),
         cards=dict(loss=("{:.3f}", "loss"), mIoU=("{:.1%}", "mIoU")),
+        pictures="beit_nb.segmenters:segment_pictures",
     ),
 }
 

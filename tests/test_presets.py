@@ -271,8 +271,8 @@ SEGMENT = {
     "large-plus-in22k-ft": UPER_LARGE,
     "large-plus-in22k-ft-640": UPER_LARGE | AT_640,
     "nano": TABLE_14 | NANO | AIDS | dict(  # [ours]: lesson `segmenting`
-        data="digits", steps=200, batch_size=32, warmup_steps=20, eval_every=50, lr=2e-3,
-        clip_grad=3.0, layer_decay=0.75, head="linear", scale=(32, 32), ratio_range=None,
+        data="digits", steps=200, batch_size=32, warmup_steps=20, eval_every=50, lr=1e-2,
+        clip_grad=3.0, layer_decay=0.3, head="linear", scale=(32, 32), ratio_range=None,
         cat_max_ratio=1.0, flip=0.0, photometric=False, mean_std="beit"),
 }
 # fmt: on

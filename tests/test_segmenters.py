@@ -1,0 +1,171 @@
+"Segmentations that anybody trained: read, scored, asked; their PNGs hold numbers."
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers_models import SIZE
+from PIL import Image
+from test_segmentation import hugging_face
+
+from beit_nb import BeitError
+from beit_nb.checkpoints import save_official
+from beit_nb.classifier import BeitForImageClassification
+from beit_nb.cli import main
+from beit_nb.index_maps import IGNORED, read_indices
+from beit_nb.networks import NETS
+from beit_nb.recipes import recipe_named
+from beit_nb.segmentation import BeitForSemanticSegmentation
+from beit_nb.segmenters import (
+    class_colors,
+    evaluate_segmenter,
+    in_order_of,
+    index_png,
+    paint_classes,
+    read_segmenter,
+    segment_pictures,
+    segmenter_of_tensors,
+)
+from beit_nb.segmenting import segment
+
+pytestmark = pytest.mark.usefixtures("pages_unpainted")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    "A run of a few steps, and its recipe."
+    out = tmp_path_factory.mktemp("segmentation") / "run"
+    r = recipe_named(
+        "segment", "nano", init=str(NETS / "mim.safetensors"), out=str(out), labelled=32,
+        batch_size=8, steps=3, eval_every=3, precision="fp32",
+    )  # fmt: skip
+    return r, segment(r, quiet=True)
+
+
+def picture(path, side=(40, 70)):
+    g = np.random.default_rng(0)
+    Image.fromarray(g.integers(0, 256, (*side, 3), np.uint8)).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["setr_pup", "upernet", "linear"])
+@pytest.mark.parametrize("front", ["", "backbone."])
+def test_files_in_the_official_names(tmp_path, kind, front):
+    torch.manual_seed(0)
+    net = BeitForSemanticSegmentation(7, kind, channels=8, use_rel_pos_bias=True, **SIZE).eval()
+    state = {
+        (n if n.startswith(("decode", "auxiliary")) else front + n): x
+        for n, x in net.state_dict().items()
+    }
+    torch.save({"state_dict": state, "meta": {"CLASSES": list("abcdefg")}}, tmp_path / "net.pth")
+
+    found = read_segmenter(tmp_path / "net.pth")
+
+    assert found.classes == list("abcdefg") and found.count == 7 and found.view.img_size == 32
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(found.model(x), net(x))
+
+
+def test_a_folder_of_hugging_faces(tmp_path):
+    "Weights equal; the numbers of the blocks as the official code means them."
+    theirs = hugging_face(paper=False)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["out_indices"] = [0, 1, 3, 4]  # theirs are counted otherwise: lesson 61
+    (tmp_path / "config.json").write_text(json.dumps(config))
+
+    found = read_segmenter(tmp_path)
+
+    assert found.count == 11 and found.classes == []
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        ours = found.model.heads(found.model.feature_maps(x))[0]
+        torch.testing.assert_close(ours, theirs(x).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_what_is_no_segmentation(tmp_path):
+    save_official(BeitForImageClassification(5, **SIZE), tmp_path / "classifier.pth")
+    assert read_segmenter(tmp_path / "classifier.pth") is None
+    assert read_segmenter(NETS / "mim.safetensors") is None
+    net = BeitForSemanticSegmentation(5, "linear", **SIZE)
+    state = net.state_dict()
+    del state["decode_head.norm.weight"]
+    with pytest.raises(BeitError, match="neither UPerNet's nor SETR's"):
+        segmenter_of_tensors(state, "half")
+    state = net.state_dict()
+    del state["blocks.1.mlp.fc1.bias"]
+    with pytest.raises(BeitError, match="blocks.1.mlp.fc1.bias"):
+        segmenter_of_tensors(state, "half")
+
+
+def test_scored_as_its_training_did(run, tmp_path):
+    r, metrics = run
+
+    figures = evaluate_segmenter(read_segmenter(r.out), r.out, "digits", str(tmp_path / "score"))
+
+    assert figures["mIoU"] == metrics["mIoU"] and figures["per_class"] == metrics["per_class"]
+    with pytest.raises(BeitError, match="holds another score"):
+        evaluate_segmenter(
+            read_segmenter(r.out), r.out, "digits", str(tmp_path / "score"), flip=True
+        )
+    other = segmenter_of_tensors(BeitForSemanticSegmentation(5, "linear", **SIZE).state_dict(), "x")
+    with pytest.raises(BeitError, match="knows 5 classes, but digits/val has 11"):
+        evaluate_segmenter(other, "x", "digits", str(tmp_path / "other"))
+
+
+def test_classes_in_another_order():
+    table = torch.tensor([[5, 1], [2, 7]])  # rows the data's, columns the network's
+    assert in_order_of(table, np.array([1, 0])).tolist() == [[1, 5], [7, 2]]
+
+
+def test_numbers_survive_the_file(tmp_path):
+    "Pillow packs few colors into few bits; a reader of indices gets every number back."
+    for labels in (torch.arange(256).view(16, 16), torch.tensor([[0, 1, IGNORED]])):
+        index_png(labels).save(tmp_path / "map.png")
+        back = read_indices((tmp_path / "map.png").read_bytes(), lambda: "map.png")
+        assert np.array_equal(back, labels.numpy())
+    assert len({tuple(c) for c in class_colors(256).tolist()}) == 256
+    assert paint_classes(torch.tensor([[0, IGNORED]])).tolist() == [[[0, 1]]] * 3
+
+
+def test_the_command_predicts(run, tmp_path, capsys):
+    r, _ = run
+    images = [picture(tmp_path / f"{name}.jpg") for name in "ab"]
+    out = tmp_path / "out"
+
+    assert main(["predict", "--init", r.out, "--images", *images, "--out", str(out)]) == 0
+
+    said = capsys.readouterr().out
+    assert "a.jpg: " in said and "%" in said and str(out / "index" / "b.png") in said
+    index = Image.open(out / "index" / "a.png")
+    assert index.mode == "P" and index.size == (70, 40) and np.asarray(index).max() < 11
+    colors = Image.open(out / "colors" / "a.png")
+    assert colors.mode == "RGB" and colors.size == (70, 40)
+    assert main(["predict", "--init", r.out, "--images", *images, "--grid", "x.png"]) == 2
+    assert "paints into --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--img-size", "64"], "--img-size is not for a segmentation"),
+        (["--scales", "9"], "factors from 0.1 to 4"),
+        (["--data", "photos"], "photos has no label maps"),
+    ],
+)
+def test_the_command_refuses(run, tmp_path, capsys, words, said):
+    r, _ = run
+    out = str(tmp_path / "out")
+
+    assert main(["evaluate", r.out, "--data", "digits", "--out", out, *words]) == 2
+
+    assert said in capsys.readouterr().err
+
+
+def test_the_page_shows_what_it_sees(run):
+    r, metrics = run
+    [(figure, caption)] = segment_pictures(type(NETS)(r.out), r, metrics)
+    assert len(figure.axes) == 24 and "11 in all" in caption
