@@ -29,6 +29,7 @@ from beit_nb.limits import (
     Share,
     Size,
     Workers,
+    Zooms,
 )
 from .recipes import data_source
 from .results import Results
@@ -95,20 +96,28 @@ def each_picture(
 
 @dataclass
 class Predict:
-    "Classes and probabilities of pictures."
+    """Classes and probabilities of pictures, or, by a segmentation, of their pixels.
 
-    # a run of `beit finetune` or a checkpoint, an official or timm file, a Hugging Face folder
+    Of pixels there are PNGs: OUT/index (class numbers) and OUT/colors (the picture under them).
+    """
+
+    # a run of `beit finetune` or `beit segment` or a checkpoint, an official or timm file, a
+    # Hugging Face folder
     init: Place
     images: Places  # picture files
     ema: bool = False  # the running mean of the weights, which a training with --ema keeps
     top: Count = 5  # how many classes to print
     json: bool = False  # print one JSON object a line for each picture, and nothing else
     grid: Place | None = None  # a PNG to draw: the pictures with their first guesses
+    out: Place = "runs/predict"  # where the PNGs of a segmentation go
 
     def run(self) -> int:
         from beit_nb.engine.files import atomic_write
         from beit_nb.predicting import Predictor, check_grid, draw_grid, unread_json
+        from beit_nb.segmenters import read_segmenter
 
+        if net := read_segmenter(self.init):
+            return self.name_pixels(net)
         if self.grid:
             check_grid(self.grid, self.images)
         predict = Predictor(self.init, self.top, self.ema)
@@ -130,18 +139,41 @@ class Predict:
                 draw_grid(answers).save(f, "PNG")
         return status
 
+    def name_pixels(self, net: Any) -> int:
+        "Every picture's pixels by a `Segmenter`."
+        from beit_nb.attention_figures import page_names
+        from beit_nb.engine.files import make_folder
+        from beit_nb.segmenters import PixelPredictor, write_named
+
+        if self.ema:
+            raise BeitError("--ema: a segmentation keeps no running mean; leave it out")
+        if self.grid:
+            raise BeitError("--grid is for classes of pictures; a segmentation paints into --out")
+        predict = PixelPredictor(net, self.init)
+        folders = [make_folder(Path(self.out) / part) for part in ("index", "colors")]
+        index, colors = (page_names(self.images, folder) for folder in folders)
+
+        def answer(path: str, image) -> None:
+            said = predict(path, image)
+            write_named(said, image, index[path], colors[path])
+            say(said.json() if self.json else f"{said.line()}; {index[path]}")
+
+        return each_picture(self.images, answer)
+
 # %% ../nbs/98_tools.ipynb #evaluate-tool
 @dataclass
 class Evaluate:
-    """Score any checkpoint on labelled pictures, prepared as its own authors do.
+    """Score any checkpoint on labelled pictures or label maps, prepared as its own authors do.
 
     Top-1 with its 95 % interval, top-5, every class, who is taken for whom. `torchrun` shares the
-    pictures.
+    pictures. A segmentation: mIoU, mAcc, aAcc and every class.
     """
 
-    # a run of `beit finetune` or a checkpoint, an official or timm file, a Hugging Face folder
+    # a run of `beit finetune` or `beit segment` or a checkpoint, an official or timm file, a
+    # Hugging Face folder
     init: Positional[Place]
-    data: Place  # a known data set, or a folder with train/<class>/ and val/<class>/ in it
+    # a known data set, or a folder with train/<class>/ and val/<class>/ in it, or label maps
+    data: Place
     out: Place = "runs/evaluate"  # metrics.json, answers.npz, confusion.png and report.html
     split: Literal["val", "test"] = "val"
     img_size: Size | None = None  # pixels a side; none: the checkpoint's own
@@ -151,18 +183,41 @@ class Evaluate:
     batch_size: Count = 250  # pictures at once
     workers: Workers = 0  # loader processes
     ema: bool = False  # the running mean of the weights, which a training with --ema keeps
+    scales: Zooms = (1.0,)  # of a segmentation: factors of the size, each a look
+    flip_test: bool = False  # of a segmentation: look at mirrored pictures too
 
     def run(self) -> None:
         from beit_nb.engine.processes import join_processes, rank
         from beit_nb.evaluation import evaluate, score_lines
         from beit_nb.report import run_report
+        from beit_nb.segmenters import map_score_lines, read_segmenter
 
         with join_processes():
             if rank() == 0:
                 say(f"data: {data_source(self.data)}")
-            figures = evaluate(**vars(self))
+            net = read_segmenter(self.init)
+            self.check(net is not None)
+            options = dict(vars(self))
+            more = {name: options.pop(name) for name in ("scales", "flip_test")}
+            figures = self.score_maps(net, **more) if net else evaluate(**options)
+            lines = map_score_lines(figures) if net else score_lines(figures)
             if rank() == 0:
-                say(*score_lines(figures), f"report: {run_report(self.out)}")
+                say(*lines, f"report: {run_report(self.out)}")
+
+    def check(self, of_pixels: bool) -> None:
+        "Raise BeitError for options that are of the other kind of network."
+        kind = "segmentation" if of_pixels else "classifier"
+        theirs = ("img_size", "crop_pct", "ema") if of_pixels else ("scales", "flip_test")
+        given = [name for name in theirs if getattr(self, name) not in (None, False, (1.0,))]
+        if given:
+            raise BeitError(f"--{given[0].replace('_', '-')} is not for a {kind}: leave it out")
+
+    def score_maps(self, net: Any, scales: tuple[float, ...], flip_test: bool) -> dict:
+        "The figures of a `Segmenter`."
+        from beit_nb.segmenters import evaluate_segmenter
+
+        how = self.out, self.split, scales, flip_test, self.precision, self.workers
+        return evaluate_segmenter(net, self.init, self.data, *how)
 
 # %% ../nbs/98_tools.ipynb #attention
 Queries = Annotated[
