@@ -38,6 +38,8 @@ from beit_nb.recipes import recipe_named
 from beit_nb.scale.flops import flops_per_image
 from beit_nb.scale.memory import training_memory
 
+LARGE = pytest.param("large-plus-in22k", marks=pytest.mark.slow)
+
 
 def count(calls, name):
     return sum(name_of(call).startswith(name) for call in calls)
@@ -181,7 +183,7 @@ def test_the_operators_of_a_step_are_the_known_ones(name):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("preset", ["base-in1k", "base-plus-in1k", "large-plus-in22k"])
+@pytest.mark.parametrize("preset", ["base-in1k", "base-plus-in1k", LARGE])
 def test_memory_and_work_of_a_step_are_the_planned(preset, precision):
     training = pretraining(preset, batch_size=64, precision=precision)
     r = replace(training.recipe, tokens="a table")
@@ -270,9 +272,7 @@ def sixteen():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "preset", ["base-plus-in1k", pytest.param("large-plus-in22k", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("preset", ["base-plus-in1k", LARGE])
 def test_one_of_sixteen_shards_holds_and_sends_its_part(preset, sixteen, monkeypatch, tmp_path):
     "The mesh is made before, since it tells the others its numbers."
     monkeypatch.setattr("torch.distributed.device_mesh.init_device_mesh", lambda *a: sixteen)
