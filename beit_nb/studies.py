@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DIGITS', 'SCALES', 'SEGMENTATION', 'STUDIES', 'RATIOS', 'HOW_MUCH', 'HOW_LARGE', 'HOW_LONG', 'HOW_MANY', 'OWN_WORDS',
            'NEVER', 'HOW_FEW', 'SCALED', 'BIASED', 'TABLE_5', 'BOTH', 'UPERNET', 'WHAT_ADDS', 'SCATTERED', 'PIXELS',
-           'EVERYWHERE', 'WORDLESS', 'LONGER', 'DALLE_DIGITS', 'WHICH_PART', 'WHOSE_WORDS', 'add_study', 'study_named',
-           'ratio_arms', 'block_arms', 'paper_pair', 'step_arms', 'word_arms', 'label_arms', 'table_4', 'table_8']
+           'EVERYWHERE', 'WORDLESS', 'LONGER', 'DALLE_DIGITS', 'WHICH_PART', 'WHOSE_WORDS', 'QUANTIZERS', 'BY_WHAT',
+           'add_study', 'study_named', 'ratio_arms', 'block_arms', 'paper_pair', 'step_arms', 'word_arms', 'label_arms',
+           'table_4', 'table_8', 'race_arms']
 
 # %% ../nbs/86_studies.ipynb #imports
 from typing import Any
@@ -259,3 +260,28 @@ for scale in SCALES:
     add_study("table4", scale, WHICH_PART, table_4(scale), "Table 4", (SEGMENTATION,))
 add_study("table8", "nano", WHOSE_WORDS, table_8("nano"), "Table 8")
 add_study("table8", "base-in1k", WHOSE_WORDS, table_8("base-in1k"), "Table 8", **OWN_WORDS)
+
+# %% ../nbs/86_studies.ipynb #race
+QUANTIZERS = {  # arm -> what the tokenizer is
+    "dVAE": "gumbel",
+    "VQ-VAE": "vq",
+    "FSQ": "fsq",
+    "LFQ": "lfq",
+    "k-means": "kmeans",
+    "random hash": "hash",
+}
+
+
+def race_arms() -> tuple[Arm, ...]:
+    "An arm for each kind of target, BEiT's own first."
+    named = tuple(Arm(n, {"tokenizer": {"quantizer": q}}) for n, q in QUANTIZERS.items())
+    return (
+        *named,
+        Arm("pixels", {"pretrain": PIXELS}, **WORDLESS),
+        Arm("normalised pixels", {"pretrain": {"targets": "pixels_norm"}}, **WORDLESS),
+    )
+
+
+BY_WHAT = "By what should hidden patches be named?"
+add_study("targets", "nano", BY_WHAT, race_arms())
+add_study("targets", "base-in1k", BY_WHAT, race_arms(), **OWN_WORDS)
