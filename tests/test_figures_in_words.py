@@ -54,6 +54,28 @@ def test_words_repeat_what_was_printed(lesson, words, figures, source):
     assert not_printed(figures, output) == []
 
 
+def test_words_that_compare_still_hold():
+    "Worse in both respects; worse than a flat colour; by about as much as another seed."
+    lines = "".join(o.text for o in cell("04_dvae", "rate").outputs if "text" in o).splitlines()
+    [(_, bits, error)] = [printed(line) for line in lines if line.startswith("V = 64:")]
+    [(_, our_bits, our_error)] = [printed(line) for line in lines if "dVAE" in line]
+    assert our_bits > bits and our_error > error
+    assert "worse in both respects" in cell("04_dvae", "rate-meaning").source
+
+    flat = 0.0613  # test_words_repeat_what_was_printed holds it against its cell
+    overshoot = "".join(o.text for o in cell("04_dvae", "overshoot").outputs)
+    for _, argmax, drawn in (printed(line) for line in overshoot.splitlines() if line):
+        assert argmax > flat > drawn
+
+    table = "".join(o.text for o in cell("06_tokens", "usage-table").outputs)
+    rows = [printed(line) for line in table.splitlines() if line]
+    errors = {(weight, seed): error for weight, seed, error, *_ in rows}
+    fall = errors[0.0, 0] - errors[0.1, 0]
+    seeds = [error for (weight, _), error in errors.items() if weight == 0.05]
+    assert 0.7 < fall / (max(seeds) - min(seeds)) < 1.4
+    assert "by about as much as another seed" in cell("06_tokens", "usage-table-meaning").source
+
+
 def test_a_figure_out_of_step_is_found():
     assert not_printed("38.6 25.9 1600", "1,600 steps: right 38.6%, constant 25.94%") == []
     assert not_printed("38.6 25.9", "right 38.7%, constant 25.85%") == ["38.6"]
