@@ -19,6 +19,7 @@ REPEATED = [
     ("04_dvae", "ablation-meaning", "0.0613", "check-collapse"),
     ("04_dvae", "ablation-meaning", "0.03", "ablation"),
     ("05_dalle", "words-decoder", "194 99", "measure-field"),
+    ("10_masking", "words-clumps", "0.38 0.86", "check-clumps"),
     ("44_pretraining", "words-long-shown", "38.6 25.9", "long-run"),
 ]
 
