@@ -232,7 +232,7 @@ def check_out(out: str, data: str, **what) -> Path:
     asked = what | {"data": data}
     kept = {name: config.get(name, x) for name, x in asked.items()}
     if kept != asked:
-        old = ", ".join(f"{name} {x}" for name, x in kept.items() if x is not None)
+        old = ", ".join(f"{name} {x}" for name, x in kept.items() if x)
         raise BeitError(f"--out {out} holds another score ({old}); choose another")
     if known_set(data) is None and folder.resolve().is_relative_to(Path(data).resolve()):
         raise BeitError(

@@ -90,7 +90,7 @@ def test_timm_logits_and_gradients(form):
 @pytest.mark.parametrize(
     "augment, extra",
     [
-        ("shift", {}),
+        ("shift", {"erasing": 0.0}),
         ("none", {}),
         ("rand-m9-mstd0.5-inc1", dict(mixup=0.8, cutmix=1.0, erasing=0.5)),
     ],
@@ -297,6 +297,17 @@ def test_weights_of_another_shape_or_color_are_told(folder, tmp_path, capfd):
     assert capfd.readouterr().err == ""
     build_from_checkpoint(r, 2)
     assert "see --mean-std" in capfd.readouterr().err
+
+
+def test_broken_weights_are_named_before_a_training(folder, tmp_path):
+    state = torch.load(of_timm(tmp_path), weights_only=True)
+    state["blocks.1.mlp.fc1.weight"][0, 0] = float("nan")
+    torch.save(state, tmp_path / "nan.pth")
+    r = quick(folder, tmp_path / "run", init=str(tmp_path / "nan.pth"), **PLUS)
+
+    with pytest.raises(BeitError, match=r"nan.pth are broken.*\(blocks.1.mlp.fc1.weight\)"):
+        finetune(r, quiet=True)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("renamed", (False, True))

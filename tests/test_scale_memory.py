@@ -16,6 +16,7 @@ from beit_nb.scale.memory import (
     borrowed_bytes,
     in_half_precision,
     layouts,
+    least_memory,
     model_memory,
     training_memory,
 )
@@ -118,3 +119,15 @@ def test_a_batch_is_divided_evenly_or_refused():
         batch_per_gpu(BASE, 7)
     with pytest.raises(BeitError, match="100 does not divide a GPU's share of 256"):
         batch_per_gpu(replace(BASE, device_batch_size=100), 8)
+
+
+@pytest.mark.parametrize("command", ("finetune", "tokenizer"))
+def test_a_running_mean_is_a_copy_of_the_weights(command):
+    plain = recipe_named(command, "nano", ema=0.0)
+    mean = recipe_named(command, "nano", ema=0.99)
+
+    more = sum(training_memory(mean, 32).values()) - sum(training_memory(plain, 32).values())
+
+    assert more == training_memory(plain, 32)["weights"]
+    least = least_memory(mean) - least_memory(plain)  # of a head for one class
+    assert 0.8 * more < least <= more
