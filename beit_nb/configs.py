@@ -212,6 +212,7 @@ class PretrainRecipe(Backbone, Run):
     pos_embed_init: Literal["normal", "sincos"] = "normal"  # of positions; sincos: tiny models
 
     watch_every: Count | None = None  # steps between saved guesses on a few fixed pictures
+    online_knn: Natural = 0  # steps between k-NN scores of its features on labels; 0: none
     loss_mean: Literal["global", "process"] = "global"  # of a step, or of a process (official code)
     tokens: Place = ""  # ids that `beit tokenize` wrote, where crops are fixed: no tokenizer runs
     jitter_on: Literal["loader", "device"] = "loader"  # device: the same jitter, faster
@@ -233,6 +234,8 @@ class PretrainRecipe(Backbone, Run):
         yield from self.mask_conflicts()
         if (self.masking, self.recover) == ("none", "masked"):
             yield "masking none hides nothing to guess: set recover all, or another masking"
+        if self.online_knn and self.parallel == "fsdp":
+            yield "online_knn asks a whole copy of the model: set parallel ddp"
         if self.targets != "tokens" and (self.tokenizer or self.tokens):
             yield f"targets {self.targets} take no tokenizer and no tokens: drop these"
 

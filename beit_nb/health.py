@@ -274,7 +274,7 @@ def check_features(course: RunCourse) -> list[Finding]:
     "Do the neighbours of frozen features get better?"
     scores = course.values("knn")
     if not len(scores):
-        return [Finding("features", "unknown", "no k-NN in the log")]
+        return [Finding("features", "unknown", "no k-NN in the log (--online-knn)")]
     said = f"k-NN {scores[0]:.1%} at first, {scores[-1]:.1%} now"
     if len(scores) >= 3 and course.share > 0.5 and max(scores[1:]) < scores[0] + 0.02:
         return [Finding("features", "look", said, "features-stand-still")]

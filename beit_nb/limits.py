@@ -221,7 +221,8 @@ def expand_paths(options: Any) -> Any:
 # fields that may change when a run goes on: they say where and how, not what
 CHANGEABLE_FIELDS = frozenset(
     "out resume workers max_steps checkpoint_every keep_checkpoints milestone_every log_every "
-    "tensorboard dry_run max_damaged device_batch_size parallel grad_checkpointing".split()
+    "tensorboard dry_run online_knn max_damaged device_batch_size parallel "
+    "grad_checkpointing".split()
 )
 
 

@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = ['POOLINGS', 'NEIGHBOURS', 'Labelled', 'pooled_features', 'nearest_rows', 'knn_guesses', 'knn_scores', 'chosen_on_val',
-           'best_on_val', 'neighbour_scores', 'effective_rank', 'neighbour_table', 'neighbours_figure']
+           'best_on_val', 'neighbour_scores', 'effective_rank', 'neighbour_table', 'neighbours_figure',
+           'OnlineNeighbours']
 
 # %% ../nbs/51_neighbours.ipynb #imports
+from typing import cast
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,8 +17,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from . import BeitError
+from .configs import PretrainRecipe
+from .data import labels_in, open_data
 from .device import default_device, pick_precision
-from .images import BEIT_MEAN_STD, PALETTE, normalize, to_float
+from .engine.augment import TwoViews
+from .engine.trainer import Trainer
+from .images import BEIT_MEAN_STD, MEAN_STD, PALETTE, normalize, to_float
 from .vit import VisionTransformer
 
 # %% ../nbs/51_neighbours.ipynb #pooled-features
@@ -244,3 +251,40 @@ def neighbours_figure(arms: dict, split: str = "test") -> Figure:
     names = axes[0].get_legend_handles_labels()
     fig.legend(*names, loc="outside lower center", ncols=5, frameon=False, fontsize=7)
     return fig
+
+# %% ../nbs/51_neighbours.ipynb #online-neighbours
+class OnlineNeighbours:
+    """A callback: the k-NN accuracy of frozen, mean-pooled features, every so many steps.
+
+    Of fixed whole pictures, `known` of train and `asked` of val; `knn` is the best block's, and
+    `knn_block` says which. Draws nothing. Raises BeitError where the data have no labels.
+    """
+
+    def __init__(self, r: PretrainRecipe, known: int = 1000, asked: int = 500):
+        self.every = r.online_knn
+        self.mean_std = MEAN_STD[r.mean_std]
+        views = TwoViews(r.img_size)
+        images, labels, self.known = [], [], 0
+        for split, most in (("train", known), ("val", asked)):
+            pictures = open_data(r.data, split, labels=True)
+            ids = np.random.default_rng(0).permutation(len(pictures))[:most]
+            images += [views(pictures[int(i)]).patch_view for i in ids]
+            labels.append(labels_in(pictures)[ids])
+            self.known = self.known or len(ids)
+        self.images = torch.stack(images)
+        self.labels = np.concatenate(labels)
+
+    def __call__(self, trainer: Trainer) -> dict | None:
+        if trainer.step % self.every and not trainer.finished:
+            return None
+        model = cast(VisionTransformer, trainer.model)
+        training = model.training
+        features = pooled_features(model.eval(), self.images, self.mean_std)[0]  # (depth, N, D)
+        model.train(training)
+        n = self.known
+        held_out = [(x[n:], self.labels[n:]) for x in features]
+        scores = [
+            knn_scores((x[:n], self.labels[:n]), [part], [min(20, n)])[0, 0]
+            for x, part in zip(features, held_out)
+        ]
+        return {"knn": float(max(scores)), "knn_block": 1 + int(np.argmax(scores))}

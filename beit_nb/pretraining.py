@@ -278,10 +278,13 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
         if ahead > len(pictures):  # else few would read the table
             targets = tabulate(targets, pictures, transform.views)
         transform.for_tokens = isinstance(targets, TokenizerTargets)
-        if r.watch_every and not (trainer.finished and read_metrics(out)):
+        over = trainer.finished and read_metrics(out)
+        if r.online_knn and not over:
+            callbacks.append(import_module("beit_nb.neighbours").OnlineNeighbours(r))
+        if r.watch_every and not over:
             callbacks.append(watch_reconstructions(r, out, r.watch_every, pictures, targets))
             if trainer.step == 0:
-                callbacks[0](trainer)
+                callbacks[-1](trainer)
         add_cells = partial(add_masked_indices, everywhere=r.recover == "all")
         loader = TrainLoader(samples, r, trainer.micro_batch_size, add_cells, rank(), world_size())
         model = fit(trainer, loader, PretrainLoss(targets, r.mean_std), callbacks)

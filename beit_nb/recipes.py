@@ -112,7 +112,7 @@ COMMANDS = {
         run="beit_nb.pretraining:pretrain",
         help="masked image modelling",
         shown=("loss", "mlm_acc"),
-        curves=dict(loss="loss", mlm_acc="hidden tokens guessed"),
+        curves=dict(loss="loss", mlm_acc="hidden tokens guessed", knn="k-NN of frozen features"),
         cards=dict(loss=("{:.3f}", "loss"), mlm_acc=("{:.1%}", "of hidden tokens guessed")),
         pictures="beit_nb.report:pretrain_pictures",
     ),

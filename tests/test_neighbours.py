@@ -6,16 +6,21 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from beit_nb import BeitError
-from beit_nb.configs import ProbeRecipe
+from beit_nb.configs import ProbeRecipe, check_recipe
+from beit_nb.engine.log import read_log
+from beit_nb.engine.runs import load_checkpoint
 from beit_nb.finetuning import build_classifier
 from beit_nb.neighbours import (
+    OnlineNeighbours,
     effective_rank,
     knn_scores,
     nearest_rows,
     neighbour_scores,
     pooled_features,
 )
+from beit_nb.pretraining import pretrain
 from beit_nb.recipes import recipe_named
+from beit_nb.tokenizer import train_tokenizer
 
 
 def clouds(n, seed, classes=5, width=16):
@@ -143,3 +148,55 @@ def test_refusals():
 
 def test_the_recipe_asks_as_the_field_does():
     assert (ProbeRecipe().knn_k, ProbeRecipe().knn_temperature) == (20, 0.07)
+
+
+ONLINE = dict(vocab_size=32, embed_dim=32, num_heads=2, depth=2, batch_size=16, precision="fp32")
+ONLINE |= dict(steps=6, log_every=2, checkpoint_every=2, watch_every=None)
+
+
+@pytest.fixture(scope="module")
+def alphabet(tmp_path_factory):
+    out = f"{tmp_path_factory.mktemp('alphabet')}/tok"
+    small = dict(vocab_size=32, width=16, code_dim=16, steps=1, batch_size=32)
+    train_tokenizer(recipe_named("tokenizer", "nano", out=out, **small), quiet=True)
+    return out
+
+
+def test_the_training_does_not_feel_that_it_is_asked(tmp_path, alphabet):
+    """Weights and log are those of a run that nobody asks, and of one that was stopped.
+
+    The one that goes on is asked otherwise than before: that is no other run.
+    """
+    weights, logs = {}, {}
+    for name, calls in {
+        "plain": [{}],
+        "asked": [dict(online_knn=3)],
+        "stopped": [dict(online_knn=3, max_steps=4), dict(online_knn=2)],
+    }.items():
+        for changes in calls:
+            fields = ONLINE | dict(out=f"{tmp_path}/{name}", tokenizer=alphabet) | changes
+            pretrain(recipe_named("pretrain", "nano", **fields), quiet=True)
+        weights[name] = load_checkpoint(tmp_path / name)["model"]
+        logs[name] = read_log(tmp_path / name)
+
+    for name in ("asked", "stopped"):
+        assert all(torch.equal(x, weights[name][k]) for k, x in weights["plain"].items())
+        for ours, plain in zip((row for row in logs[name] if "loss" in row), logs["plain"]):
+            assert all(ours[k] == plain[k] for k in ("step", "loss", "mlm_acc", "grad_norm"))
+    told = {name: {r["step"]: r["knn"] for r in logs[name] if "knn" in r} for name in logs}
+    assert told["plain"] == {} and [*told["asked"]] == [3, 6] and 6 in told["stopped"]
+    assert told["asked"][6] == told["stopped"][6] and 0.1 < told["asked"][6] < 1
+
+
+def test_without_labels_it_is_refused_before_the_training(tmp_path, photos):
+    r = recipe_named("pretrain", "nano", online_knn=2, data=str(photos), out=f"{tmp_path}/run")
+
+    with pytest.raises(BeitError, match="train"):
+        OnlineNeighbours(r)
+
+
+def test_processes_that_share_the_weights_cannot_be_asked(tmp_path):
+    r = recipe_named("pretrain", "nano", online_knn=2, parallel="fsdp")
+
+    with pytest.raises(BeitError, match="parallel ddp"):
+        check_recipe(r)

@@ -67,7 +67,7 @@ PAPER = dict(
     mean_std="imagenet",                                    # [README]: a flag, for 1K only
     weight_init="beit", pos_embed_init="normal",            # [code]: truncated normal .02
     watch_every=5000,                                       # [ours]: a hundred looks
-    loss_mean="global",                                     # [ours]: `process` would be [code]
+    online_knn=0, loss_mean="global",                                     # [ours]: `process` would be [code]
     tokens="", jitter_on="loader", init="",
 )
 IN22K = dict(  # [README]: --warmup_steps 10000 --epochs 150, no flag: [code]'s 0.5
