@@ -67,8 +67,8 @@ PAPER = dict(
     mean_std="imagenet",                                    # [README]: a flag, for 1K only
     weight_init="beit", pos_embed_init="normal",            # [code]: truncated normal .02
     watch_every=5000,                                       # [ours]: a hundred looks
-    online_knn=0, loss_mean="global",                                     # [ours]: `process` would be [code]
-    tokens="", jitter_on="loader", init="",
+    loss_mean="global",                                     # [ours]: `process` would be [code]
+    tokens="", jitter_on="loader", init="", online_knn=0,
 )
 IN22K = dict(  # [README]: --warmup_steps 10000 --epochs 150, no flag: [code]'s 0.5
     data="imagenet22k", epochs=150, warmup_epochs=0, warmup_steps=10_000, mean_std="beit")
