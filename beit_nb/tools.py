@@ -116,10 +116,10 @@ class Predict:
         from beit_nb.predicting import Predictor, check_grid, draw_grid, unread_json
         from beit_nb.segmenters import read_segmenter
 
-        if net := read_segmenter(self.init):
-            return self.name_pixels(net)
         if self.grid:
             check_grid(self.grid, self.images)
+        if net := read_segmenter(self.init):
+            return self.name_pixels(net)
         predict = Predictor(self.init, self.top, self.ema)
         answers = []
 
