@@ -27,6 +27,7 @@ from beit_nb.limits import (
     as_config,
     check_same_run,
     limit_of,
+    plain_type,
     wrong_fields,
 )
 from beit_nb.recipes import COMMANDS, from_config
@@ -194,9 +195,11 @@ def test_numbers_of_numpy_are_numbers():
 def test_every_number_of_every_tool_has_its_limits(tool):
     hints = get_type_hints(TOOLS[tool], include_extras=True)
     free = {"block", "query"}  # of the network, which is not known yet
+    words = {"name", "names", "recipe", "command", "hardware"}
     for field in fields(TOOLS[tool]):
-        if field.name not in free and field.type not in (str, bool) and field.name != "names":
-            assert limit_of(hints[field.name]) or field.name in ("recipe", "command", "hardware")
+        of_words = plain_type(hints[field.name]) in (str, bool, tuple[str, ...])
+        if field.name not in free | words and not of_words:
+            assert limit_of(hints[field.name]), field.name
 
 
 CONFLICTS = [  # a preset, changes of it, what the refusal says

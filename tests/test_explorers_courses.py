@@ -40,7 +40,9 @@ def test_curves_of_every_recipe(command, name):
     assert set(curves) <= set(PANELS)
     for x, y in curves.values():
         assert len(x) == len(y) and np.isfinite(y).all() and (np.diff(x) >= 0).all()
-    assert 0.98 * recipe.lr < curves["learning rate"][1].max() <= recipe.lr * (1 + 1e-9)
+    # a line falls during the warm-up too, so that it never quite reaches its peak
+    least = 0.98 if command != "segment" else 0.85
+    assert least * recipe.lr < curves["learning rate"][1].max() <= recipe.lr * (1 + 1e-9)
     assert (curves["weight decay"][1] == recipe.weight_decay).all()
 
 

@@ -39,7 +39,9 @@ def test_recipe_named():
     assert COMMANDS["pretrain"].presets["nano"][1].seed == 0
     with pytest.raises(BeitError, match="unknown training 'train'.*; there are: tokenizer"):
         recipe_named("train", "nano")
-    with pytest.raises(BeitError, match="unknown pretrain recipe 'huge'; there are: nano, cifar"):
+    with pytest.raises(
+        BeitError, match="unknown pretrain recipe 'huge'; there are: nano, photos, cifar"
+    ):
         recipe_named("pretrain", "huge")
     with pytest.raises(
         BeitError,

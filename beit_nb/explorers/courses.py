@@ -15,7 +15,14 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from ..configs import Backbone, FinetuneRecipe, Length, Run, TokenizerRecipe
+from beit_nb.configs import (
+    Backbone,
+    FinetuneRecipe,
+    Length,
+    Run,
+    SegmentRecipe,
+    TokenizerRecipe,
+)
 from ..engine.optim import Schedule, step_schedule, warmup_length
 from beit_nb.explorers.figures import (
     PAPER,
@@ -27,6 +34,7 @@ from beit_nb.explorers.figures import (
 )
 from ..images import PALETTE
 from ..scale.hours import dataset_size
+from ..segmenting import segment_schedule
 from ..tokenizer import tokenizer_schedules
 
 # %% ../../nbs/explorers_courses.ipynb #curves
@@ -35,7 +43,8 @@ Curve = tuple[np.ndarray, np.ndarray]  # x, y
 
 def layer_decay_of(recipe: Run) -> float | None:
     "Learning rate of a layer over that of the next; None where all learn alike."
-    return recipe.layer_decay if isinstance(recipe, FinetuneRecipe) else None
+    has_one = isinstance(recipe, FinetuneRecipe | SegmentRecipe)
+    return recipe.layer_decay if has_one else None
 
 
 def run_length(recipe: Run) -> Length:
@@ -55,6 +64,8 @@ def recipe_curves(recipe: Run, points: int = 201) -> dict[str, Curve]:
             "temperature": by_name["tau"],
             "KL weight": by_name["beta"],
         }
+    elif isinstance(recipe, SegmentRecipe):
+        schedules = {"learning rate": segment_schedule(recipe, total, length.per_epoch)}
     else:
         warm = warmup_length(recipe.warmup_steps, recipe.warmup_epochs, length.per_epoch)
         schedules = {"learning rate": step_schedule(recipe.lr, recipe.min_lr, total, warm)}

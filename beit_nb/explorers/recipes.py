@@ -51,7 +51,7 @@ class ScheduleControls(W.HBox):
         self.percent = Slider("moment", range(101), percent, lambda p: f"{p} %", help=helps)
         epochs = [n / 2 for n in range(81)]
         self.warmup = Slider("warm-up", epochs, 0, lambda n: f"{n:g} epochs")
-        decays = [n / 100 for n in range(40, 101)]
+        decays = [n / 100 for n in range(20, 101)]
         helps = "learning rate of a layer over that of the next one, of the blue recipe"
         self.decay = Slider("layer decay", decays, 1, lambda d: f"{d:.2f}", help=helps)
         self.setting = False  # are the knobs being set?
