@@ -26,6 +26,7 @@ from beit_nb.scale.flops import (
     vit_products,
 )
 from beit_nb.scale.hours import dataset_size
+from beit_nb.segmenting import build_segmenter
 from beit_nb.tokenizer import build_dvae
 from beit_nb.vit import VisionTransformer, backbone_args
 
@@ -185,3 +186,20 @@ def test_of_an_unknown_network_there_are_no_products():
         hidden: int = 4
 
     assert model_products(Toy()) == [] and total_flops([]) == 0
+
+
+@pytest.mark.parametrize("name", COMMANDS["segment"].presets)
+@pytest.mark.parametrize("auxiliary_weight", [0.4, 0.0])
+def test_segmentations_counted_two_ways(name, auxiliary_weight):
+    "Parameters and operations of every preset, against torch's own count."
+    r = replace(recipe_named("segment", name), auxiliary_weight=auxiliary_weight)
+    with torch.device("meta"):
+        model = build_segmenter(r, 150).eval()
+        picture = torch.zeros(1, 3, r.img_size, r.img_size)
+    with FlopCounterMode(display=False) as counter:
+        model(picture, every_head=True)
+
+    products = model_products(r, 150)
+
+    assert total_parameters(products) == sum(p.numel() for p in model.parameters())
+    assert total_flops(products) == counter.get_total_flops()

@@ -6,15 +6,22 @@
 __all__ = ['NO_HEAD', 'MatMul', 'total_flops', 'total_parameters', 'block_products', 'vit_products', 'mim_products',
            'classifier_products', 'training_flops', 'conv_matmul', 'dalle_block', 'dalle_encoder_products',
            'dalle_decoder_products', 'res_block_products', 'small_encoder_products', 'small_decoder_products',
-           'encoder_products', 'dvae_products', 'tokenizer_of', 'tokenizer_in_the_loop', 'ImageFlops', 'model_products',
-           'flops_per_image']
+           'encoder_products', 'dvae_products', 'normed_conv', 'setr_products', 'uper_products', 'head_products',
+           'tokenizer_of', 'tokenizer_in_the_loop', 'ImageFlops', 'model_products', 'flops_per_image']
 
 # %% ../../nbs/70_scale_flops.ipynb #imports
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from ..configs import Backbone, FinetuneRecipe, PretrainRecipe, Run, TokenizerRecipe
+from beit_nb.configs import (
+    Backbone,
+    FinetuneRecipe,
+    PretrainRecipe,
+    Run,
+    SegmentRecipe,
+    TokenizerRecipe,
+)
 from ..recipes import COMMANDS
 
 # %% ../../nbs/70_scale_flops.ipynb #matmul
@@ -218,6 +225,58 @@ def dvae_products(r: TokenizerRecipe) -> list[MatMul]:
     decoder = dalle_decoder_products(r) if r.arch == "dalle" else small_decoder_products(r)
     return [*encoder_products(r), *decoder]
 
+# %% ../../nbs/70_scale_flops.ipynb #pixel-products
+def normed_conv(name: str, side: int, kernel: int, n_in: int, n_out: int) -> MatMul:
+    "A convolution without a bias and the norm after it, as heads have them."
+    n = kernel**2 * n_in
+    both = 2 * n_out
+    read = n_in * side**2
+    return MatMul(name, side**2, n, n_out, extra_parameters=both, numbers_read=read)
+
+
+def setr_products(r: SegmentRecipe, classes: int, doublings: int) -> list[MatMul]:
+    "SETR's head on one map: a norm, `doublings` convolutions on ever larger maps, the classes."
+    width = r.channels or 256
+    side = r.img_size // r.patch_size
+    products = [MatMul("norm", 0, 0, 0, extra_parameters=2 * r.embed_dim)]
+    for i in range(doublings):
+        n_in = width if i else r.embed_dim
+        products.append(normed_conv("conv", side << i, 3, n_in, width))
+    last = side << doublings - 1
+    return [*products, conv_matmul("classes", last, 1, width, classes)]
+
+
+def uper_products(r: SegmentRecipe, classes: int) -> list[MatMul]:
+    "UPerNet with the pyramid before it."
+    D = r.embed_dim
+    width = r.channels or D
+    side = r.img_size // r.patch_size
+    sides = (4 * side, 2 * side, side)
+    ups = [
+        MatMul("up", rows**2, D, 4 * D, extra_parameters=beside - 3 * D)
+        for rows, beside in ((side, 6 * D), (2 * side, 4 * D), (side, 4 * D))  # one has a norm
+    ]
+    pooled = [normed_conv("pool", s, 1, D, width) for s in (1, 2, 3, 6)]
+    coarse = normed_conv("bottleneck", side // 2, 3, D + 4 * width, width)
+    laterals = [normed_conv("lateral", s, 1, D, width) for s in sides]
+    smooth = [normed_conv("smooth", s, 3, width, width) for s in sides]
+    joined = normed_conv("join", 4 * side, 3, 4 * width, width)
+    names = conv_matmul("classes", 4 * side, 1, width, classes)
+    return [*ups, *pooled, coarse, *laterals, *smooth, joined, names]
+
+
+def head_products(r: SegmentRecipe, classes: int) -> list[MatMul]:
+    "All heads of a segmentation in training, auxiliary ones too."
+    D = r.embed_dim
+    side = r.img_size // r.patch_size
+    if r.head == "linear":
+        return [MatMul("classes", side**2, D, classes, extra_parameters=classes + 2 * D)]
+    if r.head == "setr_pup":
+        own = setr_products(r, classes, max(r.patch_size.bit_length() - 1, 1))
+        return own + (4 * setr_products(r, classes, 1) if r.auxiliary_weight else [])
+    fcn = [normed_conv("fcn", side, 3, D, 256), conv_matmul("classes", side, 1, 256, classes)]
+    return uper_products(r, classes) + (fcn if r.auxiliary_weight else [])
+
 # %% ../../nbs/70_scale_flops.ipynb #tokenizer-of
 def tokenizer_of(r: PretrainRecipe) -> TokenizerRecipe:
     """The tokenizer that a pre-training reads.
@@ -263,6 +322,8 @@ def model_products(r: Run, num_classes: int = 1000) -> list[MatMul]:
         return mim_products(r)
     if isinstance(r, FinetuneRecipe):
         return classifier_products(r, num_classes)
+    if isinstance(r, SegmentRecipe):
+        return vit_products(r)[:-1] + head_products(r, num_classes)
     if isinstance(r, Backbone):
         return vit_products(r)
     return []

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import BeitError
-from ..configs import Backbone, FinetuneRecipe, PretrainRecipe, Run, TokenizerRecipe
+from beit_nb.configs import (
+    Backbone,
+    FinetuneRecipe,
+    PretrainRecipe,
+    Run,
+    SegmentRecipe,
+    TokenizerRecipe,
+)
 from ..limits import no_such
 from ..recipes import DATASETS, known_set, recipe_named
 from .flops import flops_per_image
@@ -37,8 +44,10 @@ def dataset_size(r: Run, pictures: int | None = None) -> tuple[int, int]:
     name = known_set(r.data)
     if name:
         _, known, classes = DATASETS[name]
-        if name == "digits" and not isinstance(r, FinetuneRecipe):
+        if name == "digits" and not isinstance(r, (FinetuneRecipe, SegmentRecipe)):
             known *= 4  # each at four places
+        if isinstance(r, SegmentRecipe):
+            classes = {"digits": 11, "oxford-pets": 3}.get(name, classes)  # of pixels
     elif pictures is None and Path(r.data).is_dir():
         known, classes = folder_size(r)
     known = pictures or known
@@ -49,6 +58,8 @@ def dataset_size(r: Run, pictures: int | None = None) -> tuple[int, int]:
         )
     if isinstance(r, FinetuneRecipe) and r.labels_per_class:
         known = classes * r.labels_per_class
+    if isinstance(r, SegmentRecipe) and r.labelled:
+        known = r.labelled
     return known, classes
 
 # %% ../../nbs/72_scale_hours.ipynb #num-steps
