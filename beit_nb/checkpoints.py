@@ -57,7 +57,11 @@ class Weights(NamedTuple):
 
 def head_args(state: Mapping[str, Tensor]) -> dict[str, Any]:
     "The arguments of the head: of a classifier, or of a network that guesses tokens; {} of none."
-    rows = {name: len(x) for name, x in state.items() if name.endswith("head.weight") and x.numel()}
+    rows = {
+        name: len(x)
+        for name, x in state.items()
+        if name.endswith("head.weight") and x.ndim and len(x)
+    }
     if "lm_head.weight" in rows:
         return {"vocab_size": rows["lm_head.weight"]}
     if "head.weight" not in rows:

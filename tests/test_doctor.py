@@ -85,7 +85,7 @@ def test_masks_that_are_almost_empty(top, monkeypatch):
         return lambda rng: (np.arange(64).reshape(8, 8) == 9) & (rng.random() < 0.5)
 
     with monkeypatch.context() as m:
-        m.setattr(pretraining, "mask_maker", gives_up)
+        m.setattr(targets, "mask_maker", gives_up)
         run = trained(top, "masks")
 
     assert diagnosed(top, run) == (3, ["masks-empty"])
