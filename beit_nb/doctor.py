@@ -18,7 +18,7 @@ import torch
 
 from . import BeitError, say
 from .bands import Band, band_of, findings_of, read_band, recipe_like, write_band
-from .configs import Length, PretrainRecipe, Run, TokenizerRecipe
+from .configs import Length, PretrainRecipe, Run, SegmentRecipe, TokenizerRecipe
 from .data import pictures_of_run
 from .device import default_device
 from .engine.files import read_file, read_json
@@ -33,6 +33,7 @@ from .pretraining import PretrainTransform
 from .recipes import from_config
 from .remedies import Examination, as_data, page_lines
 from .report import run_status
+from .segmenting import segment_schedule
 from .targets import check_tokenizer
 from .tokenizer import load_tokenizer, tokenizer_schedules
 
@@ -86,6 +87,8 @@ def wanted_rates(recipe: Run, steps: np.ndarray, total: int, per_epoch: int) -> 
     if isinstance(recipe, TokenizerRecipe):
         schedule = tokenizer_schedules(recipe, Length(total, per_epoch, total))["lr"]
         return np.asarray([schedule[int(step) - 1] for step in steps])
+    if isinstance(recipe, SegmentRecipe):
+        return segment_schedule(recipe, total, per_epoch)[steps.astype(int) - 1]
     warm = warmup_length(recipe.warmup_steps, recipe.warmup_epochs, per_epoch)
     return cosine_values(steps - 1, recipe.lr, recipe.min_lr, total, warm)
 
