@@ -106,7 +106,7 @@ def blind_guess(targets: Tensor, vocab_size: int) -> dict[str, Tensor]:
 
 # %% ../nbs/14_mim.ipynb #patch-pixels
 def mean_and_spread(patches: Tensor) -> tuple[Tensor, Tensor]:
-    "Of the numbers of every patch, (..., D): their mean and their standard deviation, (..., 1)."
+    "Mean and standard deviation of the numbers of every patch (..., D), each (..., 1)."
     variance = patches.var(-1, keepdim=True)
     return patches.mean(-1, keepdim=True), (variance + 1e-6).sqrt()
 
@@ -114,8 +114,8 @@ def mean_and_spread(patches: Tensor) -> tuple[Tensor, Tensor]:
 def patch_pixels(images: Tensor, patch_size: int, normalized: bool = False) -> Tensor:
     """The pixels of every patch as targets: images (B, C, H, W) to (B, N, P*P*C).
 
-    In the order of `patchify`. normalized: every patch minus its own mean, over its own spread, as
-    with MAE's `norm_pix_loss` (arXiv 2111.06377, section 4.1).
+    In the order of `patchify`. normalized: every patch minus its own mean, over its own standard
+    deviation, as with MAE's `norm_pix_loss` (arXiv 2111.06377, section 4.1).
     """
     patches = patchify(images, patch_size)
     if not normalized:
@@ -130,5 +130,5 @@ def pixel_loss(guesses: Tensor, patches: Tensor) -> Tensor:
 
 
 def blind_pixels(patches: Tensor) -> dict[str, Tensor]:
-    "What the best guess that is always the same patch is worth: `constant_mse`, of (n, P*P*C)."
+    "The error of the best guess that is always the same patch: `constant_mse`, for (n, P*P*C)."
     return {"constant_mse": patches.var(0, correction=0).mean()}
