@@ -199,6 +199,15 @@ def pages_unpainted(request):
 
 
 @pytest.fixture
+def quick_starts():
+    "New processes begin at once. For tests of what they do, and not of how Python begins and ends."
+    from quick_starts import forked_starts
+
+    with forked_starts():
+        yield
+
+
+@pytest.fixture
 def precision_restored():
     import torch
 

@@ -291,6 +291,7 @@ with join_processes():
         (0.125, "went through 5 [3, 11, 19, 27, 35]"),
     ],
 )
+@pytest.mark.usefixtures("quick_starts")
 def test_processes_pool_what_they_found(bad_eighth, tmp_path, share, ends):
     "Each of two processes meets less than the four that are forgiven; each file is named once."
     (tmp_path / "worker.py").write_text(WORKER)

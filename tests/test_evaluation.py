@@ -133,6 +133,7 @@ def test_hugging_faces_own_pipeline_and_network_guess_the_same(pictures, network
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_neither_processes_nor_workers_change_a_figure(file, tmp_path):
     "22 pictures of which one is broken: an uneven share, and a last round that is filled up."
     data = lay_out(tmp_path / "data", [*NAMES, "kind7"][:7], damaged=True)

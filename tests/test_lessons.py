@@ -177,8 +177,9 @@ def test_every_module_has_its_notebook(module):
 
 
 OF_MANY = set(
-    "drawings explorers faults faults_continued figures_in_words lessons published rehearsal "
-    "strangers switches tokenizer_dalle travelling_weights weights_parity whose_figures".split()
+    "drawings explorers faults faults_continued figures_in_words lessons published quick_starts "
+    "rehearsal strangers switches tokenizer_dalle travelling_weights weights_parity "
+    "whose_figures".split()
 )
 
 

@@ -47,12 +47,14 @@ def test_a_function_in_several_processes():
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_a_failure_in_one_process_is_raised_with_its_words():
     with pytest.raises(RuntimeError, match="ended with exit status 1(.|\n)*rank 1 has nothing"):
         run_distributed(fails_on_rank_1)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_a_program_and_its_arguments(tmp_path):
     program = tmp_path / "words.py"
     program.write_text("import os, sys; print(os.environ['OMP_NUM_THREADS'], *sys.argv[1:])")
@@ -61,6 +63,7 @@ def test_a_program_and_its_arguments(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_a_failing_program_says_why(tmp_path):
     program = tmp_path / "bad.py"
     program.write_text("raise ValueError('nothing here')")

@@ -215,6 +215,7 @@ def two_steps(norms):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_two_processes_are_one():
     norms = ["batch", "group"]
 
