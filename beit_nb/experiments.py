@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['WORKER', 'finished_metrics', 'Outcome', 'RunProcess', 'worker_places', 'known_outcome', 'run_here', 'run_graph',
-           'summarize', 'arm_values', 'study_record', 'study_folder', 'keep_record', 'run_study', 'Arm', 'Study']
+           'summarize', 'arm_values', 'run_record', 'study_record', 'kept_seeds', 'with_kept', 'read_record',
+           'study_folder', 'keep_record', 'run_study', 'Arm', 'Study']
 
 # %% ../nbs/83_experiments.ipynb #imports
 import json
@@ -222,6 +223,18 @@ def arm_values(
     return {arm.name: {m.name: of(arm, m) for m in study.measures} for arm in study.arms}
 
 
+def run_record(run: StudyRun, runs: Path, outcome: Outcome, figures: dict) -> dict:
+    "What study.json says of one run."
+    return {
+        "line": f"beit {' '.join(run_words(run, 'OUT/runs'))}",
+        "fields": run.own_fields,
+        "state": outcome.state,
+        "reason": outcome.reason,
+        "seconds": round(outcome.seconds, 1),
+        "figures": {k: v for k, v in figures.items() if isinstance(v, (int, float))},
+    }
+
+
 def study_record(
     study: Study, seeds: Sequence[int], runs: Path, outcomes: Mapping[str, Outcome]
 ) -> dict:
@@ -231,14 +244,7 @@ def study_record(
     for name, run in study_graph(study, seeds).items():
         finished = outcomes[name].state == "finished"
         figures[name] = (finished_metrics(run, runs) if finished else None) or {}
-        made[name] = {
-            "line": f"beit {' '.join(run_words(run, 'OUT/runs'))}",
-            "fields": run.own_fields,
-            "state": outcomes[name].state,
-            "reason": outcomes[name].reason,
-            "seconds": round(outcomes[name].seconds, 1),
-            "figures": {k: v for k, v in figures[name].items() if isinstance(v, (int, float))},
-        }
+        made[name] = run_record(run, runs, outcomes[name], figures[name])
     values = arm_values(study, seeds, figures)
     return {
         "version": __version__,
@@ -249,13 +255,59 @@ def study_record(
         "runs": made,
     }
 
+# %% ../nbs/83_experiments.ipynb #kept-seeds
+def kept_seeds(study: Study, seeds: Sequence[int], before: dict) -> list[int]:
+    """The seeds of which `before`, an earlier study.json, holds every figure.
+
+    None of them if it is of another version or of other arms.
+    """
+    ours = json.loads(json.dumps(asdict(study)))
+    if (before.get("study"), before.get("version")) != (ours, __version__):
+        return []
+    needed = [
+        before["values"][arm.name][measure.name]
+        for arm in study.arms
+        for measure in study.measures
+        if measure.stage not in arm.without
+    ]
+    place = {seed: i for i, seed in enumerate(before["seeds"])}
+    there = [seed for seed in seeds if seed in place]
+    return [s for s in there if all(figures[place[s]] is not None for figures in needed)]
+
+
+def with_kept(study: Study, seeds: Sequence[int], record: dict, before: dict) -> dict:
+    "The record of the other seeds, completed to all `seeds` by what `before` holds."
+    figures = {}  # (seed, arm, measure) -> its figure
+    for source in (before, record):
+        for arm, its in source["values"].items():
+            for measure, values in its.items():
+                figures |= {(s, arm, measure): x for s, x in zip(source["seeds"], values)}
+    values = {
+        arm: {m: [figures[seed, arm, m] for seed in seeds] for m in its}
+        for arm, its in record["values"].items()
+    }
+    wanted = study_graph(study, seeds)
+    kept = {name: run | {"seconds": 0.0} for name, run in before["runs"].items()}
+    runs = {name: (kept | record["runs"])[name] for name in wanted}
+    return record | {
+        "seeds": list(seeds),
+        "values": values,
+        "summary": summarize(study, values),
+        "runs": runs,
+    }
+
 # %% ../nbs/83_experiments.ipynb #run-study
+def read_record(out: Path) -> dict:
+    "What OUT/study.json holds; empty where there is none."
+    file = out / "study.json"
+    return read_json(file) if file.exists() else {}
+
+
 def study_folder(study: Study, out: str | Path) -> Path:
     "The folder of a study, made; raises BeitError where another study lies there."
     out = make_folder(out)
     make_folder(out / "runs")
-    file = out / "study.json"
-    there = read_json(file).get("study", {}) if file.exists() else {}
+    there = read_record(out).get("study", {})
     ours = json.loads(json.dumps(asdict(study)))
     if other := [k for k in ("name", "scale", "stages") if there and there.get(k) != ours[k]]:
         raise BeitError(
@@ -267,12 +319,11 @@ def study_folder(study: Study, out: str | Path) -> Path:
 
 def keep_record(out: Path, record: dict) -> dict:
     "Write study.json, with the seconds that earlier calls spent on a run; returns what it holds."
-    file = out / "study.json"
-    before = read_json(file).get("runs", {}) if file.exists() else {}
+    before = read_record(out).get("runs", {})
     for name, run in record["runs"].items():
         run["seconds"] = round(run["seconds"] + before.get(name, {}).get("seconds", 0.0), 1)
-    write_json(file, record)
-    return read_json(file)
+    write_json(out / "study.json", record)
+    return read_record(out)
 
 
 def run_study(
@@ -284,15 +335,21 @@ def run_study(
 ) -> dict:
     """Make all runs of a study that are not finished yet; returns what OUT/study.json holds.
 
-    Raises BeitError, before any run, for fields that cannot work and for a folder that holds
-    another study. Under torchrun the processes share each run.
+    Seeds whose figures that file holds already are taken from it. Raises BeitError, before any
+    run, for fields that cannot work and for a folder that holds another study. Under torchrun the
+    processes share each run.
     """
     seeds = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
-    graph = study_graph(study, seeds)
+    study_graph(study, seeds)  # what cannot work is said before a folder is made
     with join_processes():
         folder = rank_0_first(lambda: study_folder(study, out))
+        before = rank_0_first(lambda: read_record(folder))
+        kept = kept_seeds(study, seeds, before)
+        new = [seed for seed in seeds if seed not in kept]
         runs = folder / "runs"
         places = worker_places(jobs) if world_size() == 1 else None
-        outcomes = run_graph(graph, runs, places, quiet or rank() > 0)
-        record = study_record(study, seeds, runs, outcomes)
+        outcomes = run_graph(study_graph(study, new), runs, places, quiet or rank() > 0)
+        record = study_record(study, new, runs, outcomes)
+        if kept:
+            record = with_kept(study, seeds, record, before)
         return rank_0_first(lambda: keep_record(folder, record))

@@ -49,7 +49,7 @@ class Demo:
     out: Place | None = None
     seed: Seed = 0  # of everything
     quick: bool = False  # a minute's rehearsal: every stage runs, nothing is learnt well
-    # both networks trained longer, and kept as small files; 20 to 25 minutes on two cores
+    # both networks longer and with three seeds, every learning rate chosen anew; over an hour
     thorough: bool = False
 
     def run(self) -> None:

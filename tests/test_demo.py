@@ -15,8 +15,8 @@ from helpers_demo import STAGE_FIGURES, count_calls
 from helpers_processes import PATIENCE, run, wait_until
 
 from beit_nb import BeitError
-from beit_nb.demo import STAGES, arm_recipes, arm_run, demo, pretrain_recipe, spread
-from beit_nb.demo_stages import ARMS, QUICK, THOROUGH, DemoPlan
+from beit_nb.demo import STAGES, arm_recipes, arm_run, best_rates, demo, pretrain_recipe, spread
+from beit_nb.demo_stages import ARMS, FOUND, QUICK, THOROUGH, DemoPlan
 from beit_nb.engine.log import read_log
 from beit_nb.tools import Demo
 
@@ -48,6 +48,7 @@ def test_a_rehearsal_that_was_stopped_is_nobody_elses(tmp_path, monkeypatch, sto
 
     stages = {name: lambda plan: dict(STAGE_FIGURES["dvae"]) for name in STAGES}
     monkeypatch.setattr("beit_nb.demo.STAGES", stages | {stopped_in: stop})
+    monkeypatch.setattr("beit_nb.demo.demo_report", lambda *_: None)  # nothing is there to draw
     with pytest.raises(KeyboardInterrupt):
         demo(DemoPlan(str(tmp_path), **QUICK))
 
@@ -89,10 +90,42 @@ def test_arms_differ_in_nothing_else():
     assert list(arms) == list(ARMS)
     alike = dict(init="", layer_decay=None)
     assert replace(arms["pretrained"], **alike) == arms["scratch_equal_steps"]
-    longer = replace(arms["scratch_equal_steps"], steps=2 * plan.finetune_steps)
+    equal = arms["scratch_equal_steps"]
+    longer = replace(equal, steps=2 * plan.finetune_steps, eval_every=2 * equal.eval_every)
     assert arms["scratch_best"] == longer
     run = arm_run(plan, "pretrained", 7e-4, 2)
     assert (run.lr, run.seed, run.out) == (7e-4, 2, "x/finetune/pretrained-lr0.0007-draw2")
+
+
+def test_the_page_grows_while_the_stages_run(tmp_path, monkeypatch):
+    "It is there before the first stage, has each part once it is known, and says when it is all."
+    seen = []
+    stages = {name: lambda plan, name=name: dict(STAGE_FIGURES[name]) for name in STAGES}
+    monkeypatch.setattr("beit_nb.demo.STAGES", stages)
+    monkeypatch.setattr("beit_nb.demo.demo_report", lambda _, known: seen.append(list(known)))
+
+    demo(DemoPlan(str(tmp_path), **QUICK))
+
+    names = list(STAGES)
+    assert seen[:-1] == [names[:i] for i in range(len(names))]
+    assert "seconds" in seen[-1] and seen[-1][: len(names)] == names
+
+
+def test_rates_that_were_found_are_not_looked_for_again(tmp_path, monkeypatch):
+    "Of one rate nothing is to be chosen; of three, the best on validation digits."
+    tried = []
+
+    def fine_tune_all(recipes):
+        tried.extend(recipes)
+        return [{"accuracy": {3e-4: 0.2, 7e-4: 0.9, 1.5e-3: 0.4}[r.lr]} for r in recipes]
+
+    monkeypatch.setattr("beit_nb.demo.fine_tune_all", fine_tune_all)
+
+    found = best_rates(DemoPlan(str(tmp_path)))
+    assert found == {arm: rates[0] for arm, rates in FOUND.items()} and tried == []
+    chosen = best_rates(DemoPlan(str(tmp_path), **THOROUGH))
+    assert chosen == dict.fromkeys(ARMS, 7e-4) and len(tried) == 9
+    assert {r.split for r in tried} == {"val"} and {r.seed for r in tried} == {0}
 
 
 def test_spread():

@@ -7,7 +7,7 @@ import pytest
 from helpers_demo import STAGE_FIGURES, count_calls
 
 from beit_nb import BeitError
-from beit_nb.demo_stages import FIGURES, QUICK, DemoPlan, read_stage, settings_of, stage
+from beit_nb.demo_stages import ARMS, FIGURES, QUICK, DemoPlan, read_stage, settings_of, stage
 from beit_nb.engine.files import write_json
 
 
@@ -21,7 +21,8 @@ def test_a_stage_is_done_once(tmp_path):
     assert first == second and first["answer"] == 42 and first["seconds"] >= 0
 
 
-OTHERS = [dict(seed=1), QUICK, dict(draws=2), dict(lrs=(1e-3,)), dict(pretrain_steps=1)]
+ONE_RATE = dict.fromkeys(ARMS, (1e-3,))
+OTHERS = [dict(seed=1), QUICK, dict(draws=2), dict(lrs=ONE_RATE), dict(pretrain_steps=1)]
 
 
 @pytest.mark.parametrize("changes", OTHERS)

@@ -1,6 +1,7 @@
 "The runs of a study: each made once, several at once; what fails stays alone, the rest goes on."
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,6 +109,42 @@ def test_more_seeds_and_arms_take_what_is_there(tmp_path, monkeypatch):
     assert record["runs"][boss.made[0]]["seconds"] == 1.0
     run_study(wider, tmp_path, seeds=[0, 1], jobs=2, quiet=True)
     assert len(boss.made) == 10
+
+
+def test_study_json_is_enough(tmp_path, monkeypatch):
+    "The folders of the runs are gone: what they came to is kept, and nothing of it is made again."
+    boss = pretending(monkeypatch)
+    whole = run_study(TINY, tmp_path / "whole", seeds=3, jobs=2, quiet=True)
+    run_study(TINY, tmp_path / "parts", seeds=2, jobs=2, quiet=True)
+    shutil.rmtree(tmp_path / "parts" / "runs")
+    boss.made.clear()
+
+    parts = run_study(TINY, tmp_path / "parts", seeds=3, jobs=2, quiet=True)
+
+    assert sorted(boss.made) == sorted(study_graph(TINY, [2]))
+    assert parts == whole  # the seconds of the earlier call too
+    shutil.rmtree(tmp_path / "parts" / "runs")
+    report = run_study(TINY, tmp_path / "parts", seeds=3, jobs=0, quiet=True)
+    assert report == whole and len(boss.made) == 6
+
+
+@pytest.mark.parametrize("what", ["version", "arms", "figure"])
+def test_what_study_json_holds_of_others_is_made_again(tmp_path, monkeypatch, what):
+    boss = pretending(monkeypatch)
+    record = run_study(TINY, tmp_path, seeds=1, jobs=2, quiet=True)
+    shutil.rmtree(tmp_path / "runs")
+    boss.made.clear()
+    if what == "version":
+        record["version"] = "0.0"
+    elif what == "arms":
+        record["study"]["arms"][1]["changes"]["pretrain"]["num_mask_patches"] = 31
+    else:
+        record["values"]["half"]["accuracy"] = [None]
+    (tmp_path / "study.json").write_text(json.dumps(record))
+
+    run_study(TINY, tmp_path, seeds=1, jobs=2, quiet=True)
+
+    assert sorted(boss.made) == sorted(study_graph(TINY, [0]))
 
 
 def test_the_report_alone_runs_nothing(tmp_path, monkeypatch):
