@@ -37,10 +37,10 @@ def gray_out(pictures: Tensor, masks: Tensor) -> Tensor:
 
 
 def decode_tokens(ids: Tensor, tokenizer: Tokenizer | None = None) -> Tensor:
-    """Pictures (n, 3, H, W) in [0, 1] of ids (n, h, w), on the CPU.
+    """Ids (n, h, w) as pictures (n, 3, H, W) in [0, 1], by the tokenizer's decoder, on the CPU.
 
-    Where there is no decoder (DALL-E's encoder alone has none): (n, 3, h, w), a color a token. What
-    is a picture already, (n, 3, H, W) uint8, stays one.
+    Where there is no decoder (DALL-E's encoder alone has none): (n, 3, h, w), a color for each
+    token. Guesses that are pictures already, (n, 3, H, W) uint8, are only scaled.
     """
     if ids.dtype == torch.uint8:
         return to_float(ids.cpu())
@@ -52,7 +52,7 @@ def decode_tokens(ids: Tensor, tokenizer: Tokenizer | None = None) -> Tensor:
 
 # %% ../nbs/42_reconstructions.ipynb #strip
 def rows_figure(rows: dict[str, Tensor], size: float = 1.15) -> Figure:
-    "Named rows of pictures (n, 3, h, w) as a figure; `size` in inches a picture."
+    "Named rows of pictures (n, 3, h, w) in [0, 1] as a figure; `size` in inches for each picture."
     n = len(next(iter(rows.values())))
     fig = show_images([x for row in rows.values() for x in row], ncols=n, size=size)
     fig.set_figwidth(n * size + 1)  # room for the names
@@ -84,7 +84,7 @@ def fill_pixels(
     views: Tensor,  # (n, 3, S, S) uint8
     masks: Tensor,  # (n, h, w) bool, True where hidden
     mean_std: str = "imagenet",
-    normalized: bool = False,  # every patch: then light and contrast of the true one are lent
+    normalized: bool = False,  # every patch: then it gets mean and contrast of the true one
 ) -> Tensor:
     "The views with guesses of pixels in their hidden patches, (n, 3, S, S) uint8."
     side = views.shape[-1] // masks.shape[-1]
@@ -106,7 +106,10 @@ def guess_hidden(
     mean_std: str = "imagenet",
     normalized: bool = False,  # of every patch
 ) -> Tensor:
-    "The likeliest ids (n, h, w) of the hidden places and the true ones of the others, on the CPU."
+    """The likeliest ids of the hidden places and the true ids of the others, (n, h, w), on the CPU.
+
+    Where pixels are guessed, the pictures (n, 3, S, S) uint8 of `fill_pixels`.
+    """
     device = next(model.parameters()).device
     model.eval()
     says = model(preprocess(views.to(device), mean_std), masks.to(device), return_all_tokens=True)
@@ -131,7 +134,7 @@ class ReconstructionCallback:
         views: Tensor,  # (n, 3, S, S) uint8
         masks: Tensor,  # (n, h, w) bool, True where hidden
         ids: Tensor,  # (n, h, w) the true tokens; the views again, where pixels are guessed
-        tokenizer: Tokenizer | None,  # who decodes; None: a color a token
+        tokenizer: Tokenizer | None,  # decodes; None: a color for each token
         mean_std: str = "imagenet",
         normalized: bool = False,  # every patch, where pixels are guessed
     ):
@@ -149,7 +152,7 @@ class ReconstructionCallback:
 
     @torch.no_grad()
     def look(self, step: int, model: nn.Module) -> dict | None:
-        "Guess, draw, write; all processes take part, for a model in shards is read together."
+        "Guess, draw, write. All processes take part, because a sharded model is read by all."
         if step % self.every:
             return None
         guess = guess_hidden(model, self.views, self.masks, self.ids, *self.how)
@@ -168,7 +171,7 @@ class ReconstructionCallback:
             Image.fromarray(picture).save(f, "PNG")
 
 # %% ../nbs/42_reconstructions.ipynb #read-look
-MOST_WATCHED = 64  # pictures of a run
+MOST_WATCHED = 64  # the largest number of pictures that a run is watched with
 
 
 def is_look(look: Any, vocab_size: int) -> bool:
@@ -211,11 +214,14 @@ def read_look(file: Path, vocab_size: int) -> dict:
 # %% ../nbs/42_reconstructions.ipynb #watch-figure
 def reconstruction_figure(
     out: str | Path,  # a run's folder
-    tokenizer: Tokenizer | None,  # who decodes; None: a color a token
-    n: int = 4,  # looks to show, a row each
-    size: float = 1.15,  # inches a picture
+    tokenizer: Tokenizer | None,  # decodes; None: a color for each token
+    n: int = 4,  # looks to show, one row for each
+    size: float = 1.15,  # inches for each picture
 ) -> Figure:
-    "What the model of a run fills in as training goes on. Raises BeitError where nobody looked."
+    """What the model of a run fills in as training goes on.
+
+    Raises BeitError where a run was not watched, or its looks do not belong together.
+    """
     files = sorted((Path(out) / "watch").glob("*.pt"))
     if not files:
         raise BeitError(f"nobody has watched the run in {out}; set --watch-every")

@@ -79,7 +79,7 @@ class WinogradConv(DalleConv):
         self.made_from: tuple | None = None  # the weights that these matrices belong to
 
     def applies_to(self, x: Tensor) -> bool:
-        "May x (B, n_in, h, w) go the short way?"
+        "Whether x (B, n_in, h, w) may be computed by Winograd's identity."
         h, w = x.shape[-2:]
         return (
             x.is_cpu
