@@ -62,7 +62,7 @@ from .vit import backbone_args
 
 # %% ../nbs/44_pretraining.ipynb #build-mim
 def build_mim(r: PretrainRecipe) -> BeitForMaskedImageModeling:
-    "The model of a recipe, untrained."
+    "The untrained model of a recipe; its head has `r.outputs` numbers for each patch."
     return BeitForMaskedImageModeling(vocab_size=r.outputs, **backbone_args(r))
 
 
@@ -82,9 +82,10 @@ def add_masked_indices(
     batch: PretrainBatch,
     everywhere: bool = False,  # all cells, hidden or not: Table 4's "recover 100 %"
 ) -> tuple[PretrainBatch, int]:
-    """A batch with its hidden cells (n,), and how many they are: its loss is a mean over them.
+    """A batch with the indices of its hidden patches, `masked_index` (n,), and their number n.
 
-    Found here, on the CPU, a GPU need not be waited for to know their number.
+    The loss is a mean over them. They are found on the CPU, before the batch travels, so that
+    nobody need wait for a GPU to learn their number.
     """
     index = torch.arange(batch.mask.numel()) if everywhere else masked_indices(batch.mask)
     if torch.cuda.is_available():
@@ -106,8 +107,9 @@ def apply_jitter(batch: PretrainBatch) -> PretrainBatch:
 class PretrainLoss:
     """(model, batch, step) -> loss, metrics: over the patches `masked_index` of the batch.
 
-    Cross-entropy of their tokens (paper, Eq. 1), or squared error of their pixels. The metrics:
-    `mlm_acc` of tokens, `masked` (hidden patches a picture), and what a blind guess is worth.
+    Cross-entropy of their tokens in nats (paper, Eq. 1), or squared error of their pixels. The
+    metrics: `masked` (hidden patches of a picture, on average); for tokens `mlm_acc` and those of
+    `blind_guess`, for pixels that of `blind_pixels`.
     """
 
     def __init__(self, targets: Targets, mean_std: str):
@@ -127,13 +129,16 @@ class PretrainLoss:
 
 # %% ../nbs/44_pretraining.ipynb #evaluate-mim
 def exam_recipe(r: PretrainRecipe) -> PretrainRecipe:
-    "How a model is examined and watched: something is hidden always, and colors are final."
+    "The recipe for examining: patches are always hidden, only these are scored, colors are final."
     masking = "blockwise" if r.masking == "none" else r.masking
     return replace(r, masking=masking, jitter_on="loader", recover="masked")
 
 
 def exam_sums(guesses: Tensor, true: Tensor, constant: Tensor | None) -> dict[str, float]:
-    "Marks of n hidden patches, summed: those of the guesses, and of the constant guess if any."
+    """Scores of n hidden patches, summed: of the guesses, and of the constant guess if any.
+
+    guesses: logits (n, V) or pixels (n, P*P*3); true, constant: ids (n,), or pixels like guesses.
+    """
     n = len(true)
     if true.is_floating_point():
         sums = {"masked_mse": pixel_loss(guesses, true).item() * n}
@@ -155,8 +160,12 @@ def evaluate_mim(
     seed: int = 0,  # of the masks
     batch_size: int = 250,
 ) -> dict:
-    """What a model knows of hidden patches, and the best constant guess by place: masked_top1,
-    masked_loss, best_constant_top1; of pixels masked_mse, best_constant_mse."""
+    """What a model knows of hidden patches of pictures, as means over all of them.
+
+    Of tokens `masked_top1` (share of right first guesses) and `masked_loss` (nats), with `prior`
+    also `best_constant_top1`, of the most frequent token of each place; of pixels `masked_mse` and
+    `best_constant_mse`.
+    """
     device = next(model.parameters()).device
     training = model.training
     samples = TransformedDataset(pictures, PretrainTransform(exam_recipe(r)), seed)
@@ -248,9 +257,9 @@ def start_mim(r: PretrainRecipe, out: Path) -> BeitForMaskedImageModeling:
 
 # %% ../nbs/44_pretraining.ipynb #pretrain
 def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
-    """Pre-train to the recipe, or continue; returns the model.
+    """Pre-train to the recipe, or continue a run in its folder; returns the model.
 
-    Leaves checkpoints, log.jsonl and metrics.json in its folder. Raises BeitError for bad input.
+    Leaves checkpoints, log.jsonl and metrics.json there. Raises BeitError for bad input.
     """
     with open_run("pretrain", r, r.resume) as out:
         set_matmul_precision(default_device(), r.embed_dim)
