@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'read_official_log', 'wanted_rates', 'add_wanted', 'read_run', 'open_course', 'place_landmarks',
-           'measure_tokens', 'check_weights', 'ask_around', 'examine', 'consult']
+           'ask_tokenizer', 'measure_tokens', 'check_weights', 'ask_around', 'examine', 'consult']
 
 # %% ../nbs/93_doctor.ipynb #imports
 import json
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from . import BeitError, say
-from .bands import Band, band_of, findings_of, read_band, recipe_like, write_band
+from .bands import Band, band_of, read_band, recipe_like, write_band
 from .configs import Length, PretrainRecipe, Run, SegmentRecipe, TokenizerRecipe
 from .data import pictures_of_run
 from .device import default_device
@@ -31,11 +31,12 @@ from .images import to_float
 from .mim import blind_guess
 from .pretraining import PretrainTransform
 from .recipes import from_config
-from .remedies import Examination, as_data, page_lines
+from .remedies import Examination, as_data, findings_of, page_lines
 from .report import run_status
 from .segmenting import segment_schedule
 from .targets import check_tokenizer
 from .tokenizer import load_tokenizer, tokenizer_schedules
+from .tokens import Tokenizer
 
 # %% ../nbs/93_doctor.ipynb #official-log
 OFFICIAL = {
@@ -101,14 +102,13 @@ def add_wanted(columns: dict[str, Column], recipe: Run, total: int | None) -> No
         per_epoch = round(steps[0] / epochs[0])
         columns["recipe_lr"] = at, wanted_rates(recipe, at, total, per_epoch)
 
-
+# %% ../nbs/93_doctor.ipynb #open-course
 def read_run(out: Path) -> RunCourse:
     "The course of a training of ours. Raises BeitError where the folder holds none."
     config = run_config(out)
     rows = read_log(out)
-    recipe = (
-        from_config(config) if config and config["command"] not in ("probe", "evaluate") else None
-    )
+    trains = config is not None and config["command"] not in ("probe", "evaluate")
+    recipe = from_config(config) if config and trains else None
     if config is None or not isinstance(recipe, Run):
         raise BeitError(
             f"there is no training in {out}; give the --out folder of one, or the log.txt of the "
@@ -141,7 +141,7 @@ def open_course(path: str | Path) -> RunCourse:
         raise BeitError(f"there is nothing at {path}; give the --out folder of a training")
     return read_run(path)
 
-# %% ../nbs/93_doctor.ipynb #measure-tokens
+# %% ../nbs/93_doctor.ipynb #place-landmarks
 def place_landmarks(ids: torch.Tensor, masks: torch.Tensor, vocab_size: int) -> dict[str, float]:
     """What a guess is worth that knows how frequent each token is at each place.
 
@@ -164,12 +164,32 @@ def place_landmarks(ids: torch.Tensor, masks: torch.Tensor, vocab_size: int) -> 
         "place_acc": float((right * weights).sum()),
     }
 
+# %% ../nbs/93_doctor.ipynb #measure-tokens
+def ask_tokenizer(
+    r: PretrainRecipe, tokenizer: Tokenizer, samples: TransformedDataset, seconds: float
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """The tokens and the masks of samples, batch by batch: ids (B, places), and bool of that shape.
+
+    In batches of the recipe's size, at most 64; stops after `seconds`.
+    """
+    began = time.perf_counter()
+    ids, masks = [], []
+    for walked in sequential_batches(samples, min(r.batch_size, 64)):
+        view = to_float(walked.batch.token_view.to(default_device()))
+        ids.append(tokenizer.get_codebook_indices(view).flatten(1).cpu())
+        masks.append(walked.batch.mask.flatten(1))
+        if time.perf_counter() - began > seconds:
+            break
+    return ids, masks
+
 
 @torch.no_grad()
 def measure_tokens(r: PretrainRecipe, out: Path, most: int = 1024, seconds: float = 20) -> dict:
     """Landmarks of a pre-training, from its tokenizer and at most so many of its pictures.
 
-    Stops after `seconds`. Raises BeitError where tokenizer or pictures are gone, or others.
+    `masked` patches a picture, and unless that is 0, means and spreads over the batches of what
+    `blind_guess` tells, and `place_landmarks`. Stops after `seconds`. Raises BeitError where
+    tokenizer or pictures are gone, or others.
     """
     tokenizer = load_tokenizer(r.tokenizer)
     check_tokenizer(r, tokenizer)
@@ -178,17 +198,14 @@ def measure_tokens(r: PretrainRecipe, out: Path, most: int = 1024, seconds: floa
     numbers = np.random.default_rng(0).permutation(len(pictures))[:most]
     transform = PretrainTransform(replace(r, jitter_on="loader"))
     samples = TransformedDataset(pictures, transform, r.seed + 2, ids=numbers)
-    began = time.perf_counter()
-    ids, masks, guesses = [], [], []
-    for walked in sequential_batches(samples, min(r.batch_size, 64)):
-        batch = walked.batch
-        view = to_float(batch.token_view.to(default_device()))
-        ids.append(tokenizer.get_codebook_indices(view).flatten(1).cpu())
-        masks.append(batch.mask.flatten(1) | (r.recover == "all"))
-        guesses.append(blind_guess(ids[-1][masks[-1]], r.vocab_size))
-        if time.perf_counter() - began > seconds:
-            break
+    ids, masks = ask_tokenizer(r, tokenizer, samples, seconds)
     found: dict[str, Any] = {"pictures": sum(map(len, ids)), "batches": len(ids)}
+    found["masked"] = sum(int(mask.sum()) for mask in masks) / found["pictures"]
+    if r.recover == "all":
+        masks = [torch.ones_like(mask) for mask in masks]
+    guesses = [blind_guess(x[mask], r.vocab_size) for x, mask in zip(ids, masks) if mask.any()]
+    if not guesses:
+        return found
     for key in ("token_entropy", "constant_acc"):
         values = torch.stack([guess[key] for guess in guesses]).double()
         found[key] = float(values.mean())
@@ -229,7 +246,7 @@ def ask_around(course: RunCourse, out: Path) -> list[Finding]:
             findings.append(Finding("tokenizer", "unknown", f"it cannot be asked again: {e}"))
     return findings
 
-
+# %% ../nbs/93_doctor.ipynb #diagnosis
 def examine(path: str | Path, band: Band | None = None) -> Examination:
     """Judge a run of ours, finished or not, or a log of the official code.
 

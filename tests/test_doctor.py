@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import beit, refused
 
-from beit_nb import pretraining, targets
+from beit_nb import BeitError, pretraining, targets
 from beit_nb.bands import read_band
 from beit_nb.doctor import examine, open_course, wanted_rates
 from beit_nb.engine import training
@@ -92,6 +92,37 @@ def test_masks_that_are_almost_empty(top, monkeypatch):
     assert diagnosed(top, run) == (3, ["masks-empty"])
 
 
+def without_masks_in_the_log(run, to):
+    "A copy of a run whose log is that of an earlier version."
+    shutil.copytree(run, to)
+    old = [{k: row[k] for k in ("step", "loss", "mlm_acc", "lr")} for row in read_log(run)]
+    (to / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
+    return to
+
+
+def test_masks_that_are_all_empty(top, tmp_path, monkeypatch):
+    "The training stops at such a step in one line; the doctor draws the masks of the recipe again."
+    old = without_masks_in_the_log(top / "seed-0", tmp_path / "old")
+    with monkeypatch.context() as m:
+        m.setattr(targets, "mask_maker", lambda r: lambda rng: np.zeros((8, 8), bool))
+        with pytest.raises(BeitError, match="nothing to learn from, no hidden patch"):
+            trained(top, "nothing-hidden")
+        empty = diagnosed(top, old)
+
+    assert empty == (3, ["masks-empty"])
+    assert diagnosed(top, old) == (0, [])
+
+
+@pytest.mark.parametrize("times", [1 / 3, 1 / 2, 2, 3])
+def test_a_sweep_of_the_learning_rate_is_no_fault(top, times):
+    "Of the band's own rate; ten times is another matter, above."
+    run = trained(top, f"swept-{times:.2g}", lr=6e-3 * times)
+
+    seen = examine(run, read_band(top / "tiny.json"))
+
+    assert (seen.status, seen.causes) == (0, []), seen.findings
+
+
 @pytest.mark.parametrize(
     "view",
     [
@@ -151,11 +182,8 @@ def test_an_optimizer_that_never_steps(top, monkeypatch):
 
 def test_what_is_gone_is_told(top, tmp_path):
     "Without tokenizer and checkpoints, and with the log of an earlier version."
-    run = tmp_path / "old"
-    shutil.copytree(top / "seed-0", run)
+    run = without_masks_in_the_log(top / "seed-0", tmp_path / "old")
     shutil.rmtree(run / "checkpoints")
-    old = [{k: row[k] for k in ("step", "loss", "mlm_acc", "lr")} for row in read_log(run)]
-    (run / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in old))
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"tokenizer": "gone"}))
 

@@ -166,6 +166,13 @@ def test_the_mean_of_means_has_not():
     assert loss_weights([4, 6], 40, 2, "process") == [0.4, 0.6]
 
 
+@pytest.mark.parametrize("loss_mean", ["global", "process"])
+def test_a_mean_over_nothing_is_refused(loss_mean):
+    "Every mask of the step is empty; in pre-training the counts are hidden patches."
+    with pytest.raises(BeitError, match="nothing to learn from"):
+        loss_weights([0, 0], 0, 1, loss_mean)
+
+
 def test_an_average_is_torchs_sum_by_hand():
     model = nn.Linear(3, 2)
     ema = Ema(model, decay=0.9)

@@ -3,8 +3,16 @@
 import json
 import math
 
-from beit_nb.health import Finding, RunCourse, columns_of
-from beit_nb.remedies import CAUSES, Examination, as_data, page_lines
+from beit_nb.health import Finding, RunCourse, check_masks, columns_of
+from beit_nb.remedies import (
+    CAUSES,
+    Examination,
+    as_data,
+    check_pixels,
+    checks_of,
+    findings_of,
+    page_lines,
+)
 
 
 def seen(*findings, **columns):
@@ -54,3 +62,23 @@ def test_data_are_json():
 
     assert again["late"] == {"lr": 1e-3} and again["status"] == 0
     assert again["findings"][0] == {"check": "a", "grade": "fine", "said": "good", "cause": ""}
+
+
+def test_where_nothing_is_hidden_tokens_and_loss_say_nothing():
+    lines = [{"step": 20 * i, "loss": 0.1, "masked": 0.2, "token_entropy": 0.1} for i in range(40)]
+    config = dict(vocab_size=256, num_mask_patches=26)
+
+    found = findings_of(RunCourse("pretrain", columns_of(lines), config), None, [])
+
+    assert {f.check: f.cause for f in found}["masks"] == "masks-empty"
+    assert {"tokens", "loss"}.isdisjoint(f.check for f in found)
+
+
+def test_pixels_have_a_check_of_their_own():
+    lines = [{"step": 20 * i, "loss": 0.5, "constant_mse": 0.5} for i in range(40)]
+    course = RunCourse("pretrain", columns_of(lines), dict(targets="pixels", masking="none"))
+
+    checks = checks_of(course)
+
+    assert check_pixels in checks and check_masks not in checks
+    assert check_pixels(course)[0].cause == "not-learning"

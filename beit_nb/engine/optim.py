@@ -159,11 +159,17 @@ def loss_weights(
     """The weight of each micro-batch in the loss of this process.
 
     "global": one mean over all things of the step. "process": a mean of the processes' means, as
-    the official code has it.
+    the official code has it. Raises BeitError where there is nothing to take a mean over.
     """
+    whole = sum(counts) if loss_mean == "process" else total
+    if not whole:
+        raise BeitError(
+            "this step has no loss: in its whole batch there is nothing to learn from, no hidden "
+            "patch or no labelled pixel; look at the masks or at the label maps of the recipe"
+        )
     if loss_mean == "process":
-        return [n / sum(counts) for n in counts]
-    return [n * world / total for n in counts]
+        return [n / whole for n in counts]
+    return [n * world / whole for n in counts]
 
 # %% ../../nbs/28_engine_optim.ipynb #ema
 class Ema(AveragedModel):
