@@ -1,10 +1,12 @@
 """beit_nb.explorers: its lazy names, what it needs, and that every explorer can be shown."""
 
+import ast
 import base64
 import io
 import os
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -110,3 +112,31 @@ def test_every_explorer_has_a_widget_a_static_picture_and_no_error(family, name)
     assert "application/vnd.jupyter.widget-view+json" in data
     assert 200 < picture.width < 1000 and len(colors) > 20
     assert family[name].guide.error == ""
+
+
+@pytest.fixture(scope="module")
+def page():
+    "The names that the page of explorers leaves behind, and the explorers that it shows."
+    names, shown = {}, []
+    for cell in nbformat.read(ROOT / "nbs" / "explorers.ipynb", as_version=4).cells:
+        if cell.cell_type == "code":
+            *before, last = ast.parse(cell.source).body
+            exec(compile(ast.Module(before, []), "page", "exec"), names)
+            if isinstance(last, ast.Expr):
+                shown.append(eval(compile(ast.Expression(last.value), "page", "eval"), names))
+            else:
+                exec(compile(ast.Module([last], []), "page", "exec"), names)
+    return names, shown
+
+
+def test_a_line_that_was_copied_makes_the_same_on_the_page(page):
+    names, shown = page
+    masks = next(e for e in shown if isinstance(e, explorers.MaskExplorer))
+    masks.controls.smallest.value = 12  # the line names a rule
+
+    for explorer in shown:
+        again = eval(explorer.link(), names)
+
+        assert again.link() == explorer.link(), type(explorer)
+        assert again.describe() == explorer.describe()
+    assert len(shown) == 10

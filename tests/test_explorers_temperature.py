@@ -112,3 +112,30 @@ def test_link_makes_the_same_state():
     assert again.link() == explorer.link() and again.seed.value == 1
     assert again.triangle_view.picture == explorer.triangle_view.picture
     assert again.words.value == explorer.words.value
+
+
+@pytest.mark.parametrize("corner", range(3))
+@pytest.mark.parametrize("way, change", [(0.25, 1.0), (-0.5, -2.0)])
+def test_a_corner_can_be_pulled(corner, way, change):
+    explorer = TemperatureExplorer(logits=(0.0, 0.5, -0.5))
+    figure = explorer.triangle_figure
+    before = [slider.value for slider in explorer.logits]
+    away = CORNERS[corner] - CORNERS.mean(0)
+    away = away / away.norm()
+    handle = CORNERS[corner] + 0.1 * away  # in the label, outside of the triangle
+    places = (handle, handle + way / 2 * away, handle + way * away)
+    start, *rest = (figure.figure.share_of(figure.ax, *place.tolist()) for place in places)
+
+    explorer.triangle_view.touch = ["press", *start, 1, *start]
+    for count, place in enumerate(rest, 2):
+        explorer.triangle_view.touch = ["drag", *place, count, *start]
+
+    before[corner] += change
+    assert [slider.value for slider in explorer.logits] == before
+    assert explorer.dot.value == 5 and explorer.found_at is None  # no dot was meant
+
+
+def test_only_the_labels_are_handles(explorer):
+    figure = explorer.triangle_figure
+    for place in [*(0.98 * CORNERS + 0.02 * CORNERS.mean(0)), CORNERS.mean(0)]:
+        assert figure.corner_at(*figure.figure.share_of(figure.ax, *place.tolist())) is None

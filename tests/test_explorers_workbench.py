@@ -11,6 +11,7 @@ from beit_nb.explorers.predictor import commonest_tokens, mim_predictor, named_d
 from beit_nb.explorers.workbench import (
     Stations,
     Workbench,
+    bench_legend,
     read_picture_whole,
     tell_patch,
     tell_score,
@@ -149,7 +150,7 @@ def test_the_line_of_code_makes_the_same_bench(bench, predictor, painted):
     bench.stations.pads["picture"].pointed = 33
 
     line = bench.code_line.code
-    copy = eval(line.replace("Workbench(", "Workbench(predictor, "))
+    copy = eval(line)
 
     assert (copy.mask == bench.mask).all() and copy.describe() == bench.describe()
     assert ("hidden=" in line) == painted
@@ -163,3 +164,24 @@ def test_show_all_hides_nothing(bench):
 
 def test_rival_is_the_commonest_token_of_each_place(bench, predictor):
     assert torch.equal(bench.rival, commonest_tokens(predictor.tokenizer, 32))
+
+
+def test_a_pointer_sends_one_message_to_each_pad(bench, monkeypatch):
+    sent = []
+    for name, pad in bench.stations.pads.items():
+        monkeypatch.setattr(
+            pad, "send_state", lambda key=None, name=name: sent.append((name, key)), raising=False
+        )
+
+    bench.point(9)
+
+    frames = [name for name, key in sent if "boxes" in key]
+    assert sorted(frames) == sorted(bench.stations.pads)
+    extra = [one for one in sent if "boxes" not in one[1]]
+    assert [name for name, _ in extra] == ["looks"]  # its picture
+
+
+def test_the_bench_says_what_its_colours_mean():
+    for color in ("orange", "green", "red"):
+        assert PALETTE[color] in bench_legend()
+    assert "guessed wrong" in bench_legend() and "dotted" in bench_legend()

@@ -458,12 +458,19 @@ function renderCode(model, el) {
   el.innerHTML = CODE;
   const code = el.querySelector("code");
   const button = el.querySelector("button");
+  let waiting;
+  const say = (words) => {
+    button.textContent = words;
+    clearTimeout(waiting);
+    waiting = setTimeout(() => (button.textContent = "Copy"), 2000); // it can be pressed again
+  };
   button.onclick = async () => {
     try {
       await navigator.clipboard.writeText(model.get("code"));
-      button.textContent = "Copied";
+      say("Copied");
     } catch {
       getSelection().selectAllChildren(code); // the browser forbids it: one more key press
+      say("Press Ctrl+C");
     }
   };
   const show = () => {
@@ -471,7 +478,11 @@ function renderCode(model, el) {
     code.textContent = model.get("code");
     button.textContent = "Copy";
   };
-  return follow(model, { code: show });
+  const unfollow = follow(model, { code: show });
+  return () => {
+    unfollow();
+    clearTimeout(waiting);
+  };
 }
 
 // ---------------------------------------------------------------------------- all of them

@@ -104,7 +104,7 @@ def share_bars(rows: list[tuple[str, float, str, str]], width: int = 120) -> str
         bar = f'<div style="{style};width:{min(max(share, 0), 1):.1%}"></div>'
         lines.append(
             f'<tr><td style="padding:0 8px 0 0">{name}</td>'
-            f'<td><div style="width:{width}px">{bar}</div></td>'
+            f'<td><div style="width:min({width}px,30cqw)">{bar}</div></td>'  # of its explorer
             f'<td style="padding-left:6px">{text}</td></tr>'
         )
     return f'<table class="beit-words" style="border-spacing:0">{"".join(lines)}</table>'
@@ -113,7 +113,7 @@ def share_bars(rows: list[tuple[str, float, str, str]], width: int = 120) -> str
 class _Plane:
     "From numbers to pixels of a chart, with room for labels at the left and below."
 
-    LEFT = 38
+    LEFT = 50  # five letters: 67.1%, 0.004; more make it wider
     BOTTOM = 32
     RIGHT = 8
 
@@ -123,16 +123,18 @@ class _Plane:
         xlim: tuple[float, float],
         ylim: tuple[float, float],
         top: int = 8,  # pixels above the chart
+        letters: int = 5,  # of the longest label at the left
     ):
         self.width, self.height = size
         self.xlim = xlim
         self.ylim = ylim
         self.top = top
+        self.left = max(self.LEFT, 8 * letters + 8)
 
     def x(self, value: float) -> float:
         low, high = self.xlim
-        room = self.width - self.LEFT - self.RIGHT
-        return round(float(self.LEFT + (value - low) / ((high - low) or 1) * room), 1)
+        room = self.width - self.left - self.RIGHT
+        return round(float(self.left + (value - low) / ((high - low) or 1) * room), 1)
 
     def y(self, value: float) -> float:
         low, high = self.ylim
@@ -185,20 +187,24 @@ def _apart(plane: _Plane, ticks: Sequence) -> list[tuple[float, str]]:
     return [(round(x, 1), words) for x, _, words in placed]
 
 
-def _svg_axes(plane: _Plane, xlabel: str, xticks, yticks, yunit: str) -> str:
-    left = plane.LEFT
+def _label(tick, unit: str = "") -> tuple[float, str]:
+    "A tick of the y axis: a number, or a number and the words for it."
+    return tick if isinstance(tick, tuple) else (tick, f"{tick:.3g}{unit}")
+
+
+def _svg_axes(plane: _Plane, xlabel: str, xticks, labels: list[tuple[float, str]]) -> str:
+    left = plane.left
     floor = plane.height - plane.BOTTOM
     middle = (left + plane.width) / 2
     out = [
-        f'<path class="axis" d="M{left} 6V{floor}H{plane.width - 6}"/>',
+        f'<path class="axis" d="M{left} {plane.top - 2}V{floor}H{plane.width - 6}"/>',
         f'<text x="{middle}" y="{plane.height - 3}" text-anchor="middle">{xlabel}</text>',
     ]
     for x, words in _apart(plane, xticks):
         out.append(f'<text x="{x}" y="{floor + 13}" text-anchor="middle">{words}</text>')
-    for tick in yticks:
-        value, label = tick if isinstance(tick, tuple) else (tick, f"{tick:.3g}{yunit}")
+    for value, words in labels:
         y = plane.y(value) + 4
-        out.append(f'<text x="{left - 5}" y="{y}" text-anchor="end">{label}</text>')
+        out.append(f'<text x="{left - 5}" y="{y}" text-anchor="end">{words}</text>')
     return "".join(out)
 
 # %% ../../nbs/explorers_figures.ipynb #mark
@@ -234,8 +240,10 @@ def chart(
     ys = np.concatenate([np.asarray(y, float) for _, y, *_ in series.values()])
     xlim = xlim or (xs.min(), xs.max())
     ylim = ylim or (min(0, ys.min()), ys.max())
-    plane = _Plane(size, xlim, ylim, 22 if mark_words else 8)
     xticks, yticks = ticks or (xlim, ylim)
+    labels = [_label(tick, yunit) for tick in yticks]
+    longest = max((len(words) for _, words in labels), default=0)
+    plane = _Plane(size, xlim, ylim, 22 if mark_words else 8, longest)
 
     draw = _svg_bars if bars else _svg_line
     parts = [draw(plane, *one) for one in series.values()]
@@ -243,7 +251,7 @@ def chart(
         parts.append(_svg_mark(plane, mark, mark_words))
     if pointer:
         parts.append(_svg_pointer(plane, *pointer))
-    parts.append(_svg_axes(plane, xlabel, xticks, yticks, yunit))
+    parts.append(_svg_axes(plane, xlabel, xticks, labels))
     name = name or f"{', '.join(series)} against {xlabel}"
     width, height = size
     shape = f'width="{width}" height="{height}" viewBox="0 0 {width} {height}"'

@@ -261,7 +261,7 @@ def counts_html(stats: dict, rule: MaskRule, mask: np.ndarray) -> str:
     bars = chart(
         {"share of masks": (values, shares, PALETTE["blue"])},
         bars=True,
-        size=(400, 160),
+        size=(360, 160),
         xlim=(low, high),
         ylim=(0, shares.max()),
         xlabel="patches masked",

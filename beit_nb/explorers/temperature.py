@@ -83,7 +83,7 @@ class TriangleFigure:
                 for z in range(3)
             ]
             self.ring = ax.plot([0], [0], "o", ms=14, mew=2.5, mfc="none", mec=screen.ink)[0]
-            look: dict[str, Any] = dict(ha="center", va="top", fontsize=10)
+            look: dict[str, Any] = dict(ha="center", va="top")
             self.labels = [
                 ax.text(x, y + (0.17 if z == 2 else -0.05), "", **look)
                 for z, (x, y) in enumerate(CORNERS.tolist())
@@ -103,6 +103,21 @@ class TriangleFigure:
         "The dot nearest to a touch at shares x, y of the image."
         place = torch.tensor(self.figure.data_at(self.ax, x, y))
         return int((self.places - place).square().sum(1).argmin())
+
+    def corner_at(self, x: float, y: float) -> int | None:
+        "The corner at whose label a touch lies; none: it lies among the dots."
+        place = self.figure.data_at(self.ax, x, y)
+        center = CORNERS.mean(0)
+        outwards = torch.nn.functional.normalize(CORNERS - center, dim=1)
+        reach = (torch.tensor(place) - center) @ outwards.T
+        beyond = reach - (CORNERS - center).norm(dim=1)
+        return int(beyond.argmax()) if beyond.max() > 0.04 else None
+
+    def way_out(self, corner: int, start: Sequence[float], end: Sequence[float]) -> float:
+        "How far a touch was pulled away from the centre, towards a corner; the sides are 1."
+        outwards = torch.nn.functional.normalize(CORNERS[corner] - CORNERS.mean(0), dim=0)
+        places = torch.tensor([self.figure.data_at(self.ax, *place) for place in (start, end)])
+        return float((places[1] - places[0]) @ outwards)
 
 # %% ../../nbs/explorers_temperature.ipynb #price-figure
 DRAWS = 1000  # gradients at each temperature
@@ -155,7 +170,8 @@ class TemperatureExplorer(Explorer):
 
     SEE = (
         "Each of the 500 dots is one soft choice among three tokens: in a corner it is decided, in "
-        "the middle a blend; at the right is what the choice's gradient is worth."
+        "the middle a blend; at the right is what the choice's gradient is worth. A bias too "
+        "small to be told from zero is not drawn."
     )
     ACTS = (
         Act(
@@ -196,9 +212,12 @@ class TemperatureExplorer(Explorer):
         self.dot = Field("dot", dot, 499, help="the ringed dot; or click one")
         self.again = W.Button(description="Draw again", tooltip="new noise for all 500 dots")
         self.found_at: float | None = None  # the temperature at which a hand chose the dot
+        self.pulled: tuple[Any, float] = (None, 0.0)  # where a pull began, and the logit there
         self.drawn = ()  # what `errors` belongs to
         self.screen: Screen | None = None
-        self.triangle_view = Picture("click a dot to follow it")
+        self.triangle_view = Picture(
+            "click a dot to follow it; pull at a corner's name to change its logit"
+        )
         self.price_view = Picture("drag to change the temperature")
         self.choice_words = W.HTML()
         self.words = W.HTML()
@@ -208,7 +227,7 @@ class TemperatureExplorer(Explorer):
         self.price_view.on_touch(self.guarded(self.pull), hovers=False)
 
     def _arrange(self) -> list[W.Widget]:
-        triangle = titled_column("500 soft choices: click a dot", self.triangle_view)
+        triangle = titled_column("500 soft choices: click a dot, pull a corner", self.triangle_view)
         price = titled_column("The gradient's price: drag in it", self.price_view)
         dice = W.HBox([self.seed, self.again])
         left = W.VBox([self.tau, self.dot, dice])
@@ -219,8 +238,20 @@ class TemperatureExplorer(Explorer):
         self.seed.value += 1
 
     def follow(self, kind: str, x: float, y: float) -> None:
-        self.found_at = self.tau.value
-        self.dot.value = self.triangle_figure.dot_at(x, y)
+        start = self.triangle_view.pressed_at
+        corner = self.triangle_figure.corner_at(*start)
+        if corner is None:
+            self.found_at = self.tau.value
+            self.dot.value = self.triangle_figure.dot_at(x, y)
+        else:
+            self.pull_corner(corner, start, (x, y))
+
+    def pull_corner(self, corner: int, start: tuple[float, float], end: Sequence[float]) -> None:
+        "Raise a corner's logit, pulled outwards, or lower it; a side's length is worth 4."
+        slider = self.logits[corner]
+        if self.pulled[0] != start:
+            self.pulled = (start, slider.value)
+        slider.value = self.pulled[1] + 4 * self.triangle_figure.way_out(corner, start, end)
 
     def pull(self, kind: str, x: float, y: float) -> None:
         self.tau.value = self.price_figure.tau_at(x, y)

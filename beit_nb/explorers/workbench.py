@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SIZE', 'BENCH_ACTS', 'Reading', 'read_picture_whole', 'top_tokens', 'tell_patch', 'tell_score', 'verdict_boxes',
-           'Stations', 'Workbench']
+           'bench_legend', 'Stations', 'Workbench']
 
 # %% ../../nbs/explorers_workbench.ipynb #imports
 from typing import NamedTuple
@@ -103,6 +103,17 @@ def verdict_boxes(guess: Guess) -> list[Box]:
     boxes = [Box(row, col, 1, 1, PALETTE["green"]) for row, col in right]
     return boxes + [Box(row, col, 1, 1, PALETTE["red"], "dotted") for row, col in wrong]
 
+
+def bench_legend() -> str:
+    "What the colours of the stations mean, as HTML."
+    key = '<span class="key" style="border:2px {} {}"></span>'
+    orange, green = (key.format("solid", PALETTE[name]) for name in ("orange", "green"))
+    red = key.format("dotted", PALETTE["red"])
+    return words_html(
+        f"{orange} the patch that you point at<br>{green} guessed right &nbsp; {red} guessed "
+        "wrong<br>6: dark takes nothing from the patch, bright the most"
+    )
+
 # %% ../../nbs/explorers_workbench.ipynb #stations
 SIZE = 168  # pixels of a station
 
@@ -134,7 +145,9 @@ class Stations(W.HBox):
         strip.rows, strip.cols, strip.width = rows // 2, cols * 2, 2 * SIZE
         self.pads["mask"].mode = "paint"
         self.verdict: list[Box] = []
-        super().__init__([titled_column(titles[name], pad) for name, pad in self.pads.items()])
+        columns = {name: titled_column(titles[name], pad) for name, pad in self.pads.items()}
+        columns["sequence"].children += (W.HTML(bench_legend()),)  # a strip leaves room below
+        super().__init__([*columns.values()])
         self.add_class("beit-stations")
 
     def _pointed(self, change) -> None:
@@ -170,9 +183,10 @@ class Stations(W.HBox):
         self.pads["looks"].show(heat_map(looks.numpy(), SIZE, colors="magma"))
         for name, pad in self.pads.items():
             frame = Box(*divmod(cell, pad.cols), 1, 1, PALETTE["orange"])
-            pad.boxes = [*(self.verdict if name == "guess" else []), frame]
-            if pad.mode == "pick":
-                pad.cursor = cell
+            with pad.hold_sync():  # one message to each pad
+                pad.boxes = [*(self.verdict if name == "guess" else []), frame]
+                if pad.mode == "pick":
+                    pad.cursor = cell
 
 # %% ../../nbs/explorers_workbench.ipynb #acts
 BENCH_ACTS = (
@@ -214,6 +228,7 @@ class Workbench(Explorer):
         patch: tuple[int, int] = (2, 5),
         hidden: list[int] | None = None,
     ):
+        self.given = predictor is not None
         self.predictor = predictor or mim_predictor()
         self.grid_size = self.predictor.grid_size
         self.rival = commonest_tokens(self.predictor.tokenizer, self.predictor.recipe.token_size)
@@ -296,7 +311,8 @@ class Workbench(Explorer):
         dice = f"share={self.share.value}, seed={self.seed}"
         if self.pad.marked != self.drawn or not self.drawn:
             dice = f"hidden={self.pad.marked}"
-        return f"Workbench(picture={self.menu.name!r}, {dice}, patch={patch})"
+        given = "predictor, " if self.given else ""
+        return f"Workbench({given}picture={self.menu.name!r}, {dice}, patch={patch})"
 
     def static_picture(self) -> Image.Image:
         pads = self.stations.pads
