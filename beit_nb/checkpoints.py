@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['HUB_NAME', 'BODY_ARGS', 'BIAS_TABLE', 'SHARED_TABLE', 'HEAD_ARGS', 'Network', 'load_official', 'from_timm', 'from_hf',
-           'to_hf', 'Weights', 'head_args', 'weights_of_tensors', 'kept_mean', 'weights_of_run', 'is_of_hugging_face',
-           'is_of_ours', 'weights_of_content', 'load_weights', 'check_channels', 'check_body', 'load_backbone',
-           'args_for', 'load_pretrained', 'check_finite', 'weights_for', 'save_pretrained', 'save_official', 'to_timm',
-           'load_model']
+           'to_hf', 'Weights', 'head_args', 'weights_of_tensors', 'say_left_out', 'kept_mean', 'weights_of_run',
+           'is_of_hugging_face', 'is_of_ours', 'weights_of_content', 'load_weights', 'check_channels', 'check_body',
+           'load_backbone', 'args_for', 'load_pretrained', 'check_finite', 'weights_for', 'known_of', 'save_pretrained',
+           'save_official', 'to_timm', 'load_model']
 
 # %% ../nbs/49_checkpoints.ipynb #imports
 import re
@@ -28,7 +28,7 @@ from .engine.trainer import few
 from .hub import WEIGHTS, read_hf_folder, write_hf_folder
 from .images import BEIT_MEAN_STD, IMAGENET_MEAN_STD, MEAN_STD
 from .labelled_views import ScoredView, scored_view, usual_crop
-from .layouts import around_body, check_whole, class_of, shape_of, to_official
+from .layouts import AROUND, around_body, check_whole, class_of, shape_of, to_official
 from .recipes import from_config
 from .resizing import resize_patch_embed, resize_pos_embed, resize_rel_pos_bias
 from .transformer import Block
@@ -47,6 +47,8 @@ class Weights(NamedTuple):
     guessed: Sequence[str] = ()  # arguments of which the file says nothing
     precision: str = "auto"  # in which its training scored it
     data: str = ""  # on which pictures, where that is told
+    around: Mapping[str, Tensor] = {}  # what a segmentation has around its BEiT, in its own names
+    told: Mapping[str, Any] = {}  # of a segmentation, if told: classes, out_indices
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -71,15 +73,21 @@ def head_args(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def weights_of_tensors(tensors: Mapping[str, Tensor], source: str, ema: bool = False) -> Weights:
-    "`Weights` of nothing but tensors, in any of the spellings; says what is left out."
+    "`Weights` of nothing but tensors, in any of the spellings."
     state = to_official(tensors, ema)
-    if around := around_body(tensors):
-        warn_once(f"{source} is a network for segmentation; left out: {around}")
+    around = {name: x for name, x in tensors.items() if AROUND.match(name)}
     args = shape_of(state) | head_args(state)
-    mean_std = IMAGENET_MEAN_STD if args["use_abs_pos_emb"] else BEIT_MEAN_STD
+    of_imagenet = around or args["use_abs_pos_emb"]  # official segmentations, whatever their body
+    mean_std = IMAGENET_MEAN_STD if of_imagenet else BEIT_MEAN_STD
     guessed = () if any("relative_position" in n for n in state) else ("num_heads",)
     view = ScoredView(args["img_size"], usual_crop(args["img_size"]))
-    return Weights(state, args, [], mean_std, view, source, guessed)
+    return Weights(state, args, [], mean_std, view, source, guessed, around=around)
+
+
+def say_left_out(weights: Weights) -> None:
+    "Say, once, what a segmentation has around its BEiT, where only the BEiT is wanted."
+    if parts := around_body(weights.around):
+        warn_once(f"{weights.source} is a network for segmentation; left out: {parts}")
 
 # %% ../nbs/49_checkpoints.ipynb #load-weights
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")  # such as microsoft/beit-base-patch16-224
@@ -111,22 +119,29 @@ def kept_mean(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def weights_of_run(checkpoint: Mapping[str, Any], ema: bool = False) -> Weights:
-    "`Weights` of a checkpoint of `beit pretrain` or `beit finetune`, or their running mean."
+    "`Weights` of a checkpoint of `beit pretrain`, `finetune` or `segment`, or their running mean."
     command = checkpoint["config"]["command"]
-    if command not in ("pretrain", "finetune"):
+    if command not in ("pretrain", "finetune", "segment"):
         raise BeitError(f"these weights come from `beit {command}` and are no BEiT")
     recipe = from_config(checkpoint["config"])
     state = kept_mean(checkpoint) if ema else checkpoint.get("model", {})
     if recipe.depth > len(state):  # even a model without memory takes time
         raise BeitError(f"{len(state)} tensors are too few for {recipe.depth} blocks")
+    around = {name: x for name, x in state.items() if AROUND.match(name)}
+    state = {name: x for name, x in state.items() if name not in around}
     args = {name: getattr(recipe, name) for name in BODY_ARGS} | head_args(state)
     args["in_chans"] = getattr(recipe, "in_chans", 3)
     mean_std = MEAN_STD[recipe.mean_std]
     classes = checkpoint.get("classes", [])
+    told = {}
+    if command == "segment":
+        told = {"classes": classes, "out_indices": recipe.out_indices}
+        classes = []  # of a classifier's head, which it has not
     size = recipe.img_size
     view = scored_view(recipe) if command == "finetune" else ScoredView(size, usual_crop(size))
     weights = Weights(state, args, classes, mean_std, view, f"`beit {command}`")
-    return weights._replace(precision=recipe.precision, data=recipe.data)
+    more = dict(precision=recipe.precision, data=recipe.data, around=around, told=told)
+    return weights._replace(**more)
 
 
 def is_of_hugging_face(folder: Path) -> bool:
@@ -149,7 +164,10 @@ def weights_of_content(content: Any, path: str | Path, ema: bool = False) -> Wei
     try:
         if is_of_ours(content):
             return weights_of_run(content, ema)
-        return weights_of_tensors(flatten(content), str(path), ema)
+        weights = weights_of_tensors(flatten(content), str(path), ema)
+        meta = content.get("meta") if isinstance(content, dict) else None
+        named = meta.get("CLASSES") if isinstance(meta, dict) else None  # by OpenMMLab
+        return weights._replace(told={"classes": [*named]}) if weights.around and named else weights
     except BeitError as e:
         raise BeitError(f"{path}: {e}") from None
 
@@ -179,7 +197,8 @@ def load_weights(
     if is_of_hugging_face(path):
         if ema:
             raise BeitError(f"{path} is Hugging Face's, which knows no running mean; no --ema")
-        return Weights(*read_hf_folder(path), source="Hugging Face transformers")
+        *found, around, told = read_hf_folder(path)
+        return Weights(*found, source="Hugging Face transformers", around=around, told=told)
     if path.is_dir():
         warn_unfinished(path)
         return weights_of_content(load_checkpoint(path), path, ema)
@@ -243,7 +262,7 @@ def load_backbone(
         value = weights.get(name)
         if value is None and is_table and SHARED_TABLE not in own:
             value = weights.get(SHARED_TABLE)
-        is_head = name.startswith(("head.", "lm_head."))
+        is_head = name.startswith(("head.", "lm_head.")) or ".conv_seg." in name
         if value is None or (is_head and value.shape != old.shape):
             continue
         if value.shape[2:] != old.shape[2:] or value.shape[-1:] != old.shape[-1:]:
@@ -269,6 +288,8 @@ Network = TypeVar("Network", bound=VisionTransformer)
 def args_for(kind: type[VisionTransformer], weights: Weights, **changes) -> dict[str, Any]:
     "The arguments of a network of that class with these weights. Raises BeitError if some miss."
     taken = signature(kind).parameters
+    if "decode_head" not in taken:
+        say_left_out(weights)
     args = {n: v for n, v in weights.args.items() if n not in HEAD_ARGS or n in taken}
     if "num_classes" in taken and "num_classes" not in args and args["use_shared_rel_pos_bias"]:
         args |= {"use_shared_rel_pos_bias": False, "use_rel_pos_bias": True}
@@ -295,7 +316,7 @@ def load_pretrained(kind: type[Network], source, **changes) -> Network:
     weights = load_weights(source)
     args = args_for(kind, weights, **changes)
     if args == weights.args:
-        check_whole(weights.state, args, weights.source)
+        check_whole(weights.state, args, weights.source, kind)
     model = kind(**args)
     fresh = load_backbone(model, weights.state, weights.grid)
     if fresh and rank() == 0:
@@ -312,14 +333,17 @@ def check_finite(state: Mapping[str, Tensor], init: str) -> None:
         )
 
 
-def weights_for(recipe: Any, fields: Sequence[str]) -> Weights:
+def weights_for(recipe: Any, fields: Sequence[str], of_pixels: bool = False) -> Weights:
     """The weights that a recipe names as its `init`, of any of these kinds.
 
+    `of_pixels`: a segmentation's heads are wanted, too; else they are left out, which is said.
     Raises BeitError where one of these fields of its network differs from theirs, and where they
     are broken.
     """
     weights = load_weights(recipe.init)
-    check_finite(weights.state, recipe.init)
+    check_finite({**weights.state, **weights.around}, recipe.init)
+    if not of_pixels:
+        say_left_out(weights)
     for field in fields:
         there, here = weights.args[field], getattr(recipe, field)
         if there != here and field not in weights.guessed:
@@ -331,6 +355,17 @@ def weights_for(recipe: Any, fields: Sequence[str]) -> Weights:
     return weights
 
 # %% ../nbs/49_checkpoints.ipynb #save-pretrained
+def known_of(model: VisionTransformer) -> dict[str, Any]:
+    "Of a network's arguments those that its tensors do not always tell, as for `hf_config`."
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    return {
+        "num_heads": block.attn.num_heads,
+        "img_size": model.patch_embed.img_size[0],
+        "layer_norm_eps": model.layer_norm_eps,
+    }
+
+
 def save_pretrained(
     model: VisionTransformer,
     folder: str | Path,
@@ -340,12 +375,8 @@ def save_pretrained(
     about: Mapping[str, Any] | None = None,  # as for `model_card`
 ) -> Path:
     "A network as a folder that Hugging Face's `from_pretrained` reads; see `write_hf_folder`."
-    block = model.blocks[0]
-    assert isinstance(block, Block)
-    known = {"num_heads": block.attn.num_heads, "img_size": model.patch_embed.img_size[0]}
-    known |= {"layer_norm_eps": model.layer_norm_eps}
     state = model.state_dict()
-    return write_hf_folder(folder, state, classes, mean_std, crop_pct, known, about)
+    return write_hf_folder(folder, state, classes, mean_std, crop_pct, known_of(model), about)
 
 
 def save_official(model: VisionTransformer, path: str | Path) -> None:

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, NamedTuple
@@ -290,6 +291,8 @@ def convert(
     source, out = Path(source), Path(out)
     check_place(source, out, to, overwrite)
     found = read_source(source, ema)
+    if found.weights and found.weights.around:  # a segmentation: lesson 68
+        return import_module("beit_nb.segmenter_files").convert_segmenter(found, source, out, to)
     if found.weights is None and ema:
         raise BeitError(f"{source} holds {found.what}, which needs no --ema: it hands out its mean")
     if found.weights is None and to != "safetensors":

@@ -259,15 +259,21 @@ def class_of(args: Mapping[str, Any]) -> type[VisionTransformer]:
     return BeitForImageClassification if "num_classes" in args else VisionTransformer
 
 
-def check_whole(state: Mapping[str, Tensor], args: Mapping[str, Any], where) -> None:
+def check_whole(
+    state: Mapping[str, Tensor],
+    args: Mapping[str, Any],
+    where,
+    kind: type[VisionTransformer] | None = None,  # the network's class; None: `class_of`
+) -> None:
     """Refuse tensors that are not those of the network with these arguments, in one line.
 
     A body may come with a norm behind it. Raises BeitError, with `where` in it.
     """
-    kind = class_of(args)
+    kind = kind or class_of(args)
     with torch.device("meta"):
         wanted = {name: tuple(x.shape) for name, x in kind(**args).state_dict().items()}
-    loose = ("norm.", "fc_norm.", "mask_token") if kind is VisionTransformer else ()
+    whole = kind in (BeitForImageClassification, BeitForMaskedImageModeling)
+    loose = () if whole else ("norm.", "fc_norm.", "mask_token")
     here = {name: tuple(x.shape) for name, x in state.items() if not name.startswith(loose)}
     groups = {
         "missing": wanted.keys() - here.keys(),

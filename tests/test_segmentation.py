@@ -1,5 +1,6 @@
 """The network for segmentation against Hugging Face's, its names, windows that slide, scores."""
 
+import numpy as np
 import pytest
 import torch
 from helpers_models import FORMS, SIZE, forms
@@ -14,6 +15,8 @@ from beit_nb.segmentation import (
     BeitForSemanticSegmentation,
     confusion_table,
     mean_iou,
+    miou_interval,
+    picture_counts,
     segmentation_scores,
     slide_inference,
     to_segmentation_names,
@@ -323,3 +326,46 @@ def test_tables_add_up():
     pairs = zip(answers.split(2), labels.split(2))
     assert torch.equal(whole, sum(confusion_table(a, b, 5) for a, b in pairs))
     assert whole.sum() == 5 * 64
+
+
+def made_up_counts(pictures, classes=4, seed=0):
+    "Answers and labels of small pictures, some of which lack a class, and their counts."
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (pictures, 6, 6), generator=g)
+    labels[::3][labels[::3] == 2] = 1
+    answers = torch.where(torch.rand(labels.shape, generator=g) < 0.7, labels, 0)
+    tables = [confusion_table(a, b, classes) for a, b in zip(answers, labels)]
+    return answers, labels, torch.stack([picture_counts(table) for table in tables])
+
+
+def test_the_interval_is_that_of_pictures_drawn_by_hand():
+    answers, labels, counts = made_up_counts(20)
+    rng = np.random.default_rng(5)
+    drawn = [torch.from_numpy(rng.integers(0, 20, 20)) for _ in range(2000)]
+
+    low, high = miou_interval(counts, draws=2000, seed=1)
+
+    scores = [mean_iou(answers[ids], labels[ids], 4) for ids in drawn]
+    # the ends of 2000 draws: their standard error is about a tenth of the spread
+    assert [low, high] == pytest.approx(np.quantile(scores, [0.025, 0.975]), abs=np.std(scores) / 4)
+    assert low < mean_iou(answers, labels, 4) < high
+
+
+def test_an_interval_holds_the_truth_about_as_often_as_it_says():
+    "60 samples of 100 pictures from one world: between 85 and 100 % hold the world's score."
+    answers, labels, counts = made_up_counts(6000)
+    truth = mean_iou(answers, labels, 4)
+
+    ends = [miou_interval(part, draws=200, seed=i) for i, part in enumerate(counts.split(100))]
+
+    share = np.mean([low <= truth <= high for low, high in ends])
+    assert 0.85 <= share <= 1 and np.mean([high - low for low, high in ends]) < 0.1
+
+
+def test_an_interval_needs_pictures_and_minds_no_empty_ones():
+    *_, counts = made_up_counts(20)
+    nothing = torch.zeros_like(counts)
+
+    assert miou_interval(torch.cat([counts, nothing])) == miou_interval(counts)
+    with pytest.raises(BeitError, match="no picture has a pixel that counts"):
+        miou_interval(nothing)

@@ -1,7 +1,5 @@
 "Segmentations that anybody trained: read, scored, asked; their PNGs hold numbers."
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from PIL import Image
 from test_segmentation import hugging_face
 
 from beit_nb import BeitError
-from beit_nb.checkpoints import save_official
+from beit_nb.checkpoints import load_weights, save_official
 from beit_nb.classifier import BeitForImageClassification
 from beit_nb.cli import main
 from beit_nb.index_maps import IGNORED, read_indices
@@ -20,12 +18,12 @@ from beit_nb.segmentation import BeitForSemanticSegmentation
 from beit_nb.segmenters import (
     class_colors,
     evaluate_segmenter,
-    in_order_of,
     index_png,
+    map_score_lines,
     paint_classes,
     read_segmenter,
     segment_pictures,
-    segmenter_of_tensors,
+    segmenter_of,
 )
 from beit_nb.segmenting import segment
 
@@ -70,16 +68,13 @@ def test_files_in_the_official_names(tmp_path, kind, front):
 
 
 def test_a_folder_of_hugging_faces(tmp_path):
-    "Weights equal; the numbers of the blocks as the official code means them."
+    "Its class writes, ours reads: the same logits, though blocks are counted otherwise."
     theirs = hugging_face(paper=False)
     theirs.save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["out_indices"] = [0, 1, 3, 4]  # theirs are counted otherwise: lesson 61
-    (tmp_path / "config.json").write_text(json.dumps(config))
 
     found = read_segmenter(tmp_path)
 
-    assert found.count == 11 and found.classes == []
+    assert found.count == 11 and found.classes == [] and found.model.out_indices == (0, 1, 3, 4)
     x = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         ours = found.model.heads(found.model.feature_maps(x))[0]
@@ -94,11 +89,14 @@ def test_what_is_no_segmentation(tmp_path):
     state = net.state_dict()
     del state["decode_head.norm.weight"]
     with pytest.raises(BeitError, match="neither UPerNet's nor SETR's"):
-        segmenter_of_tensors(state, "half")
-    state = net.state_dict()
-    del state["blocks.1.mlp.fc1.bias"]
-    with pytest.raises(BeitError, match="blocks.1.mlp.fc1.bias"):
-        segmenter_of_tensors(state, "half")
+        segmenter_of(load_weights(state))
+    for name in ("blocks.1.mlp.fc1.bias", "decode_head.norm.bias"):
+        state = net.state_dict()
+        del state[name]
+        with pytest.raises(BeitError, match=f"1 missing .{name}"):
+            segmenter_of(load_weights(state))
+    with pytest.raises(BeitError, match="no head that names pixels"):
+        segmenter_of(load_weights(NETS / "mim.safetensors"))
 
 
 def test_scored_as_its_training_did(run, tmp_path):
@@ -107,18 +105,33 @@ def test_scored_as_its_training_did(run, tmp_path):
     figures = evaluate_segmenter(read_segmenter(r.out), r.out, "digits", str(tmp_path / "score"))
 
     assert figures["mIoU"] == metrics["mIoU"] and figures["per_class"] == metrics["per_class"]
+    assert figures["interval"] == metrics["interval"]
+    low, high = figures["interval"]
+    [line, _] = map_score_lines(figures)
+    assert low < figures["mIoU"] < high and f"95 % interval {low:.1%} to {high:.1%}" in line
     with pytest.raises(BeitError, match="holds another score"):
         evaluate_segmenter(
             read_segmenter(r.out), r.out, "digits", str(tmp_path / "score"), flip=True
         )
-    other = segmenter_of_tensors(BeitForSemanticSegmentation(5, "linear", **SIZE).state_dict(), "x")
+    other = segmenter_of(load_weights(BeitForSemanticSegmentation(5, "linear", **SIZE)))
     with pytest.raises(BeitError, match="knows 5 classes, but digits/val has 11"):
         evaluate_segmenter(other, "x", "digits", str(tmp_path / "other"))
 
 
-def test_classes_in_another_order():
-    table = torch.tensor([[5, 1], [2, 7]])  # rows the data's, columns the network's
-    assert in_order_of(table, np.array([1, 0])).tolist() == [[1, 5], [7, 2]]
+def test_classes_in_another_order(run, tmp_path):
+    "A network that numbers its classes otherwise has the same score, found by the names."
+    r, metrics = run
+    net = read_segmenter(r.out)
+    last = net.model.decode_head.conv_seg
+    order = torch.randperm(11)
+    with torch.no_grad():
+        last.weight.copy_(last.weight[order])
+        last.bias.copy_(last.bias[order])
+    turned = net._replace(classes=[net.classes[i] for i in order])
+
+    figures = evaluate_segmenter(turned, "turned", "digits", str(tmp_path / "score"))
+
+    assert figures["mIoU"] == metrics["mIoU"] and figures["interval"] == metrics["interval"]
 
 
 def test_numbers_survive_the_file(tmp_path):

@@ -20,7 +20,7 @@ from beit_nb.label_maps import open_label_maps
 from beit_nb.networks import NETS
 from beit_nb.recipes import recipe_named
 from beit_nb.segheads import resize_maps
-from beit_nb.segmentation import confusion_table, segmentation_scores
+from beit_nb.segmentation import confusion_table, picture_counts, segmentation_scores
 from beit_nb.segmenting import (
     MapView,
     build_segmenter,
@@ -102,8 +102,27 @@ def test_scores_of_processes_add_up(few_digits):
 
     whole = score_maps(model, maps, *how)
 
-    assert whole.dtype == torch.int64 and whole.sum() == FEW * 32 * 32
-    assert confusion_share(model, maps, *how, most=6).sum() == 6 * 32 * 32
+    assert whole.table.dtype == torch.int64 and whole.table.sum() == FEW * 32 * 32
+    assert torch.equal(whole.pictures.sum(0), picture_counts(whole.table))
+    few = confusion_share(model, maps, *how, most=6)
+    assert few.table.sum() == 6 * 32 * 32 and few.pictures.shape == (6, 3, 11)
+    assert few.pictures[:, 1].sum(1).tolist() == [32 * 32] * 6
+
+
+def test_shares_of_two_processes_hold_other_pictures(few_digits, monkeypatch):
+    "What one process leaves at zero the other counts, unreadable pictures neither."
+    maps = few_digits["val"]
+    model = build_segmenter(tiny("x"), 11).eval()
+    how = MapView(32, (32, 32)), MEAN_STD["beit"], "fp32"
+    whole = score_maps(model, maps, *how)
+    shares = []
+    monkeypatch.setattr("beit_nb.segmenting.world_size", lambda: 2)
+    for number in (0, 1):
+        monkeypatch.setattr("beit_nb.segmenting.rank", lambda number=number: number)
+        shares.append(confusion_share(model, maps, *how))
+
+    assert torch.equal(sum(share.pictures for share in shares), whole.pictures)
+    assert all(0 < share.pictures[:, 1].sum() < FEW * 32 * 32 for share in shares)
 
 
 class ByHand(nn.Module):
