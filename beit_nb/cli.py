@@ -158,7 +158,7 @@ def run_tool(name: str, words: list[str]) -> int:
         return 0
     return tool.run() or 0
 
-
+# %% ../nbs/99_cli.ipynb #dispatch
 def read_together(command: str, words: list[str]) -> Any:
     "`read_recipe`; where all processes of torchrun refuse the same words, one speaks."
     try:

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NO_HEAD', 'MatMul', 'total_flops', 'total_parameters', 'block_products', 'vit_products', 'mim_products',
            'classifier_products', 'training_flops', 'conv_matmul', 'dalle_block', 'dalle_encoder_products',
-           'dalle_decoder_products', 'res_block_products', 'small_encoder_products', 'small_decoder_products',
-           'encoder_products', 'dvae_products', 'normed_conv', 'setr_products', 'uper_products', 'head_products',
-           'tokenizer_of', 'tokenizer_in_the_loop', 'ImageFlops', 'model_products', 'flops_per_image']
+           'dalle_decoder_products', 'res_block_products', 'choice_products', 'small_encoder_products',
+           'codebook_products', 'small_decoder_products', 'stamp_products', 'encoder_products', 'dvae_products',
+           'normed_conv', 'setr_products', 'uper_products', 'head_products', 'tokenizer_of', 'tokenizer_in_the_loop',
+           'ImageFlops', 'model_products', 'flops_per_image']
 
 # %% ../../nbs/70_scale_flops.ipynb #imports
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ class MatMul:
     learned: bool = True
     extra_parameters: int = 0  # beside the matrix: biases, norms, scales, positions
     numbers_read: int = 0  # where windows overlap; 0: rows * n_in
+    gradients: int = 2  # products that backward makes of it: for the weights, for the inputs
 
     @property
     def flops(self) -> int:
@@ -117,7 +119,9 @@ def classifier_products(r: FinetuneRecipe, num_classes: int) -> list[MatMul]:
 # %% ../../nbs/70_scale_flops.ipynb #training-flops
 def training_flops(products: list[MatMul]) -> int:
     "Forward and backward of one picture; `products[0]` reads the picture, which needs no gradient."
-    return 3 * total_flops(products) - products[0].flops
+    backward = sum(p.flops * p.gradients for p in products)
+    spared = products[0].flops if products[0].gradients else 0
+    return total_flops(products) + backward - spared
 
 # %% ../../nbs/70_scale_flops.ipynb #conv
 def conv_matmul(name: str, side: int, kernel: int, n_in: int, n_out: int, times: int = 1) -> MatMul:
@@ -177,8 +181,25 @@ def res_block_products(side: int, channels: int, times: int) -> list[MatMul]:
     ]
 
 
+def choice_products(r: TokenizerRecipe) -> list[MatMul]:
+    "How the features of a cell become a token: what our encoder has after its last convolution."
+    cells = (r.img_size // r.downsample) ** 2
+    D, V = r.code_dim, r.vocab_size
+    bits = V.bit_length() - 1
+    if r.quantizer == "vq":
+        return [MatMul("scores", cells, D, V, learned=False, gradients=0)]
+    if r.quantizer in ("fsq", "lfq"):
+        few = bits if r.quantizer == "lfq" else -(-bits // 3)  # of 8 levels, the last of 4
+        down = MatMul("narrow", cells, D, few, extra_parameters=few)
+        return [down, MatMul("widen", cells, few, D, extra_parameters=D)]
+    if r.logits == "linear":
+        return [conv_matmul("scores", r.img_size // r.downsample, 1, D, V)]
+    # distances to the codebook, which the decoder counts; and one scale
+    return [MatMul("scores", cells, D, V, learned=False, extra_parameters=1)]
+
+
 def small_encoder_products(r: TokenizerRecipe) -> list[MatMul]:
-    "The encoder of our own dVAE, with its scores."
+    "The encoder of our own dVAE, with its choice of a token."
     grid = r.img_size // r.downsample
     halvings = r.downsample.bit_length() - 1
     widths = [3, *(r.width >> i for i in reversed(range(halvings)))]
@@ -187,22 +208,29 @@ def small_encoder_products(r: TokenizerRecipe) -> list[MatMul]:
         for i, (n_in, n_out) in enumerate(pairwise(widths), 1)
     ]
     code = conv_matmul("code", grid, 1, r.width, r.code_dim)
-    if r.logits == "linear":
-        scores = conv_matmul("scores", grid, 1, r.code_dim, r.vocab_size)
-    else:  # distances to the codebook, which the decoder counts; and one scale
-        scores = MatMul(
-            "scores", grid**2, r.code_dim, r.vocab_size, learned=False, extra_parameters=1
-        )
-    return [*down, *res_block_products(grid, r.width, 2), code, scores]
+    return [*down, *res_block_products(grid, r.width, 2), code, *choice_products(r)]
+
+# %% ../../nbs/70_scale_flops.ipynb #decoder-products
+def codebook_products(r: TokenizerRecipe) -> list[MatMul]:
+    "What training does with a codebook besides the choice."
+    cells = (r.img_size // r.downsample) ** 2
+    if r.quantizer == "vq":  # the sums of the features of each row, and the rows that were chosen
+        return [MatMul("codebook", cells, r.vocab_size, r.code_dim, 2, learned=False, gradients=0)]
+    if r.quantizer == "lfq":  # its codebook, all signs, is fixed
+        bits = r.vocab_size.bit_length() - 1
+        return [MatMul("entropy", cells, bits, r.vocab_size, learned=False, gradients=1)]
+    if r.quantizer == "fsq":
+        return []
+    return [MatMul("codebook", cells, r.vocab_size, r.code_dim)]
 
 
 def small_decoder_products(r: TokenizerRecipe) -> list[MatMul]:
-    "The decoder of our own dVAE, its codebook included."
+    "The decoder of our own dVAE, and what training does with its codebook."
     grid = r.img_size // r.downsample
     doublings = r.downsample.bit_length() - 1
     channels = 6 if r.likelihood == "laplace" else 3
     products = [
-        MatMul("codebook", grid**2, r.vocab_size, r.code_dim),
+        *codebook_products(r),
         conv_matmul("start", grid, 3, r.code_dim, r.width),
         *res_block_products(grid, r.width, 2),
     ]
@@ -215,13 +243,23 @@ def small_decoder_products(r: TokenizerRecipe) -> list[MatMul]:
     return [*products, conv_matmul("pixels", r.img_size // 2, 1, last, 4 * channels)]
 
 # %% ../../nbs/70_scale_flops.ipynb #dvae-products
+def stamp_products(r: TokenizerRecipe) -> list[MatMul]:
+    "Every cell against every stamp. The hash has as many fixed directions, and learns stamps too."
+    cells = (r.img_size // r.downsample) ** 2
+    return [MatMul("stamps", cells, 3 * r.downsample**2, r.vocab_size, gradients=0)]
+
+
 def encoder_products(r: TokenizerRecipe) -> list[MatMul]:
     "What it takes to tokenize a picture."
+    if r.quantizer in ("kmeans", "hash"):
+        return stamp_products(r)
     return dalle_encoder_products(r) if r.arch == "dalle" else small_encoder_products(r)
 
 
 def dvae_products(r: TokenizerRecipe) -> list[MatMul]:
-    "A dVAE's products, encoder and decoder."
+    "The products of a tokenizer in training: encoder and decoder."
+    if r.quantizer in ("kmeans", "hash"):
+        return stamp_products(r)
     decoder = dalle_decoder_products(r) if r.arch == "dalle" else small_decoder_products(r)
     return [*encoder_products(r), *decoder]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from textwrap import wrap
 
 from .. import BeitError
-from ..configs import PretrainRecipe, Run, check_recipe
+from ..configs import PretrainRecipe, Run, TokenizerRecipe, check_recipe
 from .flops import ImageFlops, flops_per_image, model_products, total_parameters
 from beit_nb.scale.hours import (
     HARDWARE,
@@ -223,12 +223,8 @@ def work_row(p: TrainingPlan) -> tuple[str, str]:
 def time_rows(p: TrainingPlan) -> list[tuple[str, str]]:
     "Hours at the assumed share of the peak, and at the paper's."
     seconds = p.recipe.batch_size / p.images_per_second
-    rows = [
-        (
-            "time",
-            f"{hours_in_words(p.hours)}, {p.hours * p.gpus:,.3g} GPU-hours; {seconds:.3g} s a step",
-        )
-    ]
+    said = f"{hours_in_words(p.hours)}, {p.hours * p.gpus:,.3g} GPU-hours; {seconds:.3g} s a step"
+    rows = [("time", said)]
     if p.half:
         share = paper_mfu()
         hours = hours_in_words(p.hours * p.mfu / share)
@@ -264,6 +260,9 @@ def plan_rows(p: TrainingPlan) -> list[tuple[str, str]]:
     ]
     if p.gpu == HARDWARE["v100"] and p.recipe.precision in ("auto", "bf16"):
         rows.append(("note", "a V100 has no bf16: add --precision fp16"))
+    if isinstance(p.recipe, TokenizerRecipe) and p.recipe.quantizer != "gumbel":
+        others = f"activations are the dVAE's; those of {p.recipe.quantizer} were not counted"
+        rows.append(("note", others))
     return rows
 
 
