@@ -5,6 +5,8 @@ And what a stage leaves, without any work.
 
 from multiprocessing import forkserver
 
+from helpers import unpainted
+
 from beit_nb import demo, demo_stages
 from beit_nb.cli import main
 from beit_nb.demo_stages import ARMS, stage
@@ -25,7 +27,8 @@ def small_demo(out, **steps):
 
     demo.digits_recipe = smaller
     demo_stages.QUICK.update(STEPS | steps)
-    return main(["demo", "--quick", "--out", str(out)])
+    with unpainted():  # in its processes too, if they are forks
+        return main(["demo", "--quick", "--out", str(out)])
 
 
 ARM = {"mean": 0.5, "std": 0.1, "lr": 0.1, "steps": 9, "runs": [0.5], "curves": [[[9, 0.5]]]}

@@ -53,7 +53,7 @@ def said_on_a_full_disk(work):
     return listener.recv()
 
 
-def wait_until(holds, what, alive=lambda: True, seconds=PATIENCE, pause=0.002):
+def wait_until(holds, what, alive=lambda: True, seconds=PATIENCE, pause=0.01):
     "Look again and again. It fails when the time is over, or when nobody is `alive` to do it."
     deadline = time.monotonic() + seconds
     while not holds():

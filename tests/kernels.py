@@ -3,9 +3,11 @@
 A fresh kernel reads torch, matplotlib and their like for five seconds, and there are 80 lessons,
 and notebooks in a browser.
 Of beit_nb nothing is imported early, and each kernel is still a process and a namespace of its own.
+What a lesson starts, torchrun and workers, begins in the same way (quick_starts.py).
 Started as a program this file is that process: a line of JSON in, the number of a new kernel out.
 """
 
+import base64
 import importlib
 import json
 import os
@@ -15,6 +17,7 @@ import sys
 from contextlib import suppress
 from functools import cache
 
+import quick_starts
 from jupyter_client import AsyncKernelManager
 from jupyter_client.provisioning import LocalProvisioner
 from jupyter_server.services.kernels.kernelmanager import ServerKernelManager
@@ -25,11 +28,13 @@ EARLY = [
     "matplotlib.pyplot",
     "scipy.interpolate",
     "sklearn.cluster",
-    "sklearn.linear_model",
-    "timm.data",
-    "torch._dynamo",
     "torchvision.transforms.v2",
 ]
+
+
+PIXEL = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)  # a PNG of 1 x 1
 
 
 class ForkedKernel:
@@ -102,13 +107,35 @@ def be_kernel(words, cwd, env):
     os.environ.clear()
     os.environ.update(env)
     sys.argv[1:] = words
-    sys.modules["ipykernel.kernelapp"].launch_new_instance()
+    with quick_starts.forked_starts():
+        sys.modules["ipykernel.kernelapp"].launch_new_instance()
+
+
+def paint_no_pages():
+    """Figures on the pages of runs are one pixel each, for most lessons train and none looks.
+
+    A page takes as long to paint as forty steps of a small training. Lesson 80 defines how it is
+    done, and paints. (`tests/lessons.py`, which saves what readers see, paints everything.)
+    """
+    from matplotlib.figure import Figure
+
+    paint = Figure.savefig
+
+    def savefig(figure, file, **options):
+        if sys._getframe(1).f_globals["__name__"] == "beit_nb.charts":
+            file.write(PIXEL)
+        else:
+            paint(figure, file, **options)
+
+    Figure.savefig = savefig
 
 
 def serve():
     del sys.path[0]  # this folder: no kernel would find our helpers
-    for name in EARLY:
+    for name in (*EARLY, *quick_starts.EARLY):
         importlib.import_module(name)
+    paint_no_pages()
+    quick_starts.new_interpreter()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a kernel
     for line in iter(sys.stdin.readline, ""):
         pid = os.fork()

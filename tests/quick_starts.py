@@ -1,10 +1,11 @@
 """Python programs that begin at once: forked from the process that starts them.
 
-A new interpreter reads torch for three seconds, and the tests would start more than a hundred of
-them: torchrun and its processes, loader workers, fork servers. Within `forked_starts()` who starts
-this interpreter, by subprocess or multiprocessing, gets a fork of himself: a process of its own,
-with the folder, the environment, the streams and the session that were asked for. It has torch,
-but nothing of ours; that it reads from its files, as a new interpreter does.
+A new interpreter reads torch for three seconds, one that trains reads its compiler for as long
+again, and the tests would start more than a hundred: torchrun and its processes, loader workers,
+fork servers. Within `forked_starts()` who starts this interpreter, by subprocess or
+multiprocessing, gets a fork of himself: a process of its own, with the folder, the environment, the
+streams and the session that were asked for. It has torch and its like but nothing of ours; that it
+reads from its files, as a new interpreter does.
 
 A program in words (`python -c ...`) still gets a new interpreter: such tests look at what it
 imports, or at how it ends. So does all on other systems than Linux, where torch bears no fork.
@@ -14,6 +15,7 @@ import _posixsubprocess
 import atexit
 import builtins
 import gc
+import importlib
 import io
 import json
 import logging
@@ -36,6 +38,13 @@ from unittest import mock
 
 real_fork_exec = _posixsubprocess.fork_exec
 OF_MULTIPROCESSING = "from multiprocessing."  # how the words of its own programs begin
+EARLY = [  # what trainings import, and not before they need it: as long again as torch itself
+    "matplotlib.pyplot",
+    "sklearn.linear_model",
+    "timm.data",
+    "torch._dynamo",  # the first optimizer imports it
+    "torch.distributed.fsdp",
+]
 MainProcess = type(multiprocessing.current_process())
 inherited: list = []  # what a fork must neither use nor lose
 
@@ -47,6 +56,8 @@ def forked_starts():
         yield
         return
     new_interpreter()  # while there are any
+    for name in EARLY:
+        importlib.import_module(name)
     with (
         mock.patch("_posixsubprocess.fork_exec", fork_exec),  # for multiprocessing
         mock.patch("subprocess._fork_exec", fork_exec),

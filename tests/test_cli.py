@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import toy_command
-from helpers import FEW_STEPS, SMALL_BODY, beit, refused
+from helpers import FEW_STEPS, SMALL_BODY, beit, refused, unpainted
 from helpers_processes import run, run_python, wait_until
 
 from beit_nb import BeitError, say, shown, warn
@@ -511,7 +511,7 @@ def test_a_file_never_gets_the_number_of_a_closed_stream():
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("hears_hangups")
+@pytest.mark.usefixtures("hears_hangups", "quick_starts")
 def test_a_terminal_that_closes_stops_a_training_as_sigterm_does(tmp_path):
     import pty
     import subprocess
@@ -598,6 +598,7 @@ def test_names_of_strangers_never_reach_the_terminal_raw(photos, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", [b"caf\xe9", "caf\u00e9".encode(), b"\xff\xfe"])
+@pytest.mark.usefixtures("quick_starts")
 def test_folders_in_other_alphabets_cost_nothing(photos, tmp_path, folder):
     "What may be read may be written: log, page, figures, where stdout knows ASCII alone too."
     top = os.fsencode(tmp_path) + b"/" + folder
@@ -606,7 +607,8 @@ def test_folders_in_other_alphabets_cost_nothing(photos, tmp_path, folder):
     words = [*BEIT, "finetune", "nano", *FEW_STEPS, "--data", os.fsdecode(top)]
     words += ["--batch-size", "4", "--labels-per-class", "4", "--max-damaged", "1", "--out", out]
 
-    ended = run(*words, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    with unpainted():
+        ended = run(*words, env=os.environ | {"PYTHONIOENCODING": "ascii"})
 
     assert is_finished(Path(out)) and "report: " in ended.stdout
     html = (Path(out) / "report.html").read_bytes().decode()  # it is UTF-8

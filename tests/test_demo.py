@@ -137,11 +137,13 @@ REHEARSAL = """
 import sys
 sys.path.insert(0, {tests!r})
 from helpers_demo import small_demo
-sys.exit(small_demo({out!r}, pretrain_steps=60, finetune_steps=2))
+if __name__ == "__main__":  # a fork server reads this file too
+    sys.exit(small_demo({out!r}, pretrain_steps=60, finetune_steps=2))
 """
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_demo_stops_and_continues(tmp_path):
     """Ctrl-C in the middle of the demo.
 
@@ -149,7 +151,9 @@ def test_demo_stops_and_continues(tmp_path):
     """
     out = tmp_path / "demo"
     tests = str(Path(__file__).parent)
-    words = [sys.executable, "-c", REHEARSAL.format(tests=tests, out=str(out))]
+    program = tmp_path / "rehearsal.py"
+    program.write_text(REHEARSAL.format(tests=tests, out=str(out)))
+    words = [sys.executable, program]
     log = out / "pretrain" / "log.jsonl"
 
     process = subprocess.Popen(

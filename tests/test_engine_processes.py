@@ -412,6 +412,7 @@ def test_workers_change_no_gumbel_noise(top):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_a_batch_that_cannot_be_divided(top):
     "One line, exit status 2 in the process that says it, nobody waits, nothing is left behind."
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -451,6 +452,7 @@ def killed_once(folder, changes):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_a_killed_process_comes_back(top):
     """--max-restarts: the second life goes on from the checkpoint of step 6, and ends with the
     very weights of the run that nobody killed."""

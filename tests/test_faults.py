@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import unpainted
 from helpers_processes import PATIENCE, children_of, session_of, torchrun_environment, wait_until
 from helpers_runs import slowed_after, step_of
 
@@ -34,8 +35,6 @@ from beit_nb.finetuning import finetune
 from beit_nb.recipes import recipe_named
 from beit_nb.scale.launching import run_distributed
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
-
-pytestmark = pytest.mark.usefixtures("pages_unpainted")
 
 torch.set_num_threads(1)
 KILLS = int(os.environ.get("BEIT_KILLS", 8))
@@ -79,7 +78,7 @@ def tokenizer(tmp_path_factory):
     train_tokenizer(recipe_named("tokenizer", "nano", out=str(folder), **TOKENIZER), quiet=True)
     pictures = few()
     in_memory = load_tokenizer(folder)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, unpainted():
         patch.setattr(pretraining, "open_data", lambda data: pictures)
         patch.setattr(targets, "load_tokenizer", lambda path: in_memory)
         yield folder
@@ -132,7 +131,7 @@ def only_line(out):
 
 def wait_for(condition, what, family):
     "Wait until it holds, while all processes live."
-    wait_until(condition, what, lambda: all(process.is_alive() for process in family), pause=0.0005)
+    wait_until(condition, what, lambda: all(process.is_alive() for process in family), pause=0.005)
 
 
 def moments(state):
@@ -252,6 +251,7 @@ sys.exit(main(words({out!r}, steps=24, tokenizer={tokenizer!r})))
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_a_killed_worker_comes_back(tmp_path, tokenizer):
     """torchrun, two processes, one is killed.
 
@@ -508,6 +508,7 @@ def test_a_loader_of_one_of_two_processes_dies(tmp_path, whole):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_torchrun_itself_is_killed(tmp_path, tokenizer):
     "Its processes notice, save and stop: nobody trains on where nobody looks, and holds the lock."
     out = tmp_path / "run"
@@ -672,6 +673,7 @@ def open_cifar(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_rank_0_alone_unpacks_a_known_set(tmp_path):
     assert run_distributed(open_cifar, str(tmp_path)) == [(1, 36), (0, 36)]
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from helpers import beit, save_gray, unpainted
 from helpers_demo import small_demo
-from helpers_processes import PATIENCE, children_of, run_python, session_of, wait_until
+from helpers_processes import PATIENCE, children_of, run, session_of, wait_until
 
 from beit_nb.cli import main
 
@@ -181,6 +181,7 @@ def test_killed_and_continued_is_never_killed(tmp_path, ground, name):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_a_killed_demo_is_a_demo(tmp_path):
     "All its stages, those in other processes too; what they leave behind ends with it."
     straight = tmp_path / "straight" / "run"
@@ -199,16 +200,13 @@ def test_a_killed_demo_is_a_demo(tmp_path):
 
 def tuner_of(demo):
     "The number of a process that fine-tunes for a demo: a child of its fork server."
-    [server] = [
-        pid
-        for pid in children_of(demo.pid)
-        if b"multiprocessing.forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    return children_of(server)[0]
+    [tuners] = filter(None, map(children_of, children_of(demo.pid)))
+    return tuners[0]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.usefixtures("quick_starts")
 def test_a_process_of_the_demo_dies(tmp_path, how):
     "One that fine-tunes is killed, or the demo is stopped meanwhile: one line, soon, nobody left."
     out = tmp_path / "run"
@@ -244,6 +242,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_starts")
 def test_workers_of_every_kind_load_the_same(tmp_path, ground):
     """All that walk a data set with workers, however these are started: same files, same weights.
 
@@ -266,13 +265,15 @@ def test_workers_of_every_kind_load_the_same(tmp_path, ground):
     with unpainted():  # pages are not compared
         for line in lines("fork", commands):
             end(begin(partial(main, line), said), said)
+    program = tmp_path / "every_walk.py"
+    program.write_text(EVERY_WALK)
     started = {"spawn": ["tokenize", "finetune"], "forkserver": ["tokenizer", "pretrain"]}
     for start, names in started.items():
         python_path = os.pathsep.join(
             [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
         )
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path}
-        run_python(EVERY_WALK, start, json.dumps(lines(start, names)), env=env)
+        run(sys.executable, program, start, json.dumps(lines(start, names)), env=env)
 
     for start, names in started.items():
         for name in names:
