@@ -18,13 +18,13 @@ import torch
 
 from . import BeitError, say
 from .bands import Band, band_of, read_band, recipe_like, write_band
-from .configs import Length, PretrainRecipe, Run, SegmentRecipe, TokenizerRecipe
+from .configs import PretrainRecipe, Run
 from .data import pictures_of_run
 from .device import default_device
 from .engine.files import read_file, read_json
 from .engine.loading import TransformedDataset, sequential_batches
 from .engine.log import read_log, read_metrics
-from .engine.optim import cosine_values, warmup_length
+from .engine.optim import recipe_schedule
 from .engine.runs import load_checkpoint, run_checkpoints, run_config
 from .health import Column, Finding, RunCourse, columns_of
 from .images import to_float
@@ -33,9 +33,8 @@ from .pretraining import PretrainTransform
 from .recipes import from_config
 from .remedies import Examination, as_data, findings_of, page_lines
 from .report import run_status
-from .segmenting import segment_schedule
 from .targets import check_tokenizer
-from .tokenizer import load_tokenizer, tokenizer_schedules
+from .tokenizer import load_tokenizer
 from .tokens import Tokenizer
 
 # %% ../nbs/93_doctor.ipynb #official-log
@@ -85,13 +84,7 @@ def read_official_log(file: Path) -> RunCourse:
 # %% ../nbs/93_doctor.ipynb #our-course
 def wanted_rates(recipe: Run, steps: np.ndarray, total: int, per_epoch: int) -> np.ndarray:
     "The learning rates (n,) that a recipe asks for in some steps (n,), counted from 1."
-    if isinstance(recipe, TokenizerRecipe):
-        schedule = tokenizer_schedules(recipe, Length(total, per_epoch, total))["lr"]
-        return np.asarray([schedule[int(step) - 1] for step in steps])
-    if isinstance(recipe, SegmentRecipe):
-        return segment_schedule(recipe, total, per_epoch)[steps.astype(int) - 1]
-    warm = warmup_length(recipe.warmup_steps, recipe.warmup_epochs, per_epoch)
-    return cosine_values(steps - 1, recipe.lr, recipe.min_lr, total, warm)
+    return recipe_schedule(recipe, total, per_epoch)[steps.astype(int) - 1]
 
 
 def add_wanted(columns: dict[str, Column], recipe: Run, total: int | None) -> None:

@@ -126,6 +126,11 @@ COMMANDS = {
             val_loss="loss on unseen pictures"),
         cards=dict(loss=("{:.3f}", "loss"), accuracy=("{:.1%}", "accuracy")),
     ),
+}
+
+# %% ../nbs/35_recipes.ipynb #more-commands
+# fmt: off
+COMMANDS |= {
     "probe": Command(
         ProbeRecipe, PROBE,
         run="beit_nb.probing:probe",

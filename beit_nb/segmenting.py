@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_PIXELS', 'MapView', 'map_view', 'same_sized', 'looks_at', 'MapScores', 'confusion_share', 'score_maps',
-           'class_scores', 'SegmentLoss', 'segment_schedule', 'build_segmenter', 'draw_labelled', 'check_norms',
-           'segment_init', 'MapScoreCallback', 'last_map_scores', 'segment']
+           'class_scores', 'SegmentLoss', 'build_segmenter', 'draw_labelled', 'check_norms', 'segment_init',
+           'MapScoreCallback', 'last_map_scores', 'segment']
 
 # %% ../nbs/64_segmenting.ipynb #imports
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,7 @@ from beit_nb.engine.loading import (
     sequential_batches,
 )
 from .engine.log import read_log, read_metrics, write_metrics
-from .engine.optim import Schedule, micro_batch_size, step_schedule, warmup_length
+from .engine.optim import micro_batch_size
 from .engine.processes import rank, sum_over_ranks, world_size
 from .engine.runs import fingerprint_weights, open_run, record_inputs
 from .engine.token_files import picture_records
@@ -211,19 +211,6 @@ class SegmentLoss:
         outputs = [logits.float() for logits in outputs]
         return segmentation_loss(outputs, batch.label.long(), self.auxiliary_weight), {}
 
-
-def segment_schedule(r: SegmentRecipe, total: int, per_epoch: int) -> Schedule:
-    "The learning rate of every step: a line to `min_lr`, times the warm-up's; or the cosine."
-    warm = warmup_length(r.warmup_steps, r.warmup_epochs, per_epoch)
-    if r.schedule == "cosine":
-        return step_schedule(r.lr, r.min_lr, total, warm)
-
-    def values(steps: np.ndarray) -> np.ndarray:
-        fall = r.min_lr + (r.lr - r.min_lr) * (1 - steps / total)
-        return fall * np.clip(steps / max(1, warm), 1e-6 if warm else 1, 1)  # as mmcv starts
-
-    return Schedule(values, total)
-
 # %% ../nbs/64_segmenting.ipynb #build-segmenter
 def build_segmenter(r: SegmentRecipe, num_classes: int) -> BeitForSemanticSegmentation:
     "The model of a recipe, untrained."
@@ -360,7 +347,6 @@ def segment(r: SegmentRecipe, quiet: bool = False) -> dict:
             model,
             length,
             layer_decay=r.layer_decay,
-            lr=segment_schedule(r, length.total, length.per_epoch),
             metadata={"classes": maps.classes},
             inputs=inputs,
             quiet=quiet,

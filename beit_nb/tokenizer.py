@@ -29,7 +29,7 @@ from .engine.augment import TwoViews
 from .engine.files import safetensors_notes
 from .engine.loading import ImageBatch, TrainLoader, TransformedDataset
 from .engine.log import write_metrics
-from .engine.optim import Ema, Schedule, cosine_values, warmup_length
+from .engine.optim import Ema, Schedule, recipe_schedule
 from .engine.processes import rank, world_size
 from .engine.runs import load_checkpoint, open_run, record_inputs
 from .engine.safeload import load_tensors
@@ -66,13 +66,7 @@ def first_pictures(samples: TransformedDataset, n: int) -> Tensor:
 def tokenizer_schedules(r: TokenizerRecipe, length: Length) -> dict[str, Schedule]:
     "Learning rate, temperature and KL weight of every step of the whole training."
     total = length.total
-    warm = warmup_length(r.warmup_steps, r.warmup_epochs, length.per_epoch)
-    lr_steps = min(total, r.lr_steps or total)
     tau_steps = min(total, r.tau_steps or max(1, int(r.tau_share * total)))
-
-    def lr(steps: np.ndarray) -> np.ndarray:
-        falling = cosine_values(steps, r.lr, r.min_lr, lr_steps, warm)
-        return np.where(steps < lr_steps, falling, r.min_lr)
 
     def tau(steps: np.ndarray) -> np.ndarray:
         return temperature(steps, r.tau_start, r.tau_end, tau_steps)
@@ -81,7 +75,8 @@ def tokenizer_schedules(r: TokenizerRecipe, length: Length) -> dict[str, Schedul
         risen = np.minimum(steps / max(1, r.kl_steps), 1)  # share of the KL weight's rise
         return r.kl_weight * (1 - np.cos(np.pi * risen)) / 2
 
-    return {f.__name__: Schedule(f, total) for f in (lr, tau, beta)}
+    lr = recipe_schedule(r, total, length.per_epoch)
+    return {"lr": lr, "tau": Schedule(tau, total), "beta": Schedule(beta, total)}
 
 # %% ../nbs/41_tokenizer.ipynb #tokenizer-loss
 class TokenizerLoss:

@@ -417,9 +417,9 @@ def test_shards_are_read_in_runs(tmp_path):
     pictures = ImageShards(tmp_path / "out", chunk=4)
     assert pictures.chunk_starts.tolist() == list(range(0, 40, 4))
     load = loader(TransformedDataset(pictures, transform))
-    assert load.chunk_starts is pictures.chunk_starts
+    assert load.order.chunk_starts is pictures.chunk_starts
     part = TransformedDataset(pictures, transform, ids=range(30))
-    assert loader(part).chunk_starts is None
+    assert loader(part).order.chunk_starts is None
     numbers = [s["number"] for step in range(10) for s in load.sources(step)]
     assert sorted(numbers) == list(range(40))
     assert not pictures.read_ahead

@@ -8,6 +8,7 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from beit_nb import BeitError
+from beit_nb.configs import Run, SegmentRecipe, TokenizerRecipe
 from beit_nb.engine.optim import (
     Ema,
     cosine_schedule,
@@ -15,8 +16,9 @@ from beit_nb.engine.optim import (
     loss_weights,
     micro_batch_size,
     param_groups,
-    step_schedule,
+    recipe_schedule,
     warmup_length,
+    warn_if_only_rising,
 )
 
 
@@ -66,8 +68,34 @@ def test_a_warm_up_in_steps_wins_over_one_in_epochs():
 
 @pytest.mark.parametrize("warm, said", [(101, True), (8, True), (4, False)])
 def test_a_rate_that_only_rises_is_said(capsys, warm, said):
-    step_schedule(1e-3, 1e-5, total=8, warm=warm)
+    warn_if_only_rising(Run(warmup_steps=warm), total=8, per_epoch=1)
     assert ("only rises" in capsys.readouterr().err) == said
+
+
+def test_a_straight_line_falls_from_its_first_step_on(capsys):
+    "So it never only rises, however long its warm-up is."
+    warn_if_only_rising(SegmentRecipe(warmup_steps=9), total=8, per_epoch=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_each_training_has_its_decay():
+    "Half a cosine; one that ends with lr_steps; mmcv's line, which a recipe may exchange."
+    shared = dict(lr=1.0, min_lr=0.1, warmup_steps=10)
+    run, early, line, cosine = (
+        recipe_schedule(recipe, 100, 10)[:]
+        for recipe in (
+            Run(**shared),
+            TokenizerRecipe(**shared, lr_steps=40),
+            SegmentRecipe(**shared),
+            SegmentRecipe(**shared, schedule="cosine"),
+        )
+    )
+
+    assert (run == cosine_schedule(1.0, 0.1, 10, 10, warmup_steps=10)).all()
+    assert (early[:40] == cosine_schedule(1.0, 0.1, 4, 10, warmup_steps=10)).all()
+    assert (early[40:] == 0.1).all()
+    assert np.allclose(np.diff(line[10:]), -0.9 / 100)
+    assert (cosine == run).all()
 
 
 @pytest.fixture(scope="module")
@@ -220,9 +248,10 @@ def test_an_average_survives_a_stop():
 
 def test_a_schedule_has_no_table():
     "A thousand million steps: what is asked is computed, and is what a table would say."
-    short = step_schedule(2e-3, 1e-5, 100, 20)
+    recipe = Run(lr=2e-3, min_lr=1e-5, warmup_steps=20)
+    short = recipe_schedule(recipe, 100, 10)
     table = cosine_schedule(2e-3, 1e-5, 10, 10, warmup_steps=20)
-    long = step_schedule(2e-3, 1e-5, 10**9, 20)
+    long = recipe_schedule(recipe, 10**9, 10)
 
     assert [short[i] for i in range(100)] == table.tolist() == list(short)
     assert (np.asarray(short) == table).all() and (short[7:90:3] == table[7:90:3]).all()

@@ -262,7 +262,8 @@ def test_the_fingerprint_is_of_the_pictures(tmp_path):
 
     assert ImageShards(tmp_path / "moved").fingerprint() == one.fingerprint()
     assert ImageShards(tmp_path / "two-tars").fingerprint() != one.fingerprint()
-    assert one.fingerprint() == fingerprint(one.ends, one.start, one.size, one.checksums)
+    at = one.places
+    assert one.fingerprint() == fingerprint(at.ends, at.start, at.size, at.checksums)
 
 
 def test_equal_sizes_under_other_names_are_other_pictures(tmp_path):
@@ -285,11 +286,12 @@ def test_chunks_end_with_their_tar(tmp_path):
     pictures = ImageShards(tmp_path / "out", chunk=4)
 
     assert pictures.chunk_starts.tolist() == [0, 4, 8, 12, 15, 19, 23, 27, 30, 34, 38]
+    places = pictures.places
     for i in range(40):
-        begin, length = pictures.chunk_of(i)
-        assert begin <= pictures.start[i]
-        assert pictures.start[i] + pictures.size[i] <= begin + length
-        assert begin in pictures.start[pictures.chunk_starts]
+        begin, length = places.chunk_of(i)
+        assert begin <= places.start[i]
+        assert places.start[i] + places.size[i] <= begin + length
+        assert begin in places.start[places.chunk_starts]
 
 
 def test_reading_ahead_changes_no_byte_and_asks_once_a_chunk(tmp_path):
@@ -304,7 +306,7 @@ def test_reading_ahead_changes_no_byte_and_asks_once_a_chunk(tmp_path):
 
     assert [ahead.bytes(i) for i in order] == [plain.bytes(i) for i in order]
     assert not plain.reader.requested
-    starts = [int(plain.start[i]) for i in plain.chunk_starts]
+    starts = [int(plain.places.start[i]) for i in plain.chunk_starts]
     assert sorted(start for _, start in ahead.reader.requested) == sorted(starts)
 
 

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from beit_nb import BeitError
 from beit_nb.configs import SegmentRecipe, check_recipe
+from beit_nb.engine.optim import recipe_schedule
 from beit_nb.engine.runs import load_checkpoint
 from beit_nb.images import MEAN_STD
 from beit_nb.label_maps import open_label_maps
@@ -29,7 +30,6 @@ from beit_nb.segmenting import (
     same_sized,
     score_maps,
     segment,
-    segment_schedule,
 )
 
 FORK = multiprocessing.get_context("fork")
@@ -179,13 +179,13 @@ def test_pictures_of_one_size_go_together():
 def test_the_rate_is_mmcvs():
     "poly with power 1, linear warm-up from a ratio of 1e-6 (mmcv's PolyLrUpdaterHook)."
     r = SegmentRecipe(lr=7e-4, min_lr=0.0, warmup_steps=1500)
-    ours = segment_schedule(r, 160_000, 100)
+    ours = recipe_schedule(r, 160_000, 100)
     for step in (0, 1, 750, 1499, 1500, 80_000, 159_999):
         regular = (7e-4 - 0.0) * (1 - step / 160_000) ** 1.0 + 0.0
         k = (1 - step / 1500) * (1 - 1e-6)
         theirs = regular if step >= 1500 else regular * (1 - k)
         assert ours[step] == pytest.approx(theirs, rel=1e-3, abs=1e-9)
-    bare = segment_schedule(replace(r, warmup_steps=0), 10, 1)
+    bare = recipe_schedule(replace(r, warmup_steps=0), 10, 1)
     assert np.allclose(bare[:], 7e-4 * (1 - np.arange(10) / 10))
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Transform', 'ImageBatch', 'PretrainBatch', 'LabelledBatch', 'collate', 'TransformedDataset', 'why_unreadable',
            'report_unreadable', 'exclude', 'load_batches', 'SequentialBatch', 'sequential_batches', 'check_damage',
-           'UnreadableLog', 'whole_batch', 'check_batch', 'TrainLoader']
+           'UnreadableLog', 'whole_batch', 'StepOrder', 'TrainLoader']
 
 # %% ../../nbs/34_engine_loading.ipynb #imports
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, default_collate
 from .. import BeitError, UnreadableImage, warn
 from ..configs import Run
 from .augment import seeded
+from .optim import check_batch
 from .processes import gather_over_ranks, rank as this_rank, rank_0_first
 from .sources import ImageDataset
 from .steps import StepLoader, batch_indices, load_ahead, map_batch, split_batch
@@ -225,18 +226,28 @@ def whole_batch(batch) -> tuple[Any, int]:
     return batch, len(batch.number)
 
 
-def check_batch(pictures: int, batch_size: int, world: int = 1) -> None:
-    "Raise BeitError where a batch does not fit so many pictures, or so many processes."
-    if pictures < batch_size:
-        raise BeitError(
-            f"batch_size {batch_size} is larger than the data set of {pictures} pictures; lower "
-            "--batch-size"
-        )
-    if batch_size % world:
-        raise BeitError(
-            f"batch_size {batch_size} is not divisible by {world} processes; choose a multiple of "
-            f"{world}"
-        )
+class StepOrder:
+    "Which samples each step takes: they follow from the recipe's seed and the step alone."
+
+    def __init__(self, samples: TransformedDataset, recipe: Run, repeats: int = 1):
+        self.samples = samples
+        self.pictures = samples.pictures
+        self.recipe = recipe
+        self.repeats = repeats  # views of a picture in a row
+        whole = len(samples) == len(self.pictures)
+        self.chunk_starts = self.pictures.chunk_starts if whole else None
+
+    def keys(self, first: int, last: int, rank: int = 0, world: int = 1) -> Iterator[list[int]]:
+        "The keys of the samples of steps [first, last), as far as this process takes them."
+        n, r = len(self.samples), self.recipe
+        order = self.chunk_starts, self.repeats
+        return batch_indices(n, r.batch_size, r.seed, first, last, rank, world, *order)
+
+    def sources(self, step: int) -> list[dict]:
+        "The pictures of the whole batch of a step, over all processes: their numbers and files."
+        keys = next(self.keys(step, step + 1))
+        numbers = [int(self.samples.ids[key % len(self.samples)]) for key in keys]
+        return [{"number": n, "path": self.pictures.path(n)} for n in numbers]
 
 # %% ../../nbs/34_engine_loading.ipynb #batches
 class TrainLoader(StepLoader):
@@ -253,19 +264,17 @@ class TrainLoader(StepLoader):
         world: int = 1,
         repeats: int = 1,  # views of a picture in a row
     ):
-        n = len(samples)
-        check_batch(n, recipe.batch_size, world)
+        check_batch(len(samples), recipe.batch_size, world)
         self.samples = samples
         self.pictures = samples.pictures
-        self.recipe = recipe
+        self.order = StepOrder(samples, recipe, repeats)
+        self.workers = recipe.workers
         self.micro_batch_size = micro_batch_size
         self.finalize_batch = finalize_batch
         self.rank = rank
         self.world = world
-        self.unreadable = UnreadableLog(self.pictures, n, recipe.max_damaged)
+        self.unreadable = UnreadableLog(self.pictures, len(samples), recipe.max_damaged)
         self.identity = {"pictures": len(self.pictures), "names": self.pictures.fingerprint()}
-        self.chunk_starts = self.pictures.chunk_starts if n == len(self.pictures) else None
-        self.repeats = repeats
 
     @property
     def new_unreadable(self) -> int:
@@ -291,17 +300,12 @@ class TrainLoader(StepLoader):
             )
         self.unreadable.damaged = self.unreadable.still_damaged(state.get("damaged", ()))
 
-    def keys(self, first: int, last: int, rank: int, world: int) -> Iterator[list[int]]:
-        n, r = len(self.samples), self.recipe
-        order = self.chunk_starts, self.repeats
-        return batch_indices(n, r.batch_size, r.seed, first, last, rank, world, *order)
-
     def steps(self, first: int, last: int) -> Iterator[tuple[list, list[int]]]:
-        if self.chunk_starts is not None:
+        if self.order.chunk_starts is not None:
             self.pictures.read_ahead = True  # neighbors will be wanted soon
-        keys = self.keys(first, last, self.rank, self.world)
+        keys = self.order.keys(first, last, self.rank, self.world)
         try:
-            for batch, replaced in load_batches(self.samples, keys, self.recipe.workers):
+            for batch, replaced in load_batches(self.samples, keys, self.workers):
                 self.unreadable.note(replaced)
                 parts = [self.finalize_batch(b) for b in split_batch(batch, self.micro_batch_size)]
                 yield [part for part, _ in parts], [count for _, count in parts]
@@ -310,7 +314,4 @@ class TrainLoader(StepLoader):
             yield [], []  # the other processes must hear of it before this one stops
 
     def sources(self, step: int) -> list[dict]:
-        "The pictures of the whole batch of a step, over all processes: their numbers and files."
-        keys = next(self.keys(step, step + 1, 0, 1))
-        numbers = [int(self.samples.ids[key % len(self.samples)]) for key in keys]
-        return [{"number": n, "path": self.pictures.path(n)} for n in numbers]
+        return self.order.sources(step)

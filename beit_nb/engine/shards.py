@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['INDEX_FORMAT', 'checksum', 'scan_shard', 'as_npy', 'is_possible', 'known_table', 'shard_table', 'shard_index',
-           'member_name', 'left_out_of', 'tar_files', 'read_names', 'shard_labels', 'complete_shards', 'ImageShards']
+           'member_name', 'left_out_of', 'tar_files', 'read_names', 'shard_labels', 'complete_shards', 'ShardPlaces',
+           'ImageShards']
 
 # %% ../../nbs/32_engine_shards.ipynb #imports
 import io
@@ -223,6 +224,41 @@ def complete_shards(root: Path) -> list[Path]:
         raise BeitError(f"{root} holds {len(tars)} of {due} shards; let `beit shard` finish")
     return tars
 
+# %% ../../nbs/32_engine_shards.ipynb #shard-places
+class ShardPlaces:
+    "Where every picture of some tars lies, by number; neighbors in a tar form chunks of `chunk`."
+
+    def __init__(
+        self,
+        tars: list[Path],
+        indices: list[np.ndarray],  # of each tar, its `shard_index`
+        chunk: int,  # pictures that are best read together
+    ):
+        self.tars = tars
+        table = np.concatenate([_as_rows([]), *indices])
+        self.start = table[:, 0].copy()
+        self.size = table[:, 1].astype(np.int32)
+        self.checksums = table[:, 3].astype(np.uint32)
+        sizes = [len(index) for index in indices]
+        self.ends = np.cumsum(sizes)  # the number behind the last picture of each tar
+        chunks = [np.arange(end - n, end, chunk) for n, end in zip(sizes, self.ends)]
+        self.chunk_starts = np.concatenate([np.arange(0), *chunks])
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def tar(self, i: int) -> Path:
+        "The shard that picture i lies in."
+        return self.tars[int(np.searchsorted(self.ends, i, "right"))]
+
+    def chunk_of(self, i: int) -> tuple[int, int]:
+        "Where the chunk of picture i lies in its tar: first byte and length."
+        k = int(np.searchsorted(self.chunk_starts, i, "right"))
+        first = self.chunk_starts[k - 1]
+        last = (self.chunk_starts[k] if k < len(self.chunk_starts) else len(self)) - 1
+        begin = int(self.start[first])
+        return begin, int(self.start[last]) + int(self.size[last]) - begin
+
 # %% ../../nbs/32_engine_shards.ipynb #shards
 class ImageShards(EncodedImages):
     """The pictures in all *.tar of a folder, by number, read where they lie.
@@ -240,51 +276,37 @@ class ImageShards(EncodedImages):
         classes: Sequence[str] | None = None,  # their order, where other shards (train) have it
         chunk: int = 64,  # pictures that are best read together
     ):
-        self.tars = complete_shards(Path(root))
-        indices = [shard_index(tar) for tar in self.tars]
-        sizes = [len(index) for index in indices]
-        if not sum(sizes):
+        tars = complete_shards(Path(root))
+        indices = [shard_index(tar) for tar in tars]
+        self.places = ShardPlaces(tars, indices, chunk)
+        if not len(self.places):
             raise BeitError(f"no pictures in the shards of {root} (*.tar)")
-        table = np.concatenate(indices)
-        self.start = table[:, 0].copy()
-        self.size = table[:, 1].astype(np.int32)
-        self.checksums = table[:, 3].astype(np.uint32)
-        self.ends = np.cumsum(sizes)  # the number behind the last picture of each tar
-        chunks = [np.arange(end - n, end, chunk) for n, end in zip(sizes, self.ends)]
-        self.chunk_starts = np.concatenate(chunks)
+        self.chunk_starts = self.places.chunk_starts
         self.reader = FileReader()
         numbers = None
         names = ()
         if labels:
+            table = np.concatenate(indices)
             numbers, names = shard_labels(root, table[:, 2], classes)
-        super().__init__(len(table), numbers, names, str(root))
-        for tar in self.tars:
+        super().__init__(len(self.places), numbers, names, str(root))
+        for tar in tars:
             self.left_out.merge(left_out_of(tar))
 
-    def tar(self, i: int) -> Path:
-        "The shard that picture i lies in."
-        return self.tars[int(np.searchsorted(self.ends, i, "right"))]
-
-    def chunk_of(self, i: int) -> tuple[int, int]:
-        "Where the chunk of picture i lies in its tar: first byte and length."
-        k = int(np.searchsorted(self.chunk_starts, i, "right"))
-        first = self.chunk_starts[k - 1]
-        last = (self.chunk_starts[k] if k < len(self.chunk_starts) else len(self)) - 1
-        begin = int(self.start[first])
-        return begin, int(self.start[last]) + int(self.size[last]) - begin
-
     def bytes(self, i: int) -> bytes:
+        at = self.places
         if self.read_ahead:
-            self.reader.read_ahead(self.tar(i), *self.chunk_of(i))
-        return self.reader.read(self.tar(i), int(self.start[i]), int(self.size[i]))
+            self.reader.read_ahead(at.tar(i), *at.chunk_of(i))
+        return self.reader.read(at.tar(i), int(at.start[i]), int(at.size[i]))
 
     def path(self, i: int) -> str:
+        tar = self.places.tar(i)
+        start = int(self.places.start[i])
         try:
-            header = self.reader.read(self.tar(i), int(self.start[i]) - 512, 512)
-            name = member_name(header)
+            name = member_name(self.reader.read(tar, start - 512, 512))
         except (UnreadableImage, tarfile.TarError):  # the tar has changed: too late for the name
-            return f"{self.tar(i)} at byte {self.start[i]}"
-        return f"{self.tar(i)}/{name}"
+            return f"{tar} at byte {start}"
+        return f"{tar}/{name}"
 
     def fingerprint(self) -> str:
-        return fingerprint(self.ends, self.start, self.size, self.checksums)
+        at = self.places
+        return fingerprint(at.ends, at.start, at.size, at.checksums)

@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['Model', 'build_optimizer', 'few', 'misfits', 'check_fit', 'build_model', 'load_weights_and_moments', 'Stateful',
-           'check_can_go_on', 'check_same_step', 'Placement', 'placement_of', 'Trainer']
+           'load_states', 'check_can_go_on', 'check_same_step', 'write_checkpoint', 'RunState', 'Placement',
+           'placement_of', 'Trainer']
 
 # %% ../../nbs/30_engine_trainer.ipynb #imports
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -18,7 +20,12 @@ from .. import BeitError
 from ..configs import Length, Run
 from ..device import default_device, pick_precision
 from .files import explain_write_errors
-from .optim import micro_batch_size, param_groups, step_schedule, warmup_length
+from beit_nb.engine.optim import (
+    micro_batch_size,
+    param_groups,
+    recipe_schedule,
+    warn_if_only_rising,
+)
 from beit_nb.engine.processes import (
     distribute_like,
     full_tensors,
@@ -132,6 +139,14 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: dict, /) -> Any: ...
 
+
+def load_states(stateful: Mapping[str, Stateful], state: Mapping[str, Any], where: Any) -> None:
+    "Restore each object from its part of a checkpoint. BeitError for weights that do not fit."
+    for name, x in stateful.items():
+        if isinstance(x, nn.Module):
+            check_fit(x.state_dict(), state[name], where)
+        x.load_state_dict(state[name])
+
 # %% ../../nbs/30_engine_trainer.ipynb #can-go-on
 def check_can_go_on(
     state: Mapping[str, Any],  # the checkpoint
@@ -167,83 +182,33 @@ def check_same_step(step: int, out: Path) -> None:
             "all of them share"
         )
 
-# %% ../../nbs/30_engine_trainer.ipynb #placement
-class Placement(NamedTuple):
-    "Where and in which pieces a recipe trains."
+# %% ../../nbs/30_engine_trainer.ipynb #write-checkpoint
+def write_checkpoint(out: Path, state: dict, recipe: Run) -> None:
+    "Write last.pt, and keep older checkpoints as the recipe says."
+    last = out / "checkpoints" / "last.pt"
+    save_checkpoint(last, state)
+    with explain_write_errors(last):
+        prune_checkpoints(last, state["step"], recipe.keep_checkpoints, recipe.milestone_every)
 
-    device: torch.device
-    dtype: torch.dtype | None  # of autocast; None: fp32, without it
-    micro_batch_size: int  # pictures at once
-    sharded: bool  # do processes hold shards of the model?
+# %% ../../nbs/30_engine_trainer.ipynb #run-state
+@dataclass(eq=False)
+class RunState:
+    "Everything that changes on the way through a run, and so all that a checkpoint must hold."
 
-
-def placement_of(recipe: Run) -> Placement:
-    "What this machine and its processes make of a recipe; BeitError where they cannot."
-    device = default_device()
-    dtype = pick_precision(recipe.precision, device)
-    size = micro_batch_size(recipe.batch_size, recipe.device_batch_size, world_size())
-    sharded = recipe.parallel == "fsdp" and world_size() > 1
-    if sharded and dtype == torch.float16:
-        raise BeitError(
-            "parallel 'fsdp' does not go with fp16; set --precision bf16 or --parallel ddp"
-        )
-    return Placement(device, dtype, size, sharded)
-
-# %% ../../nbs/30_engine_trainer.ipynb #trainer
-class Trainer:
-    "A model on its way through a run: `fit` trains it, and any stop in between loses nothing."
-
-    def __init__(
-        self,
-        command: str,
-        recipe: Run,
-        out: Path,
-        model: nn.Module,
-        length: Length,  # the recipe's, for the pictures that it trains on
-        layer_decay: float | None = None,
-        lr: Sequence[float] | None = None,  # of every step; None: the recipe's cosine
-        state: Mapping[str, Stateful] | None = None,  # saved and restored with the model
-        metadata: dict | None = None,  # plain data for every checkpoint
-        inputs: dict | None = None,  # what `record_inputs` knows of them
-        loss_mean: str = "global",
-        quiet: bool = False,
-    ):
-        self.command = command
-        self.recipe = recipe
-        self.out = Path(out)
-        self.total = length.total
-        self.per_epoch = length.per_epoch
-        self.stateful = dict(state or {})
-        self.metadata = metadata or {}
-        self.loss_mean = loss_mean
-        self.quiet = quiet
-        self.device, self.dtype, self.micro_batch_size, self.sharded = placement_of(recipe)
-        self.model = model.to(self.device)
-        if self.sharded:
-            self.model = shard_model(self.model, self.device)
-        self.optimizer = build_optimizer(model, recipe, layer_decay)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
-        if lr is None:
-            warm = warmup_length(recipe.warmup_steps, recipe.warmup_epochs, self.per_epoch)
-            lr = step_schedule(recipe.lr, recipe.min_lr, self.total, warm)
-        self.lr = lr
-        self.config = as_config(command, recipe) | ({"inputs": inputs} if inputs else {})
-        self.step = 0
-        self.saved_step = 0
-        self.data: dict = {}  # the loader's part of a checkpoint
-        if run_checkpoints(out):
-            self.restore(load_checkpoint(out, command))
-        self.end = max(self.step, length.end)  # where this call stops
-        check_same_step(self.step, self.out)
-
-    @property
-    def finished(self) -> bool:
-        "Is the whole training done, not only this call's part of it?"
-        return self.step == self.total
-
-    def is_due(self, *every: int | None) -> bool:
-        "Is this the last step of the call, or a multiple of one of these?"
-        return self.step == self.end or any(n and self.step % n == 0 for n in every)
+    command: str
+    recipe: Run
+    out: Path
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    total: int  # steps of the whole training
+    per_epoch: int
+    config: dict  # the recipe as plain data, and what is known of its inputs
+    stateful: dict[str, Stateful]  # saved and restored with the model
+    metadata: dict  # plain data for every checkpoint
+    step: int = 0
+    saved_step: int = 0
+    data: dict = field(default_factory=dict)  # the loader's part of a checkpoint
 
     def state_dict(self) -> dict:
         "What a checkpoint holds. All processes take part; rank 0's is whole."
@@ -267,10 +232,7 @@ class Trainer:
         check_can_go_on(state, needs, self.metadata, self.total, self.out)
         load_weights_and_moments(self.model, self.optimizer, state, self.out)
         self.scaler.load_state_dict(state["scaler"])
-        for name, x in self.stateful.items():
-            if isinstance(x, nn.Module):
-                check_fit(x.state_dict(), state[name], self.out)
-            x.load_state_dict(state[name])
+        load_states(self.stateful, state, self.out)
         try:
             torch.set_rng_state(state["random"])
         except (RuntimeError, TypeError) as e:
@@ -282,13 +244,83 @@ class Trainer:
     def save(self) -> None:
         "Write last.pt, and keep older ones as the recipe says."
         state = self.state_dict()
-        rank_0_first(lambda: self.write_checkpoint(state))
+        rank_0_first(lambda: write_checkpoint(self.out, state, self.recipe))
         self.saved_step = self.step
 
-    def write_checkpoint(self, state: dict) -> None:
-        "The part of rank 0 in a save."
-        last = self.out / "checkpoints" / "last.pt"
-        save_checkpoint(last, state)
-        r = self.recipe
-        with explain_write_errors(last):
-            prune_checkpoints(last, self.step, r.keep_checkpoints, r.milestone_every)
+# %% ../../nbs/30_engine_trainer.ipynb #placement
+class Placement(NamedTuple):
+    "Where and in which pieces a recipe trains."
+
+    device: torch.device
+    dtype: torch.dtype | None  # of autocast; None: fp32, without it
+    micro_batch_size: int  # pictures at once
+    sharded: bool  # do processes hold shards of the model?
+
+
+def placement_of(recipe: Run) -> Placement:
+    "What this machine and its processes make of a recipe; BeitError where they cannot."
+    device = default_device()
+    dtype = pick_precision(recipe.precision, device)
+    size = micro_batch_size(recipe.batch_size, recipe.device_batch_size, world_size())
+    sharded = recipe.parallel == "fsdp" and world_size() > 1
+    if sharded and dtype == torch.float16:
+        raise BeitError(
+            "parallel 'fsdp' does not go with fp16; set --precision bf16 or --parallel ddp"
+        )
+    return Placement(device, dtype, size, sharded)
+
+# %% ../../nbs/30_engine_trainer.ipynb #trainer
+class Trainer(RunState):
+    "A model on its way through a run: `fit` trains it, and any stop in between loses nothing."
+
+    def __init__(
+        self,
+        command: str,
+        recipe: Run,
+        out: Path,
+        model: nn.Module,
+        length: Length,  # the recipe's, for the pictures that it trains on
+        layer_decay: float | None = None,
+        lr: Sequence[float] | None = None,  # of every step; None: what the recipe asks for
+        state: Mapping[str, Stateful] | None = None,  # saved and restored with the model
+        metadata: dict | None = None,  # plain data for every checkpoint
+        inputs: dict | None = None,  # what `record_inputs` knows of them
+        loss_mean: str = "global",
+        quiet: bool = False,
+    ):
+        self.device, self.dtype, self.micro_batch_size, self.sharded = placement_of(recipe)
+        model = model.to(self.device)
+        if self.sharded:
+            model = shard_model(model, self.device)
+        super().__init__(
+            command,
+            recipe,
+            Path(out),
+            model,
+            build_optimizer(model, recipe, layer_decay),
+            torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16),
+            length.total,
+            length.per_epoch,
+            as_config(command, recipe) | ({"inputs": inputs} if inputs else {}),
+            dict(state or {}),
+            metadata or {},
+        )
+        self.loss_mean = loss_mean
+        self.quiet = quiet
+        if lr is None:
+            warn_if_only_rising(recipe, self.total, self.per_epoch)
+            lr = recipe_schedule(recipe, self.total, self.per_epoch)
+        self.lr = lr
+        if run_checkpoints(out):
+            self.restore(load_checkpoint(out, command))
+        self.end = max(self.step, length.end)  # where this call stops
+        check_same_step(self.step, self.out)
+
+    @property
+    def finished(self) -> bool:
+        "Is the whole training done, not only this call's part of it?"
+        return self.step == self.total
+
+    def is_due(self, *every: int | None) -> bool:
+        "Is this the last step of the call, or a multiple of one of these?"
+        return self.step == self.end or any(n and self.step % n == 0 for n in every)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import BeitError, exit_status
-from .loading import check_batch
 from beit_nb.engine.log import (
     RunLog,
     StepMetrics,
@@ -25,7 +24,7 @@ from beit_nb.engine.log import (
     forget_metrics,
     stop_on_nonfinite,
 )
-from .optim import loss_weights, micro_batch_size
+from .optim import check_batch, loss_weights, micro_batch_size
 from beit_nb.engine.processes import (
     gather_over_ranks,
     no_sync,

@@ -23,7 +23,7 @@ from beit_nb.configs import (
     SegmentRecipe,
     TokenizerRecipe,
 )
-from ..engine.optim import Schedule, step_schedule, warmup_length
+from ..engine.optim import Schedule, recipe_schedule, warmup_length
 from beit_nb.explorers.figures import (
     PAPER,
     BlittedFigure,
@@ -34,7 +34,6 @@ from beit_nb.explorers.figures import (
 )
 from ..images import PALETTE
 from ..scale.hours import dataset_size
-from ..segmenting import segment_schedule
 from ..tokenizer import tokenizer_schedules
 
 # %% ../../nbs/explorers_courses.ipynb #curves
@@ -57,18 +56,10 @@ def recipe_curves(recipe: Run, points: int = 201) -> dict[str, Curve]:
     "Curves of a recipe by name: (percent of the run, value), or (block or layer, value)."
     length = run_length(recipe)
     total = length.total
+    schedules = {"learning rate": recipe_schedule(recipe, total, length.per_epoch)}
     if isinstance(recipe, TokenizerRecipe):
         by_name = tokenizer_schedules(recipe, length)
-        schedules = {
-            "learning rate": by_name["lr"],
-            "temperature": by_name["tau"],
-            "KL weight": by_name["beta"],
-        }
-    elif isinstance(recipe, SegmentRecipe):
-        schedules = {"learning rate": segment_schedule(recipe, total, length.per_epoch)}
-    else:
-        warm = warmup_length(recipe.warmup_steps, recipe.warmup_epochs, length.per_epoch)
-        schedules = {"learning rate": step_schedule(recipe.lr, recipe.min_lr, total, warm)}
+        schedules |= {"temperature": by_name["tau"], "KL weight": by_name["beta"]}
     schedules["weight decay"] = Schedule(
         lambda steps: np.full(len(steps), recipe.weight_decay), total
     )
