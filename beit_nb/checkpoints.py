@@ -26,7 +26,7 @@ from .engine.runs import check_state, is_config, load_checkpoint, save_checkpoin
 from .engine.safeload import flatten, read_weights_file
 from .engine.trainer import few
 from .hub import WEIGHTS, read_hf_folder, write_hf_folder
-from .images import BEIT_MEAN_STD, IMAGENET_MEAN_STD, MEAN_STD
+from .images import BEIT_MEAN_STD, mean_std_for
 from .labelled_views import ScoredView, scored_view, usual_crop
 from .layouts import AROUND, around_body, check_whole, class_of, shape_of, to_official
 from .recipes import from_config
@@ -78,7 +78,8 @@ def weights_of_tensors(tensors: Mapping[str, Tensor], source: str, ema: bool = F
     around = {name: x for name, x in tensors.items() if AROUND.match(name)}
     args = shape_of(state) | head_args(state)
     of_imagenet = around or args["use_abs_pos_emb"]  # official segmentations, whatever their body
-    mean_std = IMAGENET_MEAN_STD if of_imagenet else BEIT_MEAN_STD
+    in_colors = args["in_chans"] in (1, 3)
+    mean_std = mean_std_for("imagenet" if of_imagenet and in_colors else "beit", args["in_chans"])
     guessed = () if any("relative_position" in n for n in state) else ("num_heads",)
     view = ScoredView(args["img_size"], usual_crop(args["img_size"]))
     return Weights(state, args, [], mean_std, view, source, guessed, around=around)
@@ -131,7 +132,7 @@ def weights_of_run(checkpoint: Mapping[str, Any], ema: bool = False) -> Weights:
     state = {name: x for name, x in state.items() if name not in around}
     args = {name: getattr(recipe, name) for name in BODY_ARGS} | head_args(state)
     args["in_chans"] = getattr(recipe, "in_chans", 3)
-    mean_std = MEAN_STD[recipe.mean_std]
+    mean_std = mean_std_for(recipe.mean_std, args["in_chans"])
     classes = checkpoint.get("classes", [])
     told = {}
     if command == "segment":

@@ -295,7 +295,7 @@ class FinetuneRecipe(Backbone, Run):
     flip: Share = 0.5  # probability of a mirrored picture
     mean_std: Literal["beit", "imagenet"] = "imagenet"  # as in the pre-training
     repeated_aug: Few = 1  # views of a picture in a row; DeiT: 3, and a third of them an epoch
-    in_chans: Literal[1, 3] = 3  # channels that the network reads; 1: pictures are turned gray
+    in_chans: Few = 3  # channels that the network reads; 1: gray; other than 3: bands (.tif, .npy)
 
     use_mean_pooling: bool = True  # classify the mean of the patch tokens; else the class token
     init_scale: NonNegative = 0.001  # the head starts that much smaller
@@ -313,8 +313,20 @@ class FinetuneRecipe(Backbone, Run):
         at_once = min(self.batch_size, self.device_batch_size or self.batch_size)
         if (self.mixup or self.cutmix) and at_once % 2:
             yield f"mixup and cutmix pair pictures: make the batch of {at_once} pictures even"
+        if self.in_chans not in (1, 3):
+            yield from self.band_conflicts()
         if self.ema and self.parallel == "fsdp":
             yield "ema keeps a whole copy of the weights: set parallel ddp"
+
+    def band_conflicts(self) -> Iterator[str]:
+        "What is made for three colors, and cannot be done to pictures of other bands."
+        if self.augment not in ("shift", "none"):
+            yield (
+                f"augment {self.augment} is made for three colors: with in_chans {self.in_chans} "
+                "set augment none (crop, flip, erasing) or shift"
+            )
+        if self.mean_std != "beit":
+            yield f"mean_std {self.mean_std} is made for three colors: set mean_std beit"
 
 # %% ../nbs/21_configs.ipynb #probe-recipe
 @dataclass

@@ -22,11 +22,13 @@ from .engine.runs import run_config
 from .engine.shards import ImageShards, read_names, shard_index, tar_files
 from beit_nb.engine.sources import (
     SPLITS,
+    BandFolder,
     Digits,
     ImageDataset,
     ImageFolder,
     Photos,
     beside_parts,
+    holds_arrays,
     split_ids,
 )
 from .engine.token_files import picture_records
@@ -123,11 +125,18 @@ def loose_files(root: Path, tar: str) -> LeftOut:
 
 
 def folder_or_shards(
-    root: Path, labels: bool = False, classes: list[str] | None = None
+    root: Path, labels: bool = False, classes: list[str] | None = None, channels: int = 3
 ) -> ImageDataset:
-    "A folder of shards where there is a .tar in it, else a folder of pictures."
+    "A folder of shards where there is a .tar in it, else of pictures, or of pictures of bands."
     refuse_runs(root)
     tars = tar_files(root)
+    if tars and channels not in (1, 3):
+        raise BeitError(
+            f"{root} holds shards ({tars[0].name}), whose pictures have 3 channels; {channels} "
+            "channels are read from a folder of .tif or .npy files"
+        )
+    if not tars and (channels not in (1, 3) or holds_arrays(root)):
+        return BandFolder(root, channels, labels, classes)
     if not tars:
         return ImageFolder(root, labels, classes)
     loose = loose_files(root, tars[0].name)
@@ -145,7 +154,7 @@ def class_names(root: Path) -> list[str]:
     return read_names(root) or [str(c) for c in range(largest + 1)]
 
 # %% ../nbs/37_data.ipynb #labelled-folder
-def labelled_folder(root: Path, split: str) -> ImageDataset:
+def labelled_folder(root: Path, split: str, channels: int = 3) -> ImageDataset:
     "The part of a folder with train/<class>/ and val/<class>/ in it (test/ is welcome)."
     train = root / "train"
     if split.startswith("train"):
@@ -163,7 +172,7 @@ def labelled_folder(root: Path, split: str) -> ImageDataset:
             f"{root}/val/<class>/, or shards of these; there are: {there}"
         )
     classes = class_names(train) if train.is_dir() else None
-    return folder_or_shards(part, labels=True, classes=classes)
+    return folder_or_shards(part, labels=True, classes=classes, channels=channels)
 
 # %% ../nbs/37_data.ipynb #remarks
 def alike(names: list[str]) -> list[list[str]]:
@@ -222,12 +231,13 @@ def open_known(name: str, split: str, labels: bool) -> ImageDataset:
     return open_folder(root / "images/training" if name == "ade20k" else root, split, labels)
 
 
-def open_folder(root: Path, split: str, labels: bool) -> ImageDataset:
+def open_folder(root: Path, split: str, labels: bool, channels: int = 3) -> ImageDataset:
     "A folder of pictures or shards, and what lies beside its parts."
     if labels:
-        pictures = labelled_folder(root, split)
+        pictures = labelled_folder(root, split, channels)
     else:
-        pictures = folder_or_shards(root / "train" if (root / "train").is_dir() else root)
+        part = root / "train" if (root / "train").is_dir() else root
+        pictures = folder_or_shards(part, channels=channels)
     if (root / "train").is_dir():
         pictures.left_out.merge(beside_parts(root))
     return pictures
@@ -237,6 +247,7 @@ def open_data(
     data: str,  # a known set, or a folder
     split: str = "train",  # one of SPLITS
     labels: bool = False,  # are labels needed?
+    channels: int = 3,  # other than 1 and 3: bands, in a folder of .tif or .npy
 ) -> ImageDataset:
     """A known set by name, or a folder.
 
@@ -252,8 +263,12 @@ def open_data(
             f"no data at {data}: give a folder of pictures or shards, or one of "
             f"{', '.join(DATASETS)}"
         )
+    if name and channels not in (1, 3):
+        raise BeitError(
+            f"{name} has 3 channels, but {channels} are asked for; give a folder of .tif or .npy"
+        )
     if name is None:
-        pictures = open_folder(Path(data), split, labels)
+        pictures = open_folder(Path(data), split, labels, channels)
     else:
         pictures = open_known(name, split, labels)
     for line in remarks(pictures, split.startswith("train")) if rank() == 0 else ():

@@ -405,12 +405,13 @@ def _class_names(config: Mapping[str, Any], args: Mapping[str, Any]) -> list[str
     return names if count else []
 
 
-def _color(levels: Any, where: str | Path) -> tuple[float, ...]:
-    "A number for red, green and blue. Raises BeitError for anything else."
+def _color(levels: Any, where: str | Path, channels: int) -> tuple[float, ...]:
+    "A number for red, green and blue, or for each of other channels. Raises BeitError otherwise."
+    wanted = 3 if channels == 1 else channels
     numbers = isinstance(levels, list) and [isinstance(x, (int, float)) for x in levels]
-    if numbers != [True] * 3:
+    if numbers != [True] * wanted:
         raise BeitError(
-            f"{where} normalises by {levels!r}; a number for each of 3 colors is needed"
+            f"{where} normalises by {levels!r}; a number for each of {wanted} colors is needed"
         )
     return tuple(levels)
 
@@ -422,7 +423,11 @@ def _preprocessing(folder: Path, args: Mapping[str, Any]) -> tuple:
     """
     path = folder / "preprocessor_config.json"
     steps = read_json(path) if path.is_file() else {}
-    mean_std = tuple(_color(steps.get(f"image_{x}", [0.5] * 3), path) for x in ("mean", "std"))
+    channels = args["in_chans"]
+    usual = [0.5] * (3 if channels == 1 else channels)
+    mean_std = tuple(
+        _color(steps.get(f"image_{x}", usual), path, channels) for x in ("mean", "std")
+    )
     size = steps.get("size")  # a number in files of before 2023
     sizes = size if isinstance(size, dict) else {"height": size}
     edge = sizes.get("shortest_edge", sizes.get("height"))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PALETTE', 'IMAGENET_MEAN_STD', 'BEIT_MEAN_STD', 'MEAN_STD', 'PHOTOS', 'show_image', 'show_images', 'pil_to_tensor',
            'to_pil_image', 'to_tensor', 'to_pil', 'to_float', 'photos', 'middle_square', 'house_pictures', 'normalize',
-           'denormalize', 'preprocess']
+           'denormalize', 'mean_std_for', 'preprocess']
 
 # %% ../nbs/00_images.ipynb #imports
 from functools import cache
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from . import BeitError
 
 # %% ../nbs/00_images.ipynb #show
 def show_image(x, title: str | None = None, ax=None, **imshow_options: Any):
@@ -146,27 +148,43 @@ def house_pictures(size: int = 224) -> Tensor:
 @cache  # a new constant sent to a GPU would wait for all the work already there
 @torch.inference_mode(False)
 def _mean_and_std(mean_std, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    "The constants of the channels as tensors (3, 1, 1)."
-    mean, std = (torch.tensor(v, dtype=dtype, device=device).view(3, 1, 1) for v in mean_std)
+    "The constants of the C channels as tensors (C, 1, 1)."
+    mean, std = (torch.tensor(v, dtype=dtype, device=device).view(-1, 1, 1) for v in mean_std)
     return mean, std
 
 
 def normalize(x: Tensor, mean_std=BEIT_MEAN_STD) -> Tensor:
-    "(..., 3, H, W) floats in [0, 1] to (x - mean) / std, channel by channel."
+    "(..., C, H, W) floats in [0, 1] to (x - mean) / std, channel by channel."
     mean, std = _mean_and_std(mean_std, x.dtype, x.device)
     return (x - mean) / std
 
 
 def denormalize(x: Tensor, mean_std=BEIT_MEAN_STD) -> Tensor:
-    "The inverse of `normalize`: (..., 3, H, W) back to [0, 1]."
+    "The inverse of `normalize`: (..., C, H, W) back to [0, 1]."
     mean, std = _mean_and_std(mean_std, x.dtype, x.device)
     return x * std + mean
+
+# %% ../nbs/00_images.ipynb #mean-std-for
+def mean_std_for(mean_std: str, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The (mean, std) of every channel, by a name in MEAN_STD.
+
+    Of 1 or 3 channels: for red, green and blue. Of others only "beit" has one, 0.5 for each; for
+    "imagenet" BeitError.
+    """
+    if channels in (1, 3):
+        return MEAN_STD[mean_std]
+    if mean_std != "beit":
+        raise BeitError(
+            f"mean_std {mean_std!r} is of three colors, but there are {channels} channels: set "
+            "mean_std beit, which brings every one from [0, 1] to [-1, 1]"
+        )
+    return (0.5,) * channels, (0.5,) * channels
 
 # %% ../nbs/00_images.ipynb #preprocess
 def preprocess(x: Tensor, mean_std: str) -> Tensor:
     """Pictures as they are stored to what a network reads.
 
-    x: (..., 3, H, W), uint8 levels or floats in [0, 1]; mean_std: a name in MEAN_STD. Returns
+    x: (..., C, H, W), uint8 levels or floats in [0, 1]; mean_std: a name in MEAN_STD. Returns
     normalised floats of the same shape.
     """
-    return normalize(to_float(x), MEAN_STD[mean_std])
+    return normalize(to_float(x), mean_std_for(mean_std, x.shape[-3]))

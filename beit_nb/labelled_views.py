@@ -25,8 +25,8 @@ from .engine.loading import LabelledBatch, TransformedDataset, sequential_batche
 from .engine.processes import gather_over_ranks, rank, world_size
 from .engine.training import all_or_none
 from beit_nb.images import (
-    MEAN_STD,
     denormalize,
+    mean_std_for,
     normalize,
     pil_to_tensor,
     preprocess,
@@ -42,7 +42,7 @@ def timm_transform(r: FinetuneRecipe) -> Callable[[Image.Image], Tensor]:
     """
     from timm.data import create_transform  # here: who scores or predicts needs no timm
 
-    mean, std = MEAN_STD[r.mean_std]
+    mean, std = mean_std_for(r.mean_std, r.in_chans)
     try:
         made: Any = create_transform(
             r.img_size,
@@ -67,17 +67,27 @@ def timm_transform(r: FinetuneRecipe) -> Callable[[Image.Image], Tensor]:
 
 # %% ../nbs/40_labelled_views.ipynb #finetune-transform
 class FinetuneTransform:
-    """A labelled picture as training shows it: (3, H, W) uint8, or floats around [0, 1].
+    """A labelled picture as training shows it: (C, H, W) uint8, or floats around [0, 1].
 
-    Raises BeitError for erasing without timm's pipeline.
+    Raises BeitError for erasing in shifts, and for a `mean_std` that C channels do not have.
     """
 
     def __init__(self, r: FinetuneRecipe, labels: np.ndarray):
         self.labels = labels
-        self.mean_std = MEAN_STD[r.mean_std]
+        self.mean_std = mean_std_for(r.mean_std, r.in_chans)
         self.max_shift = 2  # pixels
         self.views = TwoViews(r.img_size, crop_scale=r.crop_scale, flip=r.flip)
-        self.timm = None if r.augment == "shift" else timm_transform(r)
+        bands = r.in_chans not in (1, 3)
+        if r.augment == "shift":
+            self.change = self.shifted
+        elif bands and r.augment == "none":
+            from timm.data.random_erasing import RandomErasing
+
+            self.erase = RandomErasing(r.erasing, mode="pixel", device="cpu")
+            self.change = self.erased
+        else:
+            self.timm = timm_transform(r)
+            self.change = self.by_timm
         if r.augment == "shift" and r.erasing:
             raise BeitError(
                 "augment 'shift' erases nothing: set --erasing 0, or --augment none for timm's "
@@ -85,21 +95,24 @@ class FinetuneTransform:
             )
 
     def __call__(self, picture, number: int, rng: np.random.Generator) -> LabelledBatch:
-        image = self.shifted(picture, rng) if self.timm is None else self.by_timm(picture)
-        return LabelledBatch(image, int(self.labels[number]), number)
+        return LabelledBatch(self.change(picture, rng), int(self.labels[number]), number)
 
     def shifted(self, picture, rng: np.random.Generator) -> Tensor:
         "The picture, or its random piece, moved by a few pixels."
-        x = self.views(picture).patch_view  # (3, H, W) uint8
+        x = self.views(picture).patch_view  # (C, H, W)
         top = int(rng.integers(0, 2 * self.max_shift + 1))
         left = int(rng.integers(0, 2 * self.max_shift + 1))
         padded = F.pad(x, [self.max_shift] * 4)
         return padded[:, top : top + x.shape[1], left : left + x.shape[2]]
 
-    def by_timm(self, picture) -> Tensor:
+    def erased(self, picture: Tensor, rng: np.random.Generator) -> Tensor:
+        "A random piece of a picture of bands, perhaps mirrored, perhaps with a hole of noise."
+        x = normalize(self.views(picture).patch_view, self.mean_std)
+        return denormalize(self.erase(x), self.mean_std)
+
+    def by_timm(self, picture, rng: np.random.Generator) -> Tensor:
         "timm's pipeline, its normalisation undone: in [0, 1] but for the noise of erasing."
         image: Any = to_pil_image(picture) if isinstance(picture, Tensor) else picture
-        assert self.timm is not None
         return denormalize(self.timm(image), self.mean_std)
 
 # %% ../nbs/40_labelled_views.ipynb #finetune-loss
@@ -146,7 +159,8 @@ class ScoredView(NamedTuple):
     """What a network sees of a picture when it is scored: resized, then the middle of it.
 
     Called with a picture it gives (3, img_size, img_size) uint8, bit for bit what timm's pipeline
-    for evaluation gives before it normalises. Of an endless picture only the middle is resized.
+    for evaluation gives before it normalises; with bands, (C, H, W) floats, floats of that size.
+    Of an endless picture only the middle is resized.
     """
 
     img_size: int  # pixels a side that the network reads
@@ -162,13 +176,14 @@ class ScoredView(NamedTuple):
     def __call__(self, picture: Image.Image | Tensor) -> Tensor:
         from torchvision.transforms.v2 import functional as TF  # here: it takes long to import
 
-        image: Any = to_pil_image(picture) if isinstance(picture, Tensor) else picture
+        levels = isinstance(picture, Tensor) and picture.dtype == torch.uint8
+        image: Any = to_pil_image(picture) if levels else picture
         size = [self.edge] if self.crop_mode == "center" else [self.edge, self.edge]
         if self.crop_mode == "center":
-            image = TF.crop(image, *middle_box(image.height, image.width))
+            image = TF.crop(image, *middle_box(*TF.get_size(image)))
         image = TF.resize(image, size, TF.InterpolationMode(self.interpolation))
         middle: Any = TF.center_crop(image, [self.img_size, self.img_size])
-        return pil_to_tensor(middle)
+        return middle if isinstance(middle, Tensor) else pil_to_tensor(middle)
 
 
 def scored_view(r: FinetuneRecipe) -> ScoredView:

@@ -116,7 +116,7 @@ def score_blocks(
     read, *right = sum_over_ranks(mine).tolist()
     return [n / read for n in right]
 
-
+# %% ../nbs/53_linear.ipynb #score-callback
 class ScoreCallback:
     "A callback: the best block on held-out pictures, every so many steps."
 

@@ -33,18 +33,20 @@ def each_picture(
     paths: tuple[str, ...],
     answer: Callable[[str, Any], None],
     failed: Callable[[str, UnreadableImage], None] = lambda path, why: None,
+    read: Callable[[str], Any] | None = None,  # None: `load_image`
 ) -> int:
     """Call `answer` with every picture that can be read; the others are named on stderr.
 
     `failed` is called with each of these, and why. Returns the exit status: 1 if there were others.
     Raises the last one's UnreadableImage where no picture could be read.
     """
-    from beit_nb.engine.decoding import load_image
+    if read is None:
+        from beit_nb.engine.decoding import load_image as read
 
     unread = 0
     for number, path in enumerate(paths, 1):
         try:
-            image = load_image(path)
+            image = read(path)
         except UnreadableImage as e:
             unread += 1
             failed(path, e)
@@ -124,7 +126,7 @@ class Predict:
             if self.json:
                 say(unread_json(path, why))
 
-        status = each_picture(self.images, answer, failed)
+        status = each_picture(self.images, answer, failed, predict.read)
         if self.grid:
             with atomic_write(self.grid) as f:
                 draw_grid(answers).save(f, "PNG")
@@ -153,7 +155,9 @@ class Evaluate:
     init: Positional[Place]
     # a known data set, or a folder with train/<class>/ and val/<class>/ in it, or label maps
     data: Place
-    out: Place = "runs/evaluate"  # metrics.json, answers.npz, confusion.png and report.html
+    # metrics.json, answers.npz, confusion.png and report.html; none: a folder in runs/evaluate for
+    # each checkpoint, data set and split
+    out: Place | None = None
     split: Literal["val", "test"] = "val"
     img_size: Size | None = None  # pixels a side; none: the checkpoint's own
     crop_pct: CropPct | None = None  # share of the edge that is kept; none: its own
@@ -167,7 +171,7 @@ class Evaluate:
 
     def run(self) -> None:
         from beit_nb.engine.processes import join_processes, rank
-        from beit_nb.evaluation import evaluate, score_lines
+        from beit_nb.evaluation import evaluate, score_folder, score_lines
         from beit_nb.report import run_report
         from beit_nb.segmenters import evaluate_segmenter, map_score_lines, read_segmenter
 
@@ -175,7 +179,8 @@ class Evaluate:
             if rank() == 0:
                 say(f"data: {data_source(self.data)}")
             net = read_segmenter(self.init)
-            options = dict(vars(self))
+            out = self.out or score_folder(self.init, self.data, self.split)
+            options = vars(self) | {"out": out}
             check_kind(options, of_pixels=net is not None)
             more = {name: options.pop(name) for name in ("scales", "flip_test")}
             if net:
@@ -183,7 +188,7 @@ class Evaluate:
                     net,
                     self.init,
                     self.data,
-                    self.out,
+                    out,
                     self.split,
                     precision=self.precision,
                     workers=self.workers,
@@ -193,7 +198,7 @@ class Evaluate:
                 figures = evaluate(**options)
             lines = map_score_lines(figures) if net else score_lines(figures)
             if rank() == 0:
-                say(*lines, f"report: {run_report(self.out)}")
+                say(*lines, f"report: {run_report(out)}")
 
 # %% ../nbs/90_picture_tools.ipynb #attention
 Queries = Annotated[

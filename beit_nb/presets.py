@@ -49,7 +49,7 @@ TOKENIZER = {
     "nano": ("embedded digits, under a minute on a laptop", TokenizerRecipe(
         data="digits", epochs=2, width=64, **LAPTOP)),
     "photos": (
-        "crops of the embedded photographs: natural colour on a laptop, 8 pixels a token",
+        "crops of the embedded photographs: 8 pixels a token, on a laptop; not measured",
         TokenizerRecipe(
             data="photos", img_size=64, downsample=8, vocab_size=512, epochs=4,
             crop_scale=(0.02, 0.3), flip=0.5, **LAPTOP)),

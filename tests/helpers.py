@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
+import tifffile
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -105,4 +106,25 @@ def red_and_blue(root: Path) -> Path:
                 x = rng.integers(0, 60, (20, 30, 3), dtype=np.uint8)
                 x[..., channel] += 150
                 Image.fromarray(x).save(root / split / color / f"{i}.png")
+    return root
+
+
+def lay_out_bands(root: Path, each=6) -> Path:
+    """root/{train,val}/<class>/: fields in five bands; only the last one tells them apart.
+
+    Half of them are .npy of floats, (5, H, W), half TIFFs of 16 bits, (H, W, 5).
+    """
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name, infrared in (("water", 0.0), ("wheat", 0.7)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(each):
+                field = rng.random((5, 40, 36)) * 0.3
+                field[4] += infrared
+                if i % 2:
+                    np.save(folder / f"{i}.npy", field.astype(np.float32))
+                else:
+                    levels = (field * 65535).astype(np.uint16).transpose(1, 2, 0)
+                    tifffile.imwrite(folder / f"{i}.tif", levels)
     return root

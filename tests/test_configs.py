@@ -101,7 +101,7 @@ WRONG = dict(
     likelihood=("uniform",),
     repeated_aug=(0, -1),
     crop_pct=(0.0, 1.5, math.nan),
-    in_chans=(0, 2, 13),
+    in_chans=(0, -1, 1001),
     split=("train",),
 )
 

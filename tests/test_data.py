@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import torchvision
-from helpers import beit, refused, save_gray
+from helpers import beit, lay_out_bands, refused, save_gray
 
 import beit_nb.data as data
 from beit_nb import SAID, BeitError
 from beit_nb.data import open_data, sample_labels, torchvision_set
 from beit_nb.engine.packing import shard_folder
+from beit_nb.engine.token_files import picture_records
 from beit_nb.recipes import DATASETS, known_set, recipe_named
 from beit_nb.scale.hours import dataset_size
 
@@ -505,3 +507,44 @@ def test_a_run_inside_its_data(tmp_path, place):
     assert "left out of" in said.stderr and "folders of runs and of Python: 1" in said.stderr
     assert len(open_data(str(root))) == 4
     assert (root / place / "metrics.json").exists()
+
+
+def test_a_folder_of_bands(tmp_path):
+    lay_out_bands(tmp_path / "bands", each=2)
+
+    pictures = open_data(str(tmp_path / "bands"), "val", labels=True, channels=5)
+
+    assert pictures.classes == ["water", "wheat"] and len(pictures) == 4
+    assert [x.shape for x in map(pictures.pixels, range(4))] == [(5, 40, 36)] * 4
+    assert torch.equal(pictures[3], pictures.pixels(3))
+    assert None not in picture_records(pictures)
+
+
+def test_arrays_beside_usual_pictures_are_no_pictures(tmp_path):
+    "A folder that was read yesterday is read alike today, whatever arrays lie in it."
+    for name, value in (("a", 0), ("b", 255)):
+        save_gray(tmp_path / "mixed" / "train" / name / "1.png", value)
+        np.save(tmp_path / "mixed" / "train" / name / "1.npy", np.zeros((3, 8, 8), np.uint8))
+        (tmp_path / "arrays" / "train" / name).mkdir(parents=True)
+        np.save(tmp_path / "arrays" / "train" / name / "1.npy", np.full((8, 8), value, np.uint8))
+
+    mixed = open_data(str(tmp_path / "mixed"), labels=True)
+    gray = open_data(str(tmp_path / "arrays"), labels=True, channels=1)
+
+    assert len(mixed) == 2 and all(mixed.path(i).endswith(".png") for i in range(2))
+    assert gray.pixels(1).shape == (3, 8, 8) and gray.pixels(1).min() == 255
+
+
+def test_bands_where_there_are_none(tmp_path):
+    save_gray(tmp_path / "gray" / "train" / "a" / "1.png", 0)
+    (tmp_path / "shards" / "train").mkdir(parents=True)
+    with tarfile.open(tmp_path / "shards" / "train" / "1.tar", "w"):
+        pass
+
+    for place, says in (
+        ("digits", "digits has 3 channels, but 5 are asked for"),
+        (tmp_path / "gray", "no pictures in .*looked for .npy, .tif, .tiff"),
+        (tmp_path / "shards", "shards .*1.tar.* 5 channels are read from a folder"),
+    ):
+        with pytest.raises(BeitError, match=says):
+            open_data(str(place), labels=True, channels=5)

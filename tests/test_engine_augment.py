@@ -8,8 +8,10 @@ import pytest
 import torch
 import torchvision
 from PIL import Image, ImageEnhance
+from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as TF
 
+from beit_nb import BeitError
 from beit_nb.engine.augment import (
     JITTER_KINDS,
     TwoViews,
@@ -351,3 +353,24 @@ def test_faster_than_the_official_pipeline(tmp_path):
 )
 def test_only_endless_pictures_are_shortened(height, width, box):
     assert middle_box(height, width) == box
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, 13])
+def test_views_of_any_number_of_bands(channels):
+    "A band is cut, resized and mirrored as it would be alone."
+    bands = torch.rand(channels, 50, 40)
+    views = TwoViews(24, 12, crop_scale=(0.3, 1.0), flip=0.5)
+
+    with seeded(3):
+        together = views(bands)
+    for band in range(channels):
+        with seeded(3):
+            alone = views(bands[band : band + 1])
+        assert_close(together.patch_view[band], alone.patch_view[0], atol=1e-6, rtol=0)
+
+    assert together.patch_view.shape == (channels, 24, 24)
+
+
+def test_no_color_to_jitter():
+    with pytest.raises(BeitError, match="pictures have 5 channels; set color_jitter 0"):
+        TwoViews(24, color_jitter=0.4)(torch.rand(5, 32, 32))

@@ -13,13 +13,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import EpsImagePlugin, Image
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 
 import beit_nb.engine.decoding as decoding
 from beit_nb import BeitError, UnreadableImage
-from beit_nb.engine.decoding import NamedBytes, decode_image, load_image, turned
+from beit_nb.engine.decoding import (
+    NamedBytes,
+    decode_bands,
+    decode_image,
+    load_image,
+    load_picture,
+    turned,
+)
 from beit_nb.engine.notes import take_apart
 from beit_nb.engine.walks import EXTENSIONS
 from beit_nb.explorers.pad import read_picture
@@ -661,3 +669,100 @@ def test_what_the_fast_decoder_raises_is_left_to_the_other(monkeypatch, error):
     monkeypatch.setattr(torch.ops, "image", SimpleNamespace(decode_jpeg=fail))
 
     assert torch.equal(decode_image(data, name), by_pil(data))
+
+
+def written(write, array, **options) -> bytes:
+    with io.BytesIO() as f:
+        write(f, array, **options)
+        return f.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:.*stored as RGB:DeprecationWarning")
+@pytest.mark.parametrize("bands", [2, 4, 5, 13])
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32", "float64"])
+@pytest.mark.parametrize("last", [True, False])
+def test_bands_are_the_same_by_every_writer(bands, dtype, last):
+    "tifffile's habits: a page a band or a row, all in one strip, planes apart; and NumPy's array."
+    x = np.random.default_rng(bands).random((bands, 20, 17))
+    white = np.iinfo(dtype).max if dtype[0] == "u" else 1
+    x = (x * white).astype(dtype)
+    stored = np.ascontiguousarray(x.transpose(1, 2, 0)) if last else x
+    config = "contig" if last else "separate"
+    files = [
+        written(np.save, stored),
+        written(tifffile.imwrite, stored),
+        written(tifffile.imwrite, stored, photometric="minisblack"),
+        written(tifffile.imwrite, stored, photometric="minisblack", planarconfig=config),
+    ]
+    for file in files:
+        got = decode_bands(file, lambda: "field", bands)
+        assert got.dtype == torch.float32 and got.shape == (bands, 20, 17)
+        np.testing.assert_allclose(got.numpy(), x / white, atol=1e-6)
+
+
+def test_where_bands_could_stand_first_and_last_they_are_first():
+    x = np.random.default_rng(0).random((5, 8, 5)).astype(np.float32)
+
+    got = decode_bands(written(np.save, x), lambda: "field", 5)
+
+    assert np.array_equal(got.numpy(), x)
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 7), (9, 7, 4), (9, 7), (1, 5, 9, 7), (5,), ()])
+def test_other_bands_are_a_mistake_that_names_the_file(shape):
+    with pytest.raises(BeitError, match="the picture my/field.npy is .* 5 channels") as e:
+        decode_bands(written(np.save, np.zeros(shape, np.uint8)), lambda: "my/field.npy", 5)
+
+    assert not isinstance(e.value, UnreadableImage)  # it would be passed over
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        (b"", "not a TIFF"),
+        (b"\x93NUMPY\x01\x00", "replace or delete"),
+        (written(np.save, np.zeros((5, 8, 8), np.int16)), "holds int16; save uint8"),
+        (written(np.save, np.zeros((5, 8, 8), complex)), "holds complex128"),
+        (written(np.save, np.array([{}]), allow_pickle=True), "replace or delete"),  # never run
+        (written(tifffile.imwrite, np.zeros((5, 8, 8), np.uint16))[:200], "replace or delete"),
+    ],
+)
+def test_files_without_bands_are_unreadable(file, says, tmp_path):
+    (tmp_path / "field.tif").write_bytes(file)
+
+    with pytest.raises(UnreadableImage, match="field") as e:
+        load_picture(tmp_path / "field.tif", 5)
+
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_a_tiff_of_bands_that_would_burst_the_memory(monkeypatch):
+    file = written(tifffile.imwrite, np.zeros((5, 30, 30), np.uint8))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+
+    with pytest.raises(UnreadableImage, match="4,500 numbers, more than 4,000"):
+        decode_bands(file, lambda: "field", 5)
+
+
+def test_odd_bands_are_told_once(capsys):
+    x = np.full((5, 8, 8), 0.5, np.float32)
+    x[0, 0, 0] = np.nan
+    x[1, 0, 0] = 3000
+    said = set()
+
+    first, second = (decode_bands(written(np.save, x), lambda: "field", 5, said) for _ in range(2))
+
+    assert first[0, 0, 0] == 0 and torch.equal(first, second)
+    told = capsys.readouterr().err
+    assert told.count("NaN") == 1 and told.count("has floats up to 3000") == 1
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_array_of_colors_is_a_picture_like_others(channels, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (channels, 9, 7), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", levels)
+
+    got = load_picture(tmp_path / "x.npy", channels)
+
+    assert got.dtype == torch.uint8 and got.shape == (3, 9, 7)
+    assert torch.equal(got, torch.from_numpy(levels).expand(3, -1, -1))

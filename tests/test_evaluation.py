@@ -27,6 +27,7 @@ from beit_nb.evaluation import (
     match_classes,
     names_known,
     read_answers,
+    score_folder,
     standard_error,
     wilson_interval,
 )
@@ -351,3 +352,35 @@ def test_the_command_leaves_figures_a_picture_and_a_page(file, pictures, tmp_pat
     (tmp_path / "out" / "answers.npz").write_bytes(b"x")
     beit("report", tmp_path / "out")
     assert "damaged" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_every_checkpoint_set_and_split_has_a_folder_of_its_own(
+    network, file, pictures, tmp_path, monkeypatch
+):
+    "Two networks, one after the other, and nothing said of --out."
+    monkeypatch.chdir(tmp_path)
+    with torch.no_grad():
+        other = {name: x.clone() for name, x in network.state_dict().items()}
+        other["head.bias"][0] += 100  # the first class, whatever it sees
+    torch.save({"model": other}, tmp_path / "other.pth")
+
+    first = evaluate(str(file), str(pictures), quiet=True)
+    second = evaluate("other.pth", str(pictures), quiet=True)
+
+    folders = sorted((tmp_path / "runs" / "evaluate").iterdir())
+    assert len(folders) == 2 and first["accuracy"] != second["accuracy"]
+    kept = {json.loads((f / "config.json").read_text())["init"]: f for f in folders}
+    for init, figures in ((str(file), first), ("other.pth", second)):
+        metrics = json.loads((kept[init] / "metrics.json").read_text())
+        assert metrics["accuracy"] == figures["accuracy"]
+    weights = [json.loads((f / "config.json").read_text())["weights"] for f in folders]
+    assert weights[0] != weights[1]
+
+
+def test_folders_of_scores_are_told_apart():
+    asked = [
+        (i, d, s) for i in ("a", "a/b", "b") for d in ("digits", "./d") for s in ("val", "test")
+    ]
+
+    assert len({score_folder(*words) for words in asked}) == len(asked)
+    assert all(score_folder(*words).count("/") == 2 for words in asked)

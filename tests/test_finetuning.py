@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import red_and_blue, save_gray
+from helpers import beit, lay_out_bands, red_and_blue, refused, save_gray
 from helpers_models import SIZE, shaken
 from PIL import Image
 from safetensors.torch import save_file
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from beit_nb import BeitError
 from beit_nb.checkpoints import save_official
 from beit_nb.configs import FinetuneRecipe
-from beit_nb.engine.log import read_log
+from beit_nb.engine.log import read_log, read_metrics
 from beit_nb.engine.runs import load_checkpoint
 from beit_nb.engine.sources import ImageFolder
 from beit_nb.finetuning import (
@@ -328,3 +328,38 @@ def test_a_head_for_other_classes_stays_behind(tmp_path, folder, capsys, renamed
     assert torch.allclose(*heads, rtol=0, atol=1e-9) == (not renamed)
     told = "knows other classes or another order; a fresh one starts" in capsys.readouterr().err
     assert told == renamed
+
+
+@pytest.mark.slow
+def test_a_folder_of_five_bands_from_training_to_answers(tmp_path, monkeypatch):
+    "From weights that have seen three colors; the classes differ in a band that no eye sees."
+    monkeypatch.chdir(tmp_path)
+    lay_out_bands(tmp_path / "bands")
+    size = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+    shape = [f"--{name.replace('_', '-')} {value}" for name, value in size.items()]
+    save_official(BeitForMaskedImageModeling(9, **size), tmp_path / "colors.pth")
+    words = "--data bands --in-chans 5 --init colors.pth --labels-per-class 6 --steps 40"
+    more = "--batch-size 12 --lr 3e-3 --layer-decay 1 --init-scale 1 --warmup-steps 4 --workers 2"
+    flat = " ".join([words, more, *shape]).split()
+
+    beit("finetune", "nano", *flat, "--augment", "none", "--out", "run")
+    said = beit("evaluate", "run", "--data", "bands").stdout
+    answers = [tmp_path / "bands" / "val" / name for name in ("water/0.tif", "wheat/1.npy")]
+    lines = beit("predict", "--init", "run", "--images", *answers, "--grid", "sheet.png").stdout
+
+    trained = load_checkpoint("run")["model"]
+    assert trained["patch_embed.proj.weight"].shape == (32, 5, 4, 4)
+    assert read_metrics(tmp_path / "run")["accuracy"] > 0.9 and "of 12 pictures" in said
+    first = [line.split(": ")[1].split(" ")[0] for line in lines.splitlines()]
+    assert first == ["water", "wheat"] and (tmp_path / "sheet.png").is_file()
+    np.save(answers[0].with_name("4.npy"), np.zeros((4, 40, 36), np.float32))
+    refused("evaluate", "run", "--data", "bands", "--out", "other", says="water/4.npy is 4 x 40")
+
+
+def test_bands_and_colors_do_not_pass_for_each_other(tmp_path, folder):
+    recipe = FinetuneRecipe(
+        **TINY, data=str(folder), out=str(tmp_path / "run"), in_chans=5, augment="none"
+    )
+
+    with pytest.raises(BeitError, match="no pictures in .*looked for .npy"):
+        finetune(recipe, quiet=True)

@@ -6,11 +6,13 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
+from beit_nb import BeitError
 from beit_nb.images import (
     BEIT_MEAN_STD,
     IMAGENET_MEAN_STD,
     MEAN_STD,
     denormalize,
+    mean_std_for,
     middle_square,
     normalize,
     photos,
@@ -91,6 +93,19 @@ def test_normalize_may_be_called_first_in_inference_mode_and_then_trained_throug
     normalize(x, mean_std).sum().backward()
 
     torch.testing.assert_close(x.grad[:, 0, 0], 1 / torch.tensor(mean_std[1]))
+
+
+@pytest.mark.parametrize("channels", [2, 4, 13])
+def test_the_constants_of_bands(channels):
+    x = torch.rand(2, channels, 5, 5)
+
+    assert mean_std_for("beit", channels) == ((0.5,) * channels, (0.5,) * channels)
+    assert torch.equal(preprocess(x, "beit"), (x - 0.5) / 0.5)
+    torch.testing.assert_close(
+        denormalize(preprocess(x, "beit"), mean_std_for("beit", channels)), x
+    )
+    with pytest.raises(BeitError, match=f"but there are {channels} channels: set mean_std beit"):
+        preprocess(x, "imagenet")
 
 
 def test_pictures_are_drawn_in_rows():

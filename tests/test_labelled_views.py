@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from PIL import Image
 from timm.data import create_transform
 from torch import nn
+from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as TF
 
 from beit_nb import BeitError
-from beit_nb.configs import FinetuneRecipe
+from beit_nb.configs import FinetuneRecipe, check_recipe
+from beit_nb.engine.augment import seeded
 from beit_nb.engine.loading import LabelledBatch
 from beit_nb.images import MEAN_STD, preprocess
 from beit_nb.labelled_views import (
@@ -143,3 +145,39 @@ def test_pictures_that_cannot_be_paired_are_refused(share):
     FinetuneLoss(r, 5, 6)
     with pytest.raises(BeitError, match="takes 5 at once, which is odd"):
         FinetuneLoss(r, 5, 5)
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+def test_bands_are_scored_as_torchvision_resizes_floats(crop_pct):
+    bands = torch.rand(5, 90, 60)
+
+    seen = ScoredView(32, crop_pct)(bands)
+
+    edge = int(32 / crop_pct)
+    small = F.interpolate(
+        bands[None], (edge * 90 // 60, edge), mode="bicubic", antialias=True, align_corners=False
+    )[0]
+    assert_close(seen, TF.center_crop(small, [32, 32]), atol=1e-6, rtol=0)
+
+
+def test_bands_are_cropped_mirrored_and_erased():
+    r = FinetuneRecipe(img_size=16, augment="none", in_chans=5, mean_std="beit", erasing=0.5)
+    changed = FinetuneTransform(r, np.array([1]))
+    gray = torch.full((5, 20, 20), 0.5)  # nothing but noise changes it
+    rng = np.random.default_rng(0)
+
+    with seeded(0):
+        seen = torch.stack([changed(gray, 0, rng).image for _ in range(200)])
+
+    holes = ((seen - 0.5).abs() > 1e-3).all(1)  # (200, 16, 16): noise in every band
+    assert abs(holes.flatten(1).any(1).float().mean() - 0.5) < 0.15  # four standard errors
+    noise = 2 * seen.permute(0, 2, 3, 1)[holes] - 1
+    assert abs(noise.std() - 1) < 0.05
+
+
+def test_what_is_made_for_colors_is_refused_for_bands():
+    r = FinetuneRecipe(in_chans=5)
+
+    with pytest.raises(BeitError, match="augment rand-m9.*set augment none.*set mean_std beit"):
+        check_recipe(r)
+    check_recipe(replace(r, augment="none", mean_std="beit"))

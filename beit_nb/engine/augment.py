@@ -21,6 +21,7 @@ from numpy.random import mtrand
 from PIL import Image
 from torch import Tensor
 
+from .. import BeitError
 from ..images import pil_to_tensor, to_float, to_pil_image
 
 # %% ../../nbs/33_engine_augment.ipynb #resized-crop-box
@@ -143,7 +144,7 @@ def resize(x: Tensor, size: int, how: str) -> Tensor:
 class Views(NamedTuple):
     "What `TwoViews` makes of one picture."
 
-    patch_view: Tensor  # (3, img_size, img_size) uint8, for the patches
+    patch_view: Tensor  # (3, img_size, img_size) uint8, for the patches; of bands (C, ...) floats
     token_view: Tensor  # (3, token_size, token_size) uint8, the same piece; or (3, 0, 0)
     jitter: Tensor | None = None  # (3, 3), for `jitter_batch`, where the device is to color
 
@@ -181,20 +182,30 @@ class TwoViews:
         side = min(height, width)
         return (height - side) // 2, (width - side) // 2, side, side
 
+    def steps(self, channels: int) -> list[Step]:
+        "The changes of color of a picture, drawn anew. Raises BeitError where it has no three."
+        if self.color_jitter and channels != 3:
+            raise BeitError(
+                f"color_jitter is of red, green and blue, but pictures have {channels} channels; "
+                "set color_jitter 0"
+            )
+        return sample_jitter(self.color_jitter) if self.color_jitter else []
+
     def __call__(self, image: Image.Image | Tensor, for_tokens: bool = True) -> Views:
         "`for_tokens`: will somebody look at the token view? Else it is empty, and saves its time."
-        picture = image if isinstance(image, Tensor) else pil_to_tensor(image)  # (3, H, W)
+        picture = image if isinstance(image, Tensor) else pil_to_tensor(image)  # (C, H, W)
+        channels = len(picture)
         box = self.box(picture)
-        steps = sample_jitter(self.color_jitter) if self.color_jitter else []
+        steps = self.steps(channels)
         if steps and not self.jitter_on_device:
-            piece = jitter_crop(picture, box, steps)
+            piece = jitter_crop(picture, box, steps)  # (4, h, w): one more, which is empty
         else:  # the bytes of a pixel side by side, as `resize` is fastest at
             piece = crop(picture, box).permute(1, 2, 0).contiguous().permute(2, 0, 1)
-        patch_view = resize(piece, self.img_size, "bicubic")[:3]
-        same = self.token_size == self.img_size
-        token_view = piece.new_empty(3, 0, 0)
-        if for_tokens:
-            token_view = patch_view if same else resize(piece, self.token_size, "lanczos")[:3]
+        patch_view = token_view = resize(piece, self.img_size, "bicubic")[:channels]
+        if not for_tokens:
+            token_view = piece.new_empty(channels, 0, 0)
+        elif self.token_size != self.img_size:
+            token_view = resize(piece, self.token_size, "lanczos")[:channels]
         if self.flip and torch.rand(()) < self.flip:
             patch_view = patch_view.flip(2)
             token_view = token_view.flip(2)

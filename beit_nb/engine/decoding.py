@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'MAX_FILE_BYTES', 'TURNS', 'FLIPS', 'max_pixels', 'read_bytes', 'open_picture', 'load_image', 'NamedBytes',
-           'turned', 'decode_image']
+           'turned', 'decode_image', 'load_array', 'bands_first', 'decode_bands', 'load_picture']
 
 # %% ../../nbs/18_engine_decoding.ipynb #imports
 import io
@@ -12,6 +12,7 @@ import os
 import stat
 from collections.abc import Callable
 from contextlib import suppress
+from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,7 +23,7 @@ from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
-from .. import UnreadableImage, warn
+from .. import BeitError, UnreadableImage, warn
 from .notes import AS_EXIF, PictureFile, orientation, take_apart
 from ..images import pil_to_tensor
 
@@ -165,6 +166,15 @@ def _decode(file: PictureFile) -> tuple[Image.Image, list[str]]:
     return (image if how is None else image.transpose(how)), remarks
 
 # %% ../../nbs/18_engine_decoding.ipynb #load-image
+def _tell(name: object, remarks: list[str], said: set[str] | None) -> None:
+    "On stderr what one should know of a picture, but nothing that is in `said` already."
+    said = set() if said is None else said
+    for remark in remarks:
+        if remark not in said:
+            warn(f"the picture {name} {remark}")
+    said.update(remarks)
+
+
 def load_image(path: str | Path | BinaryIO, said: set[str] | None = None) -> Image.Image:
     """The picture at `path`, upright and RGB.
 
@@ -182,15 +192,11 @@ def load_image(path: str | Path | BinaryIO, said: set[str] | None = None) -> Ima
     except Exception as e:  # a decoder may raise anything
         why = " ".join(str(e).split()) or type(e).__name__
         if isinstance(e, UnidentifiedImageError):
-            why = f"none of {', '.join(FORMATS)}, or damaged"
+            why = f"none of {', '.join(FORMATS)}, or damaged, or of other channels than colors"
         raise UnreadableImage(
             f"cannot read the picture {path}: {why}; replace or delete that file"
         ) from e
-    said = set() if said is None else said
-    for remark in remarks:
-        if remark not in said:
-            warn(f"the picture {path} {remark}")
-    said.update(remarks)
+    _tell(path, remarks, said)
     return image
 
 # %% ../../nbs/18_engine_decoding.ipynb #named-bytes
@@ -236,3 +242,97 @@ def decode_image(
                     upright = turned(pixels, file.orientation)
                     return upright.expand(3, -1, -1)  # gray: one channel for three
     return pil_to_tensor(load_image(NamedBytes(data, describe), said))
+
+# %% ../../nbs/18_engine_decoding.ipynb #read-array
+def load_array(data: bytes) -> np.ndarray:
+    "The array in the bytes of a .npy, or of a TIFF (its first series). Raises whatever they raise."
+    if data.startswith(b"\x93NUMPY"):
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    from tifffile import TiffFile  # here: few have such pictures
+
+    with TiffFile(io.BytesIO(data)) as file:
+        pixels = prod(file.series[0].shape)
+        if pixels > 4 * max_pixels():
+            raise ValueError(f"{pixels:,} numbers, more than {4 * max_pixels():,}")
+        return file.asarray()
+
+
+def bands_first(array: np.ndarray, channels: int, name: str) -> np.ndarray:
+    """(C, H, W) of an array (C, H, W), (H, W, C) or, of one band, (H, W).
+
+    Raises BeitError where there are other than `channels` bands.
+    """
+    if array.ndim == 2:
+        array = array[None]
+    if array.ndim == 3 and channels in (array.shape[0], array.shape[2]):
+        return array if array.shape[0] == channels else array.transpose(2, 0, 1)
+    shape = " x ".join(map(str, array.shape))
+    raise BeitError(
+        f"the picture {name} is {shape} numbers, but {channels} channels must be its first or its "
+        "last axis; give pictures of as many bands, or another --in-chans"
+    )
+
+# %% ../../nbs/18_engine_decoding.ipynb #decode-bands
+def _in_unit_range(array: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    "Levels of 8 or 16 bits, or floats, as floats with white at 1; and what one should know of it."
+    if array.dtype.kind == "u" and array.itemsize <= 2:
+        return array.astype(np.float32) / np.iinfo(array.dtype).max, []
+    if array.dtype.kind != "f":
+        raise ValueError(f"it holds {array.dtype}; save uint8, uint16 or floats from 0 to 1")
+    remarks = []
+    none = ~np.isfinite(array)
+    if none.any():
+        remarks.append("has pixels that are no numbers (NaN); they are taken as 0")
+    array = np.where(none, 0, array).astype(np.float32)
+    if np.abs(array).max(initial=0) > 2:
+        remarks.append(
+            f"has floats up to {np.abs(array).max():g}, but 1 is taken as white; scale your "
+            "bands to [0, 1]"
+        )
+    return array, remarks
+
+
+def decode_bands(
+    data: bytes,
+    describe: Callable[[], str],  # gives the name for messages
+    channels: int,  # how many bands there must be
+    said: set[str] | None = None,  # what is odd and known already, as in `load_image`
+) -> Tensor:
+    """The bytes of a .tif or .npy to its bands, (channels, H, W) floats with white at 1.
+
+    Of 1 or 3 channels it is a picture like others: (3, H, W) uint8, as `decode_image` gives it.
+    Raises UnreadableImage, and BeitError for another number of bands.
+    """
+    name = describe()
+    try:
+        array = bands_first(load_array(data), channels, name)
+        levels, remarks = _in_unit_range(array)
+        bands = torch.from_numpy(np.ascontiguousarray(levels))
+    except BeitError:
+        raise
+    except Exception as e:  # a decoder may raise anything
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise UnreadableImage(
+            f"cannot read the picture {name}: {why}; replace or delete that file"
+        ) from e
+    _tell(name, remarks, said)
+    if channels in (1, 3):
+        return (bands.clamp(0, 1) * 255).round().to(torch.uint8).expand(3, -1, -1)
+    return bands
+
+# %% ../../nbs/18_engine_decoding.ipynb #load-picture
+def load_picture(path: str | Path, channels: int = 3) -> Image.Image | Tensor:
+    """The picture at `path` for a network of so many channels, as `load_image` or `decode_bands`.
+
+    Colors and grays are a PIL picture. Of other bands, and of every .npy, it is a tensor. Raises
+    UnreadableImage for what is no such picture.
+    """
+    if channels in (1, 3) and Path(path).suffix.lower() != ".npy":
+        return load_image(path)
+    try:
+        return decode_bands(read_bytes(path), lambda: str(path), channels)
+    except UnreadableImage:
+        raise
+    except (BeitError, OSError) as e:
+        why = f"cannot read the picture {path}: {e.strerror}" if isinstance(e, OSError) else str(e)
+        raise UnreadableImage(why) from e

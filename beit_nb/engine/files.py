@@ -15,7 +15,7 @@ import os
 import re
 import stat
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .. import BeitError, UnreadableImage
-from .walks import LeftOut, image_names
+from .walks import EXTENSIONS, LeftOut, image_names
 
 # %% ../../nbs/23_engine_files.ipynb #explain-write-errors
 def disk_error(e: BaseException | None) -> OSError | None:
@@ -178,10 +178,10 @@ class FileList(Sequence[Path]):
         return self.root / self.name(range(len(self))[i])  # range knows -1, and what is too much
 
 
-def list_pictures(root: str | Path) -> FileList:
+def list_pictures(root: str | Path, endings: Collection[str] = EXTENSIONS) -> FileList:
     "The pictures below a folder, and what was left out; raises BeitError as `image_names` does."
     left_out = LeftOut()
-    return FileList(root, image_names(root, left_out), left_out)
+    return FileList(root, image_names(root, left_out, endings), left_out)
 
 # %% ../../nbs/23_engine_files.ipynb #file-reader
 class FileReader:

@@ -11,7 +11,7 @@ __all__ = ['EXTENSIONS', 'OTHER', 'WHY_LEFT_OUT', 'OTHER_ENDING', 'DOTTED', 'SEC
 import os
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Collection, Container, Iterator
 from pathlib import Path
 
 from .. import BeitError
@@ -22,10 +22,10 @@ from .decoding import MAX_FILE_BYTES
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
-def is_picture(name: str) -> bool:
+def is_picture(name: str, endings: Container[str] = EXTENSIONS) -> bool:
     "Does a relative name end as a picture's does, with nothing hidden on its way?"
     ending = os.path.splitext(name)[1].lower()
-    return ending in EXTENSIONS and "/." not in f"/{name}"
+    return ending in endings and "/." not in f"/{name}"
 
 # %% ../../nbs/19_engine_walks.ipynb #left-out
 class LeftOut(dict[str, list]):
@@ -130,7 +130,9 @@ def refuse_label_maps(folder: str | Path) -> None:
         )
 
 
-def image_names(folder: str | Path, left_out: LeftOut | None = None) -> Iterator[str]:
+def image_names(
+    folder: str | Path, left_out: LeftOut | None = None, endings: Collection[str] = EXTENSIONS
+) -> Iterator[str]:
     """Names of all pictures below `folder`, at any depth, in the order of their paths.
 
     What is passed over is counted in `left_out`. Raises BeitError where there is no such folder, or
@@ -146,15 +148,15 @@ def image_names(folder: str | Path, left_out: LeftOut | None = None) -> Iterator
     refuse_label_maps(folder)
     found = False
     for name in walk_files(folder, left_out):
-        if is_picture(name):
+        if is_picture(name, endings):
             found = True
             yield name
         else:
             left_out.add(OTHER, name)
     if not found:
-        endings = ", ".join(sorted(EXTENSIONS))
+        looked_for = ", ".join(sorted(endings))
         raise BeitError(
-            f"no pictures in {folder} (looked for {endings} at any depth; left out: "
+            f"no pictures in {folder} (looked for {looked_for} at any depth; left out: "
             f"{left_out or 'nothing'})"
         )
 

@@ -28,7 +28,8 @@ def folder_size(r: Run) -> tuple[int, int]:
     "Pictures and classes of a recipe's folder, of pictures or tar shards, as its training sees it."
     from beit_nb.data import open_data  # imports torch: only who counts waits for it
 
-    pictures = open_data(r.data, labels=isinstance(r, FinetuneRecipe))
+    channels = getattr(r, "in_chans", 3)
+    pictures = open_data(r.data, labels=isinstance(r, FinetuneRecipe), channels=channels)
     return len(pictures), len(pictures.classes) or 1000
 
 
