@@ -158,7 +158,7 @@ class Evaluate:
     # metrics.json, answers.npz, confusion.png and report.html; none: a folder in runs/evaluate for
     # each checkpoint, data set and split
     out: Place | None = None
-    split: Literal["val", "test"] = "val"
+    split: Literal["val", "test"] = "val"  # which part is scored
     img_size: Size | None = None  # pixels a side; none: the checkpoint's own
     crop_pct: CropPct | None = None  # share of the edge that is kept; none: its own
     # none: as its run was scored, and bf16 for others if it is in the hardware
