@@ -5,9 +5,10 @@ import re
 
 import numpy as np
 import pytest
-from browser import CHANGE_THEME, STDERR, THEME_IS, THEMES, until
+from browser import CHANGE_THEME, RUN_ALL, STDERR, THEME_IS, THEMES, until
 from explorer_view import ExplorerView
 from PIL import Image
+from playwright.sync_api import expect
 
 from beit_nb.explorers.guess import GuessExplorer
 from beit_nb.explorers.predictor import mim_predictor
@@ -125,3 +126,69 @@ def test_words_can_be_read_and_nothing_is_cut_off(page, theme):
         parts = view.output.locator("img:visible, svg:visible, .widget-slider:visible")
         right = max(parts.evaluate_all(RIGHT_EDGES))
         assert right <= box["x"] + box["width"] + 1, f"{code} is cut off at the right"
+
+
+WHERE = """() => {
+  const notebook = window.jupyterapp.shell.currentWidget.content;
+  return notebook.node.querySelector('.jp-WindowedPanel-outer').scrollTop;
+}"""
+
+
+def test_after_run_all_one_key_leads_back_to_the_beginning(page):
+    "Lab stands at the last cell then; the first words of the page name the key."
+    page.evaluate(RUN_ALL)
+    page.wait_for_function(f"() => ({WHERE})() > 1000")
+
+    page.keyboard.press("Home")
+
+    page.wait_for_function(f"() => ({WHERE})() == 0")
+    expect(page.get_by_text("The key Home brings you back up here")).to_be_in_viewport()
+
+
+CUT_WORDS = """() => [...document.querySelectorAll(".beit-explorer")].flatMap((explorer) => {
+  const edge = explorer.getBoundingClientRect();
+  const texts = document.createTreeWalker(explorer, NodeFilter.SHOW_TEXT);
+  const cut = [];
+  while (texts.nextNode()) {
+    const range = document.createRange();
+    range.selectNodeContents(texts.currentNode);
+    for (const box of range.getClientRects()) {
+      const hidden = texts.currentNode.parentElement.closest(".said, option, style");
+      if (!hidden && (box.left < edge.left - 1 || box.right > edge.right + 1)) {
+        cut.push(texts.currentNode.textContent.trim().slice(0, 60));
+      }
+    }
+  }
+  return cut;
+})"""
+TOUCHING_MARKS = """() => [...document.querySelectorAll(".marks")].flatMap((marks) => {
+  const boxes = [...marks.children].map((mark) => [mark.textContent, mark.getBoundingClientRect()]);
+  return boxes.flatMap(([name, a], i) => boxes.slice(i + 1).filter(
+    ([, b]) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom
+  ).map(([other]) => `${name} / ${other}`));
+})"""
+
+
+@pytest.mark.parametrize("width", (640, 1000, 1280))
+def test_no_words_are_cut_off(page, width):
+    "With the file browser open a window of 640 pixels leaves an explorer about 260."
+    page.set_viewport_size(dict(width=width, height=900))
+    for heading in page.get_by_role("heading").all():
+        heading.scroll_into_view_if_needed()  # Lab lays out what comes near to the window
+
+    until(lambda: page.evaluate(CUT_WORDS), [])
+    until(lambda: page.evaluate(TOUCHING_MARKS), [])
+
+
+def test_a_line_is_copied_and_can_be_copied_again(page):
+    page.set_viewport_size(dict(width=1280, height=900))
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    view = PageView(page, "TemperatureExplorer()")
+    line = view.output.locator(".beit-code code")
+    button = view.output.locator(".beit-code button")
+
+    button.click()
+
+    expect(button).to_have_text("Copied")
+    assert page.evaluate("() => navigator.clipboard.readText()") == line.inner_text()
+    expect(button).to_have_text("Copy")

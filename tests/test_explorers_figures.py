@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from beit_nb.explorers.figures import (
+    COLUMN,
     GROUND,
     BlittedFigure,
     as_tiles,
@@ -151,3 +152,24 @@ def test_blitted_figure_forgets_where_it_was():
     line.set_ydata([0, 1])
 
     assert blitted.picture().tobytes() == first != other
+
+
+def test_no_row_of_pictures_is_wider_than_a_lesson():
+    red = Image.new("RGB", (168, 168), "red")
+    strip = Image.new("RGB", (16, 4), "blue")
+    names = ("picture", "sequence", "tokens", "mask")
+
+    page = side_by_side(dict(zip(names, (red, strip, red, red))), 168)
+
+    assert page.height == 3 * (168 + 40)  # the strip has a row of its own
+    assert page.width <= COLUMN
+
+
+def test_a_long_name_pushes_the_next_picture_away():
+    dot = Image.new("RGB", (20, 20), "red")
+
+    page = pixels(side_by_side({"a name that is longer than its picture": dot, "b": dot}, 20))
+
+    is_red = (page == (255, 0, 0)).all(-1).any(0)
+    lefts = np.flatnonzero(is_red[1:] & ~is_red[:-1]) + 1
+    assert len(lefts) == 2 and lefts[1] > 150

@@ -27,6 +27,7 @@ from beit_nb.explorers.mask_rules import (
     single_patches,
     tell_game,
 )
+from beit_nb.images import PALETTE
 from beit_nb.masking import MaskBlock, mask_of, mask_statistics, neighbor_rate
 
 RULES = [
@@ -217,7 +218,10 @@ def test_a_mask_far_from_its_rule_is_still_on_the_chart(count):
     chart = counts_html(stats, MaskRule(), mask)
 
     [points] = re.findall(r'polygon class="pointer" points="([^"]+)"', chart)
-    assert 38 <= float(points.split(",")[0]) <= 400 and f"this mask: {count}" in chart
+    place = float(points.split(",")[0])
+    [wanted] = re.findall(r'<line class="axis" stroke-dasharray="3 3" x1="([\d.]+)"', chart)
+    assert 50 <= place <= 360 and f"this mask: {count}" in chart
+    assert np.sign(place - float(wanted)) == np.sign(count - 75)  # beside what was wanted
 
 
 def test_by_chance_means_as_many_patches_at_random():
@@ -226,3 +230,15 @@ def test_by_chance_means_as_many_patches_at_random():
     assert chance_rate(masks[0]) == 59 / 195
     assert abs(neighbor_rate(np.stack(masks)) - 59 / 195) < 0.02  # of 17,000 neighbours: 4 sigma
     assert chance_rate(np.zeros((14, 14), bool)) == 0
+
+
+def test_every_colour_belongs_to_its_words():
+    rule = MaskRule()
+    stats = finish(sample_statistics(rule, 100))
+    mask = rule.mask(default_rng(3))
+    rows = clumps_html(mask, stats).split("<tr>")[1:]
+    names = {"this mask": "orange", "masks of this rule": "blue", "as many at random": "grey"}
+
+    for row, (name, color) in zip(rows, names.items(), strict=True):
+        assert name in row and PALETTE[color] in row
+    assert f'fill="{PALETTE["orange"]}"' in counts_html(stats, rule, mask).split("polygon")[1]

@@ -139,3 +139,21 @@ def test_only_the_labels_are_handles(explorer):
     figure = explorer.triangle_figure
     for place in [*(0.98 * CORNERS + 0.02 * CORNERS.mean(0)), CORNERS.mean(0)]:
         assert figure.corner_at(*figure.figure.share_of(figure.ax, *place.tolist())) is None
+
+
+def test_what_moves_seldom_is_drawn_anew_when_it_has_moved(explorer):
+    cold = torch.eye(3)[torch.arange(500) % 3]
+    other = torch.eye(3)[torch.arange(500) % 2]
+    moved, fresh = TriangleFigure(), TriangleFigure()
+
+    moved(cold, 0)
+
+    assert moved(other, 0).tobytes() == fresh(other, 0).tobytes()
+    alpha = np.asarray(moved(other, 0))[:, :, 3]
+    below = int(moved.figure.share_of(moved.ax, 0, -0.06)[1] * len(alpha))
+    assert (alpha[below:] > 0).sum() > 100  # the letters at the two corners below
+
+    halved = explorer.errors / 2
+    price, again = PriceFigure(), PriceFigure()
+    before = price(explorer.errors, 1.0).tobytes()
+    assert price(halved, 1.0).tobytes() == again(halved, 1.0).tobytes() != before

@@ -11,6 +11,7 @@ __all__ = ['OFFICIAL', 'ALGORITHM_1', 'EXACT', 'RANDOM', 'ALGORITHMS', 'single_p
 import base64
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from time import perf_counter
 from typing import NamedTuple
 
@@ -114,10 +115,16 @@ def _cells(mask: np.ndarray) -> str:
     return f"np.isin(range({mask.size}), {numbers}).reshape{mask.shape}"
 
 
+@lru_cache(64)
+def _thrown(rule: MaskRule, seed: int) -> np.ndarray:
+    "The mask of a rule and a seed; a hand that paints asks for the same one again and again."
+    return rule.mask(default_rng(seed))
+
+
 def mask_line(rule: MaskRule, seed: int, mask: np.ndarray) -> str:
     "The shortest line of Python that gives exactly that mask (h, w), near the rule's or not."
     call = python_call(rule, seed)
-    flipped = mask ^ rule.mask(default_rng(seed))
+    flipped = mask ^ _thrown(rule, seed)
     if not flipped.any():
         return call
     return min(f"{call} ^ {_cells(flipped)}", _cells(mask), f"~{_cells(~mask)}", key=len)

@@ -264,8 +264,12 @@ class StatisticsView:
         is_new = rule != self.rule
         self.rule = rule
         self.mask = mask
-        self.compare()
         if is_new:
+            self.counting.stop()
+        if is_new and rule in self.known:
+            self.often.value = often_html(self.known[rule])
+        self.compare()
+        if rule not in self.known and is_new:
             self.counting.start(self.count(rule), delay=0.15)
 
     def count(self, rule: MaskRule) -> Iterator[None]:

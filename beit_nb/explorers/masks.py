@@ -140,8 +140,10 @@ class MaskExplorer(Explorer):
 
     def is_like_chance(self) -> bool:
         "Did a hand make a mask that is as clumped as patches at random would be?"
-        near = abs(neighbor_rate(self.mask[None]) - chance_rate(self.mask)) < 0.05
-        return bool(self.mask_view.state.hand) and near and 0.25 <= self.mask.mean() <= 0.5
+        mask = self.mask
+        if not self.mask_view.state.hand or not 0.25 <= mask.mean() <= 0.5:
+            return False
+        return bool(abs(neighbor_rate(mask[None]) - chance_rate(mask)) < 0.05)
 
     def show(self, state: MaskState) -> None:
         "Bring everything on the screen into a state; BeitError, and nothing is changed."

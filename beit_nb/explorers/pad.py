@@ -252,8 +252,9 @@ class PatchPad(PadTraits):
     @property
     def mask(self) -> np.ndarray:
         "The painted cells as (rows, cols) bool; a mask of another size changes the grid."
-        cells = np.arange(self.rows * self.cols)
-        return np.isin(cells, self.marked).reshape(self.rows, self.cols)
+        mask = np.zeros(self.rows * self.cols, bool)
+        mask[[i for i in self.marked if i < mask.size]] = True
+        return mask.reshape(self.rows, self.cols)
 
     @mask.setter
     def mask(self, mask: np.ndarray) -> None:

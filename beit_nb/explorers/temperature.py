@@ -88,16 +88,25 @@ class TriangleFigure:
                 ax.text(x, y + (0.17 if z == 2 else -0.05), "", **look)
                 for z, (x, y) in enumerate(CORNERS.tolist())
             ]
-            self.figure = BlittedFigure(figure, [*self.dots, self.ring, *self.labels])
+            self.figure = BlittedFigure(figure, [*self.dots, self.ring], self.labels)
+            self.counts: list[int] = []
 
     def __call__(self, shares: Tensor, dot: int) -> Image.Image:
         self.places = (0.93 * shares + 0.07 * self.loose) @ CORNERS
         winners = shares.argmax(1)
         for z in range(3):
             self.dots[z].set_offsets(self.places[winners == z])
-            self.labels[z].set_text(f"token {z}\n{(winners == z).sum()} dots")
+        self._count(torch.bincount(winners, minlength=3).tolist())
         self.ring.set_data(*self.places[dot, :, None])
         return self.figure.picture()
+
+    def _count(self, counts: list[int]) -> None:
+        "Write the winners at the corners, if there are others than before."
+        if counts != self.counts:
+            self.counts = counts
+            for z in range(3):
+                self.labels[z].set_text(f"token {z}\n{counts[z]} dots")
+            self.figure.settle()
 
     def dot_at(self, x: float, y: float) -> int:
         "The dot nearest to a touch at shares x, y of the image."
@@ -144,14 +153,18 @@ class PriceFigure:
             ax.set(xlabel="temperature (hot to the right)", ylabel="error of the gradient")
             names = ["bias: wrong on average", "spread: shaky"]
             ax.legend(self.lines, names, loc="lower left", fontsize=9)
-            self.figure = BlittedFigure(figure, [*self.lines, self.now, self.dots])
+            self.figure = BlittedFigure(figure, [self.now, self.dots], self.lines)
+            self.errors: np.ndarray | None = None
 
     def __call__(self, errors: np.ndarray, tau: float) -> Image.Image:
         i = TAUS.index(tau)
         bias, spread = errors.T
         told = bias > 2 * spread / DRAWS**0.5  # twice its standard error
-        self.lines[0].set_ydata(np.where(told, bias, np.nan))
-        self.lines[1].set_ydata(spread)
+        if errors is not self.errors:  # no temperature changes them
+            self.errors = errors
+            self.lines[0].set_ydata(np.where(told, bias, np.nan))
+            self.lines[1].set_ydata(spread)
+            self.figure.settle()
         self.now.set_xdata([tau, tau])
         self.dots.set_data([tau, tau], [bias[i] if told[i] else np.nan, spread[i]])
         return self.figure.picture()

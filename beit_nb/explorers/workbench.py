@@ -315,5 +315,9 @@ class Workbench(Explorer):
         return f"Workbench({given}picture={self.menu.name!r}, {dice}, patch={patch})"
 
     def static_picture(self) -> Image.Image:
-        pads = self.stations.pads
-        return side_by_side({pad.label: pad.static_picture() for pad in pads.values()}, SIZE)
+        pictures = {}
+        for pad in self.stations.pads.values():
+            paper = Image.new("RGB", (pad.width, SIZE), "white")
+            paper.paste(pad.static_picture())  # the strip is lower than the others
+            pictures[pad.label] = paper
+        return side_by_side(pictures, SIZE)
