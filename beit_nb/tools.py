@@ -130,7 +130,11 @@ class Tokenize:
 # %% ../nbs/98_tools.ipynb #shard
 @dataclass
 class Shard:
-    "Pack a folder of pictures into tar shards, for storage that hates small files."
+    """Pack a folder of pictures into tar shards, for storage that hates small files.
+
+    Where it has pictures with label maps (ADE20K's layout, or images/ and masks/), each map lies
+    beside its picture, as `beit segment` reads them.
+    """
 
     continues = True  # a second call goes on where the first was stopped
 
@@ -140,8 +144,10 @@ class Shard:
 
     def run(self) -> None:
         from beit_nb.engine.packing import shard_folder
+        from beit_nb.map_packing import holds_maps, shard_maps
 
-        counts = shard_folder(self.data, self.out, self.per_shard)
+        pack = shard_maps if holds_maps(self.data) else shard_folder
+        counts = pack(self.data, self.out, self.per_shard)
         words = [f"{n:,} {what.replace('_', ' ')}" for what, n in counts.items()]
         say(f"{self.out}: {', '.join(words)}")
 

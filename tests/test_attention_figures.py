@@ -8,7 +8,7 @@ from helpers import beit, refused
 from helpers_models import FORMS, SIZE, shaken
 from PIL import Image
 
-from beit_nb import BeitError
+from beit_nb import SAID, BeitError
 from beit_nb.attention import attention_maps, top_mass_mask
 from beit_nb.attention_figures import (
     AttentionPages,
@@ -25,10 +25,15 @@ from beit_nb.attention_figures import (
 )
 from beit_nb.checkpoints import load_weights, save_official
 from beit_nb.classifier import BeitForImageClassification
+from beit_nb.cli import main
+from beit_nb.engine.runs import save_checkpoint
 from beit_nb.images import normalize
+from beit_nb.limits import as_config
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.networks import NETS
+from beit_nb.recipes import recipe_named
 from beit_nb.regions import attention_distance, feature_pca
+from beit_nb.segmenting import build_segmenter
 from beit_nb.vit import VisionTransformer
 
 NANO = NETS / "mim.safetensors"
@@ -52,6 +57,33 @@ def assert_seen(viewer, views, probs):
 
 def prepared(viewer, views):
     return normalize(views.picture, viewer.mean_std)[None]
+
+
+@pytest.mark.parametrize("kind", ["linear", "setr_pup", "upernet"])
+def test_a_run_that_names_pixels_looks_by_its_body(kind, picture, tmp_path, capfd):
+    "`beit attention` of a run of `beit segment`: its own maps; the heads are left out, and said."
+    recipe = recipe_named("segment", "nano", head=kind, channels=8)
+    net = shaken(build_segmenter(recipe, 3)).eval()
+    content = {"config": as_config("segment", recipe), "model": net.state_dict()}
+    save_checkpoint(tmp_path / "run" / "last.pt", content | {"classes": ["a", "b", "c"]})
+    picture.save(tmp_path / "a.png")
+    SAID.clear()
+
+    viewer = AttentionViewer(tmp_path / "run" / "last.pt", ("2,5", "cls"), block=1)
+    views = viewer(picture)
+
+    said = capfd.readouterr().err
+    assert "left out: " in said and "decode_head" in said
+    with torch.no_grad():
+        probs = attention_maps(net, prepared(viewer, views))
+    assert_seen(viewer, views, probs[1])
+    words = ["attention", str(tmp_path / "run" / "last.pt"), str(tmp_path / "a.png"), "--features"]
+    assert main([*words, "--out", str(tmp_path / "out")]) == 0
+    assert {x.name for x in (tmp_path / "out").iterdir()} == {
+        "a.png",
+        "a-features.png",
+        "distance.png",
+    }
 
 
 # --- parity: the maps of other people's own models
