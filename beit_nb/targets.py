@@ -47,7 +47,7 @@ def empty_mask(grid_size: tuple[int, int], rng: np.random.Generator) -> np.ndarr
 
 
 def mask_maker(r: PretrainRecipe) -> Callable[..., np.ndarray]:
-    "rng -> a mask (h, w) bool of the recipe's kind."
+    "The recipe's rule for masks, as a function of `rng` that gives a mask (h, w) bool."
     side = r.img_size // r.patch_size
     grid = (side, side)
     if r.masking == "none":
@@ -66,13 +66,17 @@ def mask_maker(r: PretrainRecipe) -> Callable[..., np.ndarray]:
 
 # %% ../nbs/43_targets.ipynb #pretrain-transform
 class PretrainTransform:
-    "A picture to everything that one sample of pre-training needs."
+    """(picture, number, rng) -> one sample of pre-training, a `PretrainBatch` of single tensors.
+
+    Views (3, S, S) and (3, T, T) uint8 of one crop (the second only where a tokenizer reads it),
+    the mask (h, w) bool, and the number of the picture.
+    """
 
     def __init__(self, r: PretrainRecipe):
         self.views = TwoViews(
             r.img_size, r.token_size, r.crop_scale, r.color_jitter, r.flip, r.jitter_on
         )
-        self.for_tokens = r.targets == "tokens"  # does a tokenizer look? Not where ids are known
+        self.for_tokens = r.targets == "tokens"  # else nothing reads the token view
         self.mask = mask_maker(r)
 
     def __call__(self, picture, number: int, rng: np.random.Generator) -> PretrainBatch:
@@ -82,7 +86,7 @@ class PretrainTransform:
 
 # %% ../nbs/43_targets.ipynb #check-tokenizer
 def check_tokenizer(r: PretrainRecipe, tokenizer: Tokenizer) -> None:
-    "Patches and tokens must lie on one grid, and the head must speak the tokenizer's alphabet."
+    "Raises BeitError unless the recipe's patches and the tokenizer's tokens agree in grid and V."
     patches = r.img_size // r.patch_size
     tokens = r.token_size / tokenizer.downsample
     if patches != tokens:
@@ -119,7 +123,10 @@ def tokenize_dataset(
 
 # %% ../nbs/43_targets.ipynb #targets
 class TokenizerTargets:
-    "Targets from a tokenizer that runs in every step."
+    """Targets from a tokenizer that runs in every step.
+
+    `inputs`, here and in the other sources, is what a run records of where its targets came from.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -140,7 +147,7 @@ class TokenizerTargets:
 class TableTargets:
     """Targets looked up in a table of all ids (N, h, w); `tokenizer` only decodes, if there is one.
 
-    `inputs` (for `record_inputs`) knows the table by a few thousand rows of it.
+    In `inputs` the table is known by the fingerprint of a few thousand of its rows.
     """
 
     def __init__(self, table: Tensor, tokenizer: Tokenizer | None = None):
@@ -159,9 +166,9 @@ class TableTargets:
 
 # %% ../nbs/43_targets.ipynb #pixel-targets
 class PixelTargets:
-    """Targets that are pixels: those of the patches, normalised as the model is shown them.
+    """Targets that are the pixels of the patches, scaled by `mean_std` as the model gets them.
 
-    normalized: each patch over its own spread besides; see `patch_pixels`.
+    normalized: each patch also by its own mean and standard deviation; see `patch_pixels`.
     """
 
     tokenizer = None
@@ -186,13 +193,13 @@ Targets = TokenizerTargets | TableTargets | PixelTargets
 
 # %% ../nbs/43_targets.ipynb #mean-patches
 def pixel_targets(r: PretrainRecipe) -> PixelTargets:
-    "The targets of a recipe that guesses pixels."
+    "The targets of a recipe whose `targets` are pixels or pixels_norm."
     return PixelTargets(r.patch_size, r.mean_std, r.targets == "pixels_norm")
 
 
 @torch.no_grad()
 def mean_patches(r: PretrainRecipe, pictures: ImageDataset, batch_size: int = 250) -> Tensor:
-    "The best guess of pixels by somebody who never looks: their mean at every place, (N, P*P*3)."
+    "The best guess of pixels without looking: the mean of all pictures at every place, (N, P*P*3)."
     views = TwoViews(r.img_size, None, r.crop_scale, r.color_jitter, r.flip)
     total = torch.zeros((), dtype=torch.float64)
     for walked in sequential_batches(token_views(pictures, views), batch_size):
@@ -204,9 +211,9 @@ def mean_patches(r: PretrainRecipe, pictures: ImageDataset, batch_size: int = 25
 def check_tokens(
     r: PretrainRecipe, described: dict, pictures: ImageDataset, views: TwoViews
 ) -> None:
-    """The ids that `beit tokenize` wrote must belong to these pictures, this view, this alphabet.
+    """Raises BeitError unless the ids that `beit tokenize` wrote are of these pictures and views.
 
-    `described` is what tokens.json says. Raises BeitError; no ids are read for it.
+    `described` is what tokens.json says of them; the ids themselves are not read.
     """
     if not views.fixed:
         raise BeitError(
@@ -236,14 +243,14 @@ def check_tokens(
 
 # %% ../nbs/43_targets.ipynb #check-same-tokenizer
 def check_same_tokenizer(r: PretrainRecipe, described: dict) -> None:
-    """Of a recipe with ids and a tokenizer, which then only decodes, both must belong together.
+    """Raises BeitError if a recipe's tokenizer is not the one that wrote its ids.
 
-    `described` is what tokens.json says. A tokenizer that is gone contradicts nothing.
+    `described` is what tokens.json says. A tokenizer that is no longer there is no objection.
     """
     if not r.tokenizer or not Path(r.tokenizer).exists():
         return
     tokenizer = load_tokenizer(r.tokenizer)
-    # ids of an earlier version know all of its weights, later ones those that decide
+    # ids of an earlier version have a fingerprint of all weights, later ones of the encoder's
     there = described.get("encoder", described.get("tokenizer"))
     here = [fingerprint_tokenizer(tokenizer, ids_only) for ids_only in (True, False)]
     if there not in here:
@@ -254,7 +261,7 @@ def check_same_tokenizer(r: PretrainRecipe, described: dict) -> None:
 
 
 def decoder_of(r: PretrainRecipe) -> Tokenizer | None:
-    "The tokenizer of a recipe, if it is there still and has a decoder."
+    "The tokenizer of a recipe if it is still there, fits, and has a decoder; else None."
     if not r.tokenizer:
         return None
     try:

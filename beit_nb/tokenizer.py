@@ -45,7 +45,10 @@ from .tokens import Tokenizer, evaluate_tokenizer
 
 # %% ../nbs/41_tokenizer.ipynb #build-dvae
 def build_dvae(r: TokenizerRecipe) -> BaseDiscreteVAE:
-    "The untrained network of a recipe: ours, or DALL-E's, `width` channels, rows of `code_dim`."
+    """The untrained network of a recipe, with `width` channels and a codebook (V, code_dim).
+
+    Our small one or DALL-E's (`arch`), or that of another `quantizer`.
+    """
     if r.quantizer != "gumbel":
         return quantized_vae(r.quantizer, r.vocab_size, r.code_dim, r.downsample, r.width)
     if r.arch == "small":
@@ -64,7 +67,7 @@ def first_pictures(samples: TransformedDataset, n: int) -> Tensor:
 
 # %% ../nbs/41_tokenizer.ipynb #schedules
 def tokenizer_schedules(r: TokenizerRecipe, length: Length) -> dict[str, Schedule]:
-    "Learning rate, temperature and KL weight of every step of the whole training."
+    "`lr`, `tau` (temperature) and `beta` (KL weight) of every step of the whole training."
     total = length.total
     tau_steps = min(total, r.tau_steps or max(1, int(r.tau_share * total)))
 
@@ -98,7 +101,10 @@ class TokenizerLoss:
 
 
 class HardMetrics:
-    "A callback: what argmax ids are worth meanwhile, on a few fixed pictures."
+    """A callback: every so many steps, the scores of argmax ids on a few fixed pictures.
+
+    `images`: (n, 3, H, W) in [0, 1]. `follow` is called after every step and updates the EMA.
+    """
 
     def __init__(self, images: Tensor, every: int, ema: Ema | None):
         self.images = images
@@ -173,7 +179,7 @@ ACCEPTED = (
 
 
 def is_dalle(path: Path) -> bool:
-    "Does `path` look like DALL-E's files, and not like a run of ours?"
+    "Whether `path` looks like DALL-E's files, and not like a run of ours."
     pickles = [path / "encoder.pkl", path / "decoder.pkl"]
     if path.suffix == ".safetensors":
         return "recipe" not in safetensors_notes(path)
@@ -181,7 +187,10 @@ def is_dalle(path: Path) -> bool:
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    "A tokenizer of `beit tokenizer` (its EMA, if any), or DALL-E's; BeitError where there is none."
+    """A tokenizer of `beit tokenizer` (its EMA, if it has one), or DALL-E's, in evaluation mode.
+
+    `path`: see ACCEPTED. Raises BeitError where there is none.
+    """
     path = Path(path)
     if not path.exists():
         raise BeitError(f"there is no tokenizer at {path}; give {ACCEPTED}")

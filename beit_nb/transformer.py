@@ -18,7 +18,7 @@ from .device import kernels_for
 
 # %% ../nbs/12_transformer.ipynb #attention-probs
 def attention_probs(q: Tensor, k: Tensor, bias: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(d) + bias): who listens to whom, in shares that sum to 1.
+    """softmax(q k^T / sqrt(d) + bias): how each token divides its attention; rows sum to 1.
 
     `q`, `k`: queries and keys (B, heads, N, d); `bias`: (heads, N, N). Gives (B, heads, N, N),
     one row for each query.

@@ -30,8 +30,8 @@ from beit_nb.transformer import (
 class Embeddings(nn.Module):
     """What the first block reads: images (B, C, H, W) to tokens (B, 1+N, D), CLS first.
 
-    `embed` makes them. Absolute positions `pos_embed` if `use_abs_pos_emb`. A subclass that hides
-    patches brings the `mask_token`, (1, 1, D).
+    `embed` makes them. It has absolute positions, `pos_embed`, if `use_abs_pos_emb`. A subclass
+    that hides patches adds the `mask_token`, (1, 1, D).
     """
 
     mask_token: nn.Parameter | None
@@ -79,8 +79,8 @@ class Embeddings(nn.Module):
 class Encoder(Embeddings):
     """Embeddings and the blocks that read them; `VisionTransformer` says which blocks.
 
-    With `use_checkpoint`, training computes each block once more in the backward pass in place of
-    keeping its inner values: less memory, a third more work.
+    With `use_checkpoint`, training computes each block a second time in the backward pass in place
+    of keeping its inner values: less memory for about a third more work.
     """
 
     blocks: nn.ModuleList
@@ -256,7 +256,7 @@ class VisionTransformer(Encoder):
         self.init_weights()
 
     def init_weights(self) -> None:
-        "Draw all weights anew; a subclass calls it again once its own parts stand."
+        "Draw all weights anew; a subclass calls it again when it has added its own parts."
         init_vit_weights(self, self.weight_init, self.pos_embed_init)
 
     @classmethod
