@@ -2,9 +2,10 @@
 
 Written by hand, as beit_nb/__init__.py is; the modules of this package are exported from the
 notebooks nbs/explorers_*.ipynb, and pad.js, controls.js and explorers.css, the part that runs in
-the browser, are plain files beside them. Each explorer can be imported from here and is loaded when it
-is first asked for, so that `import beit_nb.explorers` imports neither torch nor ipywidgets. It only
-looks whether they are installed: here is the one place that every import of an explorer passes.
+the browser, are plain files beside them. Each explorer can be imported from here and is loaded when
+it is first asked for, so that `import beit_nb.explorers` imports neither torch nor ipywidgets. It
+only looks whether they are installed: here is the one place that every import of an explorer
+passes.
 """
 
 from importlib import import_module
