@@ -118,7 +118,7 @@ def map_members(tar: Path) -> list[tuple[str, list[int]]]:
 def shard_pairs(root: Path) -> MapPairs:
     "The pictures and label maps in all *.tar of a folder. Raises BeitError where one has no map."
     pictures = ImageShards(root)
-    rows = [row for tar in pictures.tars for row in map_members(tar)]
+    rows = [row for tar in pictures.places.tars for row in map_members(tar)]
     places = np.array([place for _, place in rows], np.int64)  # (n, 4)
     lone = [key for key, (*_, size) in rows if not size]
     if lone:
@@ -128,8 +128,9 @@ def shard_pairs(root: Path) -> MapPairs:
             "NAME.png beside NAME.jpg"
         )
     masks = copy.copy(pictures)
-    pictures.start, pictures.size = places[:, 0], places[:, 1].astype(np.int32)
-    masks.start, masks.size = places[:, 2], places[:, 3].astype(np.int32)
+    masks.places = copy.copy(pictures.places)
+    for part, columns in ((pictures, places[:, :2]), (masks, places[:, 2:])):
+        part.places.start, part.places.size = columns[:, 0], columns[:, 1].astype(np.int32)
     for why in (DOTTED, SECOND):  # those were the maps
         pictures.left_out.pop(WHY_LEFT_OUT[why], None)
     return MapPairs(pictures, masks)
