@@ -56,7 +56,8 @@ def program(tmp_path):
 
 def said_by_both(words, **options):
     "What a new interpreter and a fork make of a program: status, stdout and stderr."
-    said = []
+    with forked_starts():  # what it imports early changes the environment, once
+        said = []
     for begin in (nullcontext, forked_starts):
         with begin():
             options = dict(capture_output=True, text=True, timeout=PATIENCE) | options
