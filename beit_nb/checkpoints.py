@@ -198,8 +198,17 @@ def load_weights(
     if is_of_hugging_face(path):
         if ema:
             raise BeitError(f"{path} is Hugging Face's, which knows no running mean; no --ema")
-        *found, around, told = read_hf_folder(path)
-        return Weights(*found, source="Hugging Face transformers", around=around, told=told)
+        hf = read_hf_folder(path)
+        return Weights(
+            hf.state,
+            hf.args,
+            hf.classes,
+            hf.mean_std,
+            hf.view,
+            source="Hugging Face transformers",
+            around=hf.around,
+            told=hf.told,
+        )
     if path.is_dir():
         warn_unfinished(path)
         return weights_of_content(load_checkpoint(path), path, ema)

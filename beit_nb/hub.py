@@ -335,10 +335,10 @@ def read_hf_folder(folder: str | Path) -> HfFolder:
         args["depth"] -= 1
         state = {n: x for n, x in state.items() if not n.startswith(f"blocks.{args['depth']}.")}
     check_whole(state, args, folder)
-    looks = _preprocessing(folder, args)
+    mean_std, view = _preprocessing(folder, args)
     around = {name: x for name, x in tensors.items() if AROUND.match(name)}
     told = told_of_heads(config, args["depth"], folder) if around else {}
-    return HfFolder(state, args, _class_names(config, args), *looks, around, told)
+    return HfFolder(state, args, _class_names(config, args), mean_std, view, around, told)
 
 
 def _tensors_in(folder: Path) -> dict[str, Tensor]:

@@ -176,8 +176,9 @@ class ScoredView(NamedTuple):
     def __call__(self, picture: Image.Image | Tensor) -> Tensor:
         from torchvision.transforms.v2 import functional as TF  # here: it takes long to import
 
-        levels = isinstance(picture, Tensor) and picture.dtype == torch.uint8
-        image: Any = to_pil_image(picture) if levels else picture
+        image: Any = picture
+        if isinstance(picture, Tensor) and picture.dtype == torch.uint8:
+            image = to_pil_image(picture)
         size = [self.edge] if self.crop_mode == "center" else [self.edge, self.edge]
         if self.crop_mode == "center":
             image = TF.crop(image, *middle_box(*TF.get_size(image)))

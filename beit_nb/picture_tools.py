@@ -180,7 +180,7 @@ class Evaluate:
                 say(f"data: {data_source(self.data)}")
             net = read_segmenter(self.init)
             out = self.out or score_folder(self.init, self.data, self.split)
-            options = vars(self) | {"out": out}
+            options: dict[str, Any] = vars(self) | {"out": out}
             check_kind(options, of_pixels=net is not None)
             more = {name: options.pop(name) for name in ("scales", "flip_test")}
             if net:

@@ -141,7 +141,7 @@ def lost_of_pixels(before: Segmenter, after: Weights) -> list[str]:
         words.append(f"the names of {before.count:,} classes")
     if [*map(list, before.mean_std)] != [*map(list, after.mean_std)]:
         words.append("mean {} and std {} of its pictures".format(*before.mean_std))
-    size = read["img_size"]
+    size = int(read["img_size"])
     if before.view != MapView(size, (4 * size, size)):
         long, short = before.view.scale
         words.append(f"its scoring ({before.view.inference}, pictures fitted to {long} x {short})")

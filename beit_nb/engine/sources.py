@@ -185,6 +185,10 @@ class EncodedImages(ImageDataset):
         super().__init__(length, self.read, labels, classes, name)
         self.said: set[str] = set()  # what `load_image` told of these pictures, each thing once
 
+    def decode(self, data: bytes, i: int) -> Tensor:
+        "The pixels in that file of picture i. Raises UnreadableImage."
+        return decode_image(data, partial(self.path, i), self.said)
+
     def bytes(self, i: int) -> bytes:
         "The file of picture i, as it is. Raises UnreadableImage."
         raise NotImplementedError
@@ -192,10 +196,6 @@ class EncodedImages(ImageDataset):
     def path(self, i: int) -> str:
         "The name of that file, for people."
         raise NotImplementedError
-
-    def decode(self, data: bytes, i: int) -> Tensor:
-        "The pixels in that file of picture i. Raises UnreadableImage."
-        return decode_image(data, partial(self.path, i), self.said)
 
     def record(self, numbers: Sequence[int], most: int = 2**20) -> str | None:
         "A fingerprint of the first of these files, up to `most` bytes. None: one is unreadable."
