@@ -412,6 +412,21 @@ def test_links_say_the_right_number():
             assert not found or found[1] == target, f"{path.name}: [{words}] leads to {target}"
 
 
+def test_next_and_previous_agree():
+    "The lesson that one leads to leads back to it."
+    around = {}
+    for path in NBS:
+        top = nbformat.read(path, as_version=4).cells[0].source
+        row = re.search(r"^.*\[map\]\(index\.ipynb\).*$", top, re.M)
+        if row and path.name != "explorers.ipynb":  # that page leads into their making as well
+            sides = row[0].split("[map](index.ipynb)")
+            around[path.name] = [re.findall(r"\((\w+\.ipynb)\)", side) for side in sides]
+    assert len(around) > 100
+    for name, (_, after) in around.items():
+        for follower in after:
+            assert name in around[follower][0], f"{name} leads to {follower}, which leads elsewhere"
+
+
 def test_the_glossarys_words_stand_in_their_lessons():
     "A term of glossary.ipynb leads to a lesson that uses it."
     cells = nbformat.read(ROOT / "nbs" / "glossary.ipynb", as_version=4).cells
