@@ -182,7 +182,7 @@ class Evaluate:
             out = self.out or score_folder(self.init, self.data, self.split)
             options: dict[str, Any] = vars(self) | {"out": out}
             check_kind(options, of_pixels=net is not None)
-            more = {name: options.pop(name) for name in ("scales", "flip_test")}
+            more = {"scales": options.pop("scales"), "flip": options.pop("flip_test")}
             if net:
                 figures = evaluate_segmenter(
                     net,

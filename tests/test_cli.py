@@ -48,7 +48,7 @@ def test_help_is_fast_and_needs_no_torch(words):
 
     # wall time says more about the neighbours
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    assert seconds < 0.5
+    assert seconds < 1.5  # about 0.3 on a quick machine, 0.7 on a slow one; torch alone takes 3
 
 
 @pytest.mark.parametrize("start", ["module", "script"])

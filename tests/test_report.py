@@ -10,6 +10,7 @@ from helpers import FETCHES, unpainted
 from PIL import Image
 
 from beit_nb import BeitError
+from beit_nb.charts import cell_text
 from beit_nb.data import open_data
 from beit_nb.engine.log import read_log
 from beit_nb.engine.token_files import picture_records
@@ -86,7 +87,7 @@ def test_finished_run(runs):
     assert metrics["loss"] == last["loss"] and metrics["mlm_acc"] == last["mlm_acc"]
     assert "Finished: step 8 of 8 (100%)." in html and "Not finished" not in html
     assert "left at this speed" not in html
-    assert f"<td>mlm_acc</td><td>{metrics['mlm_acc']:.3f}</td>" in html
+    assert f"<td>mlm_acc</td><td>{cell_text(metrics['mlm_acc'])}</td>" in html
 
 
 @pytest.mark.usefixtures("pages_unpainted")

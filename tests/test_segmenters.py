@@ -1,5 +1,7 @@
 "Segmentations that anybody trained: read, scored, asked; their PNGs hold numbers."
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from helpers_models import SIZE
 from PIL import Image
 from test_segmentation import hugging_face
 
-from beit_nb import BeitError
+from beit_nb import BeitError, segmenters
 from beit_nb.checkpoints import load_weights, save_official
 from beit_nb.classifier import BeitForImageClassification
 from beit_nb.cli import main
@@ -176,6 +178,29 @@ def test_the_command_refuses(run, tmp_path, capsys, words, said):
     assert main(["evaluate", r.out, "--data", "digits", "--out", out, *words]) == 2
 
     assert said in capsys.readouterr().err
+
+
+def test_the_command_scores(run, tmp_path, monkeypatch):
+    "The options of `beit evaluate` arrive: mirrored pictures too, in a folder of its own."
+    monkeypatch.chdir(tmp_path)
+    r, metrics = run
+    asked = []
+    evaluate = segmenters.evaluate_segmenter
+
+    def evaluate_and_note(*args, **options):
+        asked.append(options)
+        return evaluate(*args, **options)
+
+    monkeypatch.setattr("beit_nb.segmenters.evaluate_segmenter", evaluate_and_note)
+    assert main(["evaluate", r.out, "--data", "digits"]) == 0
+    more = ["--flip-test", "--scales", "1", "2", "--out", "mirrored"]
+    assert main(["evaluate", r.out, "--data", "digits", *more]) == 0
+
+    assert [options["flip"] for options in asked] == [False, True]
+    assert [list(options["scales"]) for options in asked] == [[1.0], [1.0, 2.0]]
+    [plain] = [json.loads(f.read_text()) for f in tmp_path.glob("runs/**/metrics.json")]
+    mirrored = json.loads((tmp_path / "mirrored" / "metrics.json").read_text())
+    assert plain["mIoU"] == metrics["mIoU"] != mirrored["mIoU"]
 
 
 def test_the_page_shows_what_it_sees(run):
