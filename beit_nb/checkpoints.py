@@ -26,7 +26,7 @@ from .engine.runs import check_state, is_config, load_checkpoint, save_checkpoin
 from .engine.safeload import flatten, read_weights_file
 from .engine.trainer import few
 from .hub import WEIGHTS, read_hf_folder, write_hf_folder
-from .images import BEIT_MEAN_STD, mean_std_for
+from .images import mean_std_for
 from .labelled_views import ScoredView, scored_view, usual_crop
 from .layouts import AROUND, around_body, check_whole, class_of, shape_of, to_official
 from .recipes import from_config
@@ -380,13 +380,14 @@ def save_pretrained(
     model: VisionTransformer,
     folder: str | Path,
     classes: Sequence[str] = (),
-    mean_std: Sequence[Sequence[float]] = BEIT_MEAN_STD,
+    mean_std: Sequence[Sequence[float]] | None = None,  # as for `normalize`; None: 0.5 everywhere
     crop_pct: float = 1.0,
     about: Mapping[str, Any] | None = None,  # as for `model_card`
 ) -> Path:
     "A network as a folder that Hugging Face's `from_pretrained` reads; see `write_hf_folder`."
     state = model.state_dict()
-    return write_hf_folder(folder, state, classes, mean_std, crop_pct, known_of(model), about)
+    looks = mean_std or mean_std_for("beit", state["patch_embed.proj.weight"].shape[1])
+    return write_hf_folder(folder, state, classes, looks, crop_pct, known_of(model), about)
 
 
 def save_official(model: VisionTransformer, path: str | Path) -> None:

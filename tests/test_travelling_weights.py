@@ -141,6 +141,22 @@ def test_hugging_face_reads_ours_and_we_read_theirs(form, mean, tmp_path):
     assert same(BeitForImageClassification.from_pretrained(tmp_path / "theirs"), ours)
 
 
+@pytest.mark.parametrize("channels", (1, 5))
+def test_networks_of_other_than_three_channels_travel_too(channels, tmp_path):
+    "Grey pictures, and five bands: a mean and a spread for each go along."
+    transformers = pytest.importorskip("transformers")
+    ours = classifier("per block", in_chans=channels)
+    ours.save_pretrained(tmp_path)
+    theirs = transformers.BeitForImageClassification.from_pretrained(tmp_path).eval()
+    x = torch.randn(2, channels, 32, 32)
+
+    with torch.no_grad():
+        close(ours(x), theirs(x).logits)
+    assert same(BeitForImageClassification.from_pretrained(tmp_path), ours)
+    usual = (0.5,) * (3 if channels == 1 else channels)
+    assert load_weights(tmp_path).mean_std == (usual, usual)
+
+
 def test_a_pre_training_becomes_a_classifier_of_larger_pictures(capfd):
     model = masked("shared")
 
