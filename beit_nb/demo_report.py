@@ -219,8 +219,10 @@ def demo_lead(metrics: dict) -> str:
     "The first sentence of the page: what it is, or that more is to come."
     if "seconds" not in metrics:
         return Html(
-            "At work. This page grows: each part appears as its stage ends, and the page reads "
-            'itself again every 15 seconds.<meta http-equiv="refresh" content="15">'
+            "At work, or stopped on the way: then the same command continues. This page grows: "
+            "each part appears as its stage ends, and the page reads itself again every 15 "
+            "seconds."
+            '<meta http-equiv="refresh" content="15">'
         )
     minutes = metrics["seconds"] / 60
     labels = metrics["finetune"]["labels_per_class"]

@@ -33,6 +33,7 @@ from beit_nb.arms import (
     run_words,
     study_graph,
 )
+from .charts import is_number
 from .engine.files import make_folder, read_json, write_json
 from .engine.log import read_metrics
 from .engine.processes import join_processes, rank, rank_0_first, world_size
@@ -259,20 +260,29 @@ def study_record(
 def kept_seeds(study: Study, seeds: Sequence[int], before: dict) -> list[int]:
     """The seeds of which `before`, an earlier study.json, holds every figure.
 
-    None of them if it is of another version or of other arms.
+    None of them if it is of another version or of other arms, and no seed of which a run is
+    missing there: a run's name follows from all its fields, so presets have not changed since.
     """
     ours = json.loads(json.dumps(asdict(study)))
     if (before.get("study"), before.get("version")) != (ours, __version__):
         return []
     needed = [
-        before["values"][arm.name][measure.name]
+        (arm.name, measure.name)
         for arm in study.arms
         for measure in study.measures
         if measure.stage not in arm.without
     ]
-    place = {seed: i for i, seed in enumerate(before["seeds"])}
-    there = [seed for seed in seeds if seed in place]
-    return [s for s in there if all(figures[place[s]] is not None for figures in needed)]
+
+    def is_whole(seed: int) -> bool:
+        try:
+            i = before["seeds"].index(seed)
+            figures = [before["values"][arm][measure][i] for arm, measure in needed]
+            made = set(before["runs"])
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError):
+            return False  # not there, or somebody has edited the file
+        return all(map(is_number, figures)) and study_graph(study, [seed]).keys() <= made
+
+    return [seed for seed in seeds if is_whole(seed)]
 
 
 def with_kept(study: Study, seeds: Sequence[int], record: dict, before: dict) -> dict:

@@ -35,7 +35,7 @@ class Demo:
     out: Place | None = None
     seed: Seed = 0  # of everything
     quick: bool = False  # a minute's rehearsal: every stage runs, nothing is learnt well
-    # both networks longer and with three seeds, every learning rate chosen anew; over an hour
+    # both networks longer and with three seeds, every learning rate chosen anew; not timed yet
     thorough: bool = False
 
     def run(self) -> None:
