@@ -37,7 +37,7 @@ def tiles(view):
 def shows(view, explorer):
     "Words, line of code, chosen tile and picture 3 are those of an explorer in this process."
     until(lambda: view.output.locator(".said").text_content(), explorer.describe(), seconds=8)
-    assert explorer.link() in view.text()
+    until(lambda: explorer.link() in view.text(), seconds=8)
     expect(tiles(view).nth(explorer.tiles.index)).to_be_checked()
     code = "async e => [...new Uint8Array(await (await fetch(e.src)).arrayBuffer())]"
     image = view.output.locator(".beit-pad img").nth(1)

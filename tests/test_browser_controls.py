@@ -130,7 +130,7 @@ def test_a_large_photograph_arrives(view):
 
     until(lambda: is_red(view))
     until(lambda: view.chosen("picture"), "phone.png")
-    assert "shown: the centre" in view.text()
+    until(lambda: "shown: the centre" in view.text())
 
 
 DROP = """([element, bytes, kind]) => {

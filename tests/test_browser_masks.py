@@ -226,7 +226,7 @@ def test_keyboard(view):
     mask[2, 13] ^= True
     view.shows(mask)
     state = "masked" if mask[2, 13] else "shown"
-    assert view.output.locator(".beit-status").inner_text() == f"patch 2,13 {state}"
+    until(lambda: view.output.locator(".beit-status").inner_text(), f"patch 2,13 {state}")
     assert view.page.locator(".jp-CodeCell").count() <= len(CELLS) + 1  # Lab did not take "b"
 
 

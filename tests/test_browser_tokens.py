@@ -73,7 +73,7 @@ def shows(view, explorer):
     "Picture 3, words and line of code are those of an explorer in this process."
     until(lambda: third_picture(view) == explorer.pads.painted.image.tobytes(), seconds=8)
     until(lambda: explorer.link() in view.text(), seconds=8)
-    assert view.output.locator(".said").text_content() == explorer.describe()
+    until(lambda: view.output.locator(".said").text_content(), explorer.describe(), seconds=8)
 
 
 def code_line(view):
