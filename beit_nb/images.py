@@ -146,7 +146,7 @@ def house_pictures(size: int = 224) -> Tensor:
 
 # %% ../nbs/00_images.ipynb #normalize
 @cache  # a new constant sent to a GPU would wait for all the work already there
-@torch.inference_mode(False)
+@torch.inference_mode(False)  # kept tensors must be of use in training, too
 def _mean_and_std(mean_std, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     "The constants of the C channels as tensors (C, 1, 1)."
     mean, std = (torch.tensor(v, dtype=dtype, device=device).view(-1, 1, 1) for v in mean_std)

@@ -20,6 +20,7 @@ REPEATED = [
     ("04_dvae", "ablation-meaning", "0.03", "ablation"),
     ("05_dalle", "words-decoder", "194 99", "measure-field"),
     ("10_masking", "words-clumps", "0.38 0.86", "check-clumps"),
+    ("15_attention", "sharp-meaning", "0.94 0.95", "check-sharp"),
     ("44_pretraining", "words-long-shown", "38.6 25.9", "long-run"),
 ]
 
