@@ -142,6 +142,7 @@ class Backbone:
 
 
 def not_divisible(whole: str, n: int, part: str, k: int) -> str:
+    "The line that refuses `n` for `whole`, because `k`, the value of `part`, does not divide it."
     return f"{whole} {n} is not divisible by {part} {k}: choose a multiple of it"
 
 # %% ../nbs/21_configs.ipynb #tokenizer-recipe

@@ -31,6 +31,7 @@ from ..images import pil_to_tensor
 def _levels_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
     "A gray picture of 16 or 32 bits or of floats as (H, W) floats, and which level is white."
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+    # 258: bits of a level; 262: 0 where 0 is white; 281: the largest level; 339: 2 if signed
     values = {tag: np.asarray(tags.get(tag)) for tag in (258, 262, 281, 339)}
     fields = {tag: int(x.max()) for tag, x in values.items() if x.dtype.kind in "iu"}
     bits = fields.get(258, 16)

@@ -257,7 +257,8 @@ def fingerprint(*things: Any) -> str:
 def safetensors_notes(path: str | Path) -> dict[str, Any]:
     """The notes beside the tensors of a safetensors file, text by name.
 
-    None in a file without any, one of another kind, or one whose header is above a megabyte.
+    An empty dictionary for a file without notes, for one of another kind, and for one whose header
+    is longer than a megabyte. Raises OSError where the file cannot be read.
     """
     with open(path, "rb") as f:
         length = int.from_bytes(f.read(8), "little")
