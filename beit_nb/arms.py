@@ -196,7 +196,10 @@ def read_change(study: Study, words: str) -> tuple[str, str, Any]:
 
 
 def changed_study(study: Study, arms: Sequence[str], changes: Sequence[str]) -> Study:
-    "A study with some of its arms, and fields that are others for all arms."
+    """A study with some of its arms, and fields that are others for all arms.
+
+    Raises BeitError for arms and fields that there are not, and for an arm without its base.
+    """
     stages: dict[str, tuple[str, Fields]] = dict(study.stages)
     for words in changes:
         stage, name, value = read_change(study, words)

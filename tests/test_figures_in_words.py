@@ -22,6 +22,10 @@ REPEATED = [
     ("10_masking", "words-clumps", "0.38 0.86", "check-clumps"),
     ("15_attention", "sharp-meaning", "0.94 0.95", "check-sharp"),
     ("44_pretraining", "words-long-shown", "38.6 25.9", "long-run"),
+    ("70_scale_flops", "quantizers-meaning", "4.3 5.0 35 39", "check-quantizers"),
+    ("72_scale_hours", "words-mfu", "24 19 25", "check-five-days"),
+    ("79_scale_bench", "results-roof-words", "84", "results-step"),
+    ("79_scale_bench", "claims-words", "1.4 2.2", "results-step"),
 ]
 
 

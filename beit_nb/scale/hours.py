@@ -65,7 +65,10 @@ def dataset_size(r: Run, pictures: int | None = None) -> tuple[int, int]:
 
 # %% ../../nbs/72_scale_hours.ipynb #num-steps
 def num_steps(r: Run, pictures: int) -> int:
-    "Steps of a training; an incomplete last batch of an epoch is dropped."
+    """Steps of a training; an incomplete last batch of an epoch is dropped.
+
+    Raises BeitError where the data set holds fewer pictures than a batch.
+    """
     if not r.steps and pictures < r.batch_size:
         raise BeitError(
             f"batch_size {r.batch_size} is larger than the data set of {pictures} pictures; lower "

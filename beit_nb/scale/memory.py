@@ -153,7 +153,10 @@ def layouts(r: Run, gpus: int) -> tuple[Layout, list[Layout]]:
 
 # %% ../../nbs/71_scale_memory.ipynb #batch-per-gpu
 def batch_per_gpu(r: Run, gpus: int) -> tuple[int, int]:
-    "Pictures of a step for each GPU, and how many of them it takes at once."
+    """Pictures of a step for each GPU, and how many of them it takes at once.
+
+    Raises BeitError where the GPUs do not divide the batch, or the micro-batch not a GPU's share.
+    """
     if r.batch_size % gpus:
         raise BeitError(
             f"batch_size {r.batch_size} is not divisible by {gpus} GPUs; choose a multiple of "
@@ -170,9 +173,10 @@ def batch_per_gpu(r: Run, gpus: int) -> tuple[int, int]:
 
 # %% ../../nbs/71_scale_memory.ipynb #least-memory
 def least_memory(r: Run, processes: int = 1) -> float:
-    """Bytes that a process holds at least, whatever else it does: the model, some of a micro-batch.
+    """Bytes that a process holds at least, whatever else it does; 0 for an unknown network.
 
-    Of the pictures levels and floats, of the tokens' scores one tensor. 0 for an unknown network.
+    Weights, gradients and moments, and of one micro-batch the pictures, in bytes and in fp32, and
+    the scores of their tokens in fp32.
     """
     products = model_products(r, 1)
     shards = processes if r.parallel == "fsdp" else 1
