@@ -69,6 +69,7 @@ def timm_transform(r: FinetuneRecipe) -> Callable[[Image.Image], Tensor]:
 class FinetuneTransform:
     """A labelled picture as training shows it: (C, H, W) uint8, or floats around [0, 1].
 
+    Called with a picture (PIL, or a tensor (C, H, W)), its number in `labels`, and a generator.
     Raises BeitError for erasing in shifts, and for a `mean_std` that C channels do not have.
     """
 
