@@ -170,8 +170,9 @@ def elbo() -> Drawing:
     d.arrow(392, 120, 392, 178)
     d.box(327, 180, 130, 60, "decoder p_ψ(x|z)", "which picture?", BLUE)
     d.box(170, 180, 130, 60, "prior p(z)", "what is usual?")
-    d.line(235, 122, 235, 178, ORANGE, "4 3")
-    d.lines(220, 268, "KL(q ‖ prior): what\nnaming the tokens costs", color=ORANGE)
+    # in ink: orange is the other KL, the gap
+    d.line(235, 122, 235, 178, INK, "4 3")
+    d.lines(220, 268, "KL(q ‖ prior): what\nnaming the tokens costs")
     d.lines(392, 268, "E_q[log p_ψ(x|z)]: how well\nthe picture comes back", color=BLUE)
 
     top, bound, zero = 56, 96, 290  # heights of log p(x), of the ELBO, and the foot of the bar
