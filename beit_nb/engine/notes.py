@@ -20,7 +20,7 @@ from typing import NamedTuple
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # the kind of a JPEG segment
 SCAN = b"\xda"
 JPEG_NOTES = {bytes([kind]) for kind in (*range(0xE0, 0xF0), 0xFE)}
-# but two of these, if they are whole: they say which colors the numbers mean
+# two of these are kept if they are whole: they say which colors the numbers mean
 COLORS = re.compile(rb"\xff(\xe0..JFIF\0.{9}|\xee..Adobe.{7})", re.DOTALL)
 FRAMES = {bytes([kind]) for kind in range(0xC0, 0xD0)}  # SOF0 to SOF15
 FRAMES -= {b"\xc4", b"\xc8", b"\xcc"}  # but these are something else
@@ -45,7 +45,7 @@ def jpeg_segments(data: bytes) -> Iterator[tuple[bytes, bytes]]:
     for kind, start, end in front:
         yield b"" if COLORS.match(data, start, end) else kind, data[start:end]
     rest = data[end:]
-    if rest.count(b"\xff" + SCAN) > MOST_SCANS:  # the bytes may be of a film behind the picture
+    if rest.count(b"\xff" + SCAN) > MOST_SCANS:  # only a hint: a film may follow the picture
         scans = [kind for kind, *_ in jpeg_markers(rest, 0) if kind == SCAN]
         if len(scans) > MOST_SCANS:
             raise ValueError(f"it draws its pixels more than {MOST_SCANS} times")
@@ -122,7 +122,7 @@ def unpacked(kind: bytes, text: bytes) -> bytes:
 
 
 def plain_note(note: bytes) -> bytes:
-    "A note as it is, but a PNG's text unpacked, and EXIF that hides in such."
+    "A note as it is; of a PNG's text what is in it, unpacked, and as EXIF where it holds EXIF."
     kind = note[4:8]
     if kind not in (b"tEXt", b"zTXt", b"iTXt"):
         return note

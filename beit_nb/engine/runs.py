@@ -280,9 +280,9 @@ def merge_records(there: Any, here: Any) -> Any:
 def record_inputs(out: Path, recipe, inputs: dict, redo: bool = False) -> dict:
     """Keep in config.json what the inputs of a run are, field of the recipe -> a record of it.
 
-    Returns all that are known. Raises BeitError where one was another when the run began, unless
-    the run is done again from the start (`redo`) and its path is the same. A run of an earlier
-    version recorded nothing, and goes on.
+    Returns all that are known. Raises BeitError where an input has changed since the run began,
+    unless the run is done again from the start (`redo`) and the path is the same. A run of an
+    earlier version recorded nothing, and goes on.
     """
 
     def compare() -> dict:

@@ -63,7 +63,7 @@ def few(things: list[str]) -> str:
 
 
 def misfits(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    "How the names and the shapes of `weights` differ from those of `own`, in words; mostly empty."
+    "How names and shapes of `weights` differ from those of `own`, in words; empty where they fit."
     faults = {
         "missing": sorted(own.keys() - weights.keys()),
         "unknown here": sorted(weights.keys() - own.keys()),
