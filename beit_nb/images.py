@@ -24,14 +24,14 @@ from . import BeitError
 def show_image(x, title: str | None = None, ax=None, **imshow_options: Any):
     """Draws one picture without axes and returns its `Axes`.
 
-    x: tensor (C, H, W) or (H, W), PIL picture, or array (H, W, C) or (H, W). Colour tensors are
-    clipped to [0, 1]; one channel is drawn in shades of gray. Further options go to `imshow`.
+    x: tensor (C, H, W) or (H, W), PIL picture, or array (H, W, C) or (H, W). Colour tensors hold
+    uint8 levels, or floats that are clipped to [0, 1]; one channel is drawn in shades of gray. Further options go to `imshow`.
     """
     if isinstance(x, Tensor):
-        x = x.detach().cpu().float()
-        if x.ndim == 3:
-            x = x.permute(1, 2, 0).clamp(0, 1)  # (C, H, W) -> (H, W, C)
-        x = x.numpy()
+        x = x.detach().cpu()
+        if x.dtype != torch.uint8:  # levels 0 .. 255 are drawn as they are
+            x = x.float().clamp(0, 1) if x.ndim == 3 else x.float()
+        x = (x.permute(1, 2, 0) if x.ndim == 3 else x).numpy()  # (C, H, W) -> (H, W, C)
     x = np.asarray(x)
     if x.ndim == 3 and x.shape[2] == 1:
         x = x[..., 0]

@@ -225,7 +225,7 @@ def last_figures(trainer: Trainer) -> dict:
         "steps": trainer.step,
         "images": trainer.step * trainer.recipe.batch_size,
         "damaged": len(trainer.data["damaged"]),
-    } | {k: last[k] for k in ("loss", "mlm_acc") if k in last}
+    } | {k: last[k] for k in ("loss", "mlm_acc", "constant_acc", "constant_mse") if k in last}
 
 # %% ../nbs/44_pretraining.ipynb #start-mim
 INIT_FIELDS = (  # fields that must be those of the weights
