@@ -10,6 +10,7 @@ __all__ = ['WORKER', 'finished_metrics', 'Outcome', 'RunProcess', 'worker_places
 # %% ../nbs/83_experiments.ipynb #imports
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -227,7 +228,7 @@ def arm_values(
 def run_record(run: StudyRun, runs: Path, outcome: Outcome, figures: dict) -> dict:
     "What study.json says of one run."
     return {
-        "line": f"beit {' '.join(run_words(run, 'OUT/runs'))}",
+        "line": shlex.join(["beit", *run_words(run, "OUT/runs")]),
         "fields": run.own_fields,
         "state": outcome.state,
         "reason": outcome.reason,

@@ -25,8 +25,8 @@ def show_image(x, title: str | None = None, ax=None, **imshow_options: Any):
     """Draws one picture without axes and returns its `Axes`.
 
     x: tensor (C, H, W) or (H, W), PIL picture, or array (H, W, C) or (H, W). Colour tensors hold
-    uint8 levels, or floats that are clipped to [0, 1]; one channel is drawn in shades of
-    gray. Further options go to `imshow`.
+    uint8 levels, or floats that are clipped to [0, 1]; one channel is drawn in shades of gray.
+    Further options go to `imshow`.
     """
     if isinstance(x, Tensor):
         x = x.detach().cpu()
