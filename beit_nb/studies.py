@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'SCALES', 'SEGMENTATION', 'STUDIES', 'RATIOS', 'HOW_MUCH', 'HOW_LARGE', 'HOW_LONG', 'HOW_MANY', 'OWN_WORDS',
-           'NEVER', 'HOW_FEW', 'SCALED', 'BIASED', 'TABLE_5', 'BOTH', 'UPERNET', 'WHAT_ADDS', 'SCATTERED', 'PIXELS',
+           'NEVER', 'HOW_FEW', 'PIXELWISE', 'BODILESS', 'FEW_PIXELS', 'NANO_HEADS', 'BASE_HEADS', 'WHICH_HEAD',
+           'PIXELS_NAMED', 'SCALED', 'BIASED', 'TABLE_5', 'BOTH', 'UPERNET', 'WHAT_ADDS', 'SCATTERED', 'PIXELS',
            'EVERYWHERE', 'WORDLESS', 'LONGER', 'DALLE_DIGITS', 'WHICH_PART', 'WHOSE_WORDS', 'QUANTIZERS', 'BY_WHAT',
            'add_study', 'study_named', 'ratio_arms', 'block_arms', 'paper_pair', 'step_arms', 'word_arms', 'label_arms',
-           'table_4', 'table_8', 'race_arms']
+           'head_arms', 'table_4', 'table_8', 'race_arms']
 
 # %% ../nbs/86_studies.ipynb #imports
 from typing import Any
@@ -58,11 +59,13 @@ def add_study(
     arms: tuple[Arm, ...],
     source: str = "",
     also: tuple[Measure, ...] = (),  # measures beside those of the scale
+    alone: tuple[Measure, ...] = (),  # measures in their place
     **stages: tuple[str, Fields],  # beside, or instead of, those of the scale
 ) -> None:
     "Put a study into STUDIES, with the stages and measures of its scale."
     usual, measures = SCALES[scale]
-    study = Study(name, question, usual | stages, arms, (*measures, *also), scale, source)
+    asked = alone or (*measures, *also)
+    study = Study(name, question, usual | stages, arms, asked, scale, source)
     STUDIES.setdefault(name, {})[scale] = study
 
 
@@ -175,6 +178,48 @@ add_study(
 add_study(
     "labels", "base-in1k", HOW_FEW, label_arms((128, 13), {"3 x": {"epochs": 300}}), "Table 2"
 )
+
+# %% ../nbs/86_studies.ipynb #head-studies
+def head_arms(
+    labelled: tuple[int | None, ...],  # pictures; None: all
+    heads: dict[str, tuple[Fields, Fields]],  # head -> what it needs pre-trained, and from scratch
+) -> tuple[Arm, ...]:
+    "From scratch and pre-trained for each head and number of labelled pictures."
+    arms = []
+    for n in labelled:
+        for head, (trained, fresh) in heads.items():
+            own: Fields = {"head": head, "labelled": n}
+            name = f"{head}, {n or 'all'}"
+            scratch = own | fresh | {"init": "", "layer_decay": None}
+            base = f"{name}, scratch"
+            arms.append(Arm(base, {"segment": scratch}, base=base, **BODILESS))
+            changes = {"segment": own | trained}
+            arms.append(Arm(f"{name}, pre-trained", changes, base=base, **PIXELWISE))
+    return tuple(arms)
+
+
+PIXELWISE: Any = {"without": ("finetune", "probe")}
+BODILESS: Any = {"without": ("pretrain", "finetune", "probe")}
+FEW_PIXELS = {"steps": 300, "batch_size": 16, "eval_every": 300, "split": "test"}
+NANO_HEADS: dict[str, tuple[Fields, Fields]] = {  # rates: by validation digits
+    "linear": ({"lr": 1e-2}, {"lr": 3e-3}),
+    "setr_pup": ({"channels": 64, "lr": 2e-2}, {"channels": 64, "lr": 1e-2}),
+}
+BASE_HEADS: dict[str, tuple[Fields, Fields]] = {
+    "setr_pup": ({}, {}),
+    "upernet": ({"out_indices": None, "lr": 7e-4},) * 2,
+}
+WHICH_HEAD = "How much of a segmentation is the head, the body, and the labels?"
+PIXELS_NAMED: Any = {"alone": (SEGMENTATION,)}
+add_study(
+    "heads",
+    "nano",
+    WHICH_HEAD,
+    head_arms((50, 400), NANO_HEADS),
+    segment=("nano", DIGITS | FEW_PIXELS),
+    **PIXELS_NAMED,
+)
+add_study("heads", "base-in1k", WHICH_HEAD, head_arms((None, 2021), BASE_HEADS), **PIXELS_NAMED)
 
 # %% ../nbs/86_studies.ipynb #table5
 SCALED = {"init_values": 0.1}

@@ -23,7 +23,7 @@ def test_every_study_can_be_run(study):
     assert len(names) >= 2 and len(set(names)) == len(names)
     measured = {measure.name for measure in study.measures} | {"segmentation"}
     assert all(set(arm.paper) <= measured for arm in study.arms)
-    final = [run for run in graph.values() if run.command == "finetune"]
+    final = [run for run in graph.values() if run.command == study.measures[0].stage]
     assert len(final) == 2 * len(study.arms)  # no two arms are the same
 
 
@@ -56,6 +56,17 @@ def test_the_numbers_of_the_paper():
     table5 = [arm.paper for arm in study_named("table5", "nano").arms]
     assert [row["fine-tuning"] for row in table5] == [82.86, 83.00, 83.22]
     assert [row["segmentation"] for row in table5] == [44.86, 45.43, 45.70]
+
+
+def test_heads_differ_in_head_labels_and_start():
+    for scale in SCALES:
+        study = study_named("heads", scale)
+        for arm in study.arms:
+            recipe = plan_run(study, arm, "segment", 0).recipe("runs")
+            head, pictures, start = arm.name.split(", ")
+            assert recipe.head == head and str(recipe.labelled or "all") == pictures
+            assert (recipe.init == "") == (start == "scratch") == (recipe.layer_decay is None)
+            assert study.arm(arm.base).name == f"{head}, {pictures}, scratch"
 
 
 def test_arms_of_table_4_are_what_they_say():
