@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'SCALES', 'SEGMENTATION', 'STUDIES', 'RATIOS', 'HOW_MUCH', 'HOW_LARGE', 'HOW_LONG', 'HOW_MANY', 'OWN_WORDS',
-           'NEVER', 'HOW_FEW', 'PIXELWISE', 'BODILESS', 'FEW_PIXELS', 'NANO_HEADS', 'BASE_HEADS', 'WHICH_HEAD',
+           'NEVER', 'HOW_FEW', 'PIXELWISE', 'BODILESS', 'FEW_PIXELS', 'NANO_HEADS', 'UPER', 'BASE_HEADS', 'WHICH_HEAD',
            'PIXELS_NAMED', 'SCALED', 'BIASED', 'TABLE_5', 'BOTH', 'UPERNET', 'WHAT_ADDS', 'SCATTERED', 'PIXELS',
            'EVERYWHERE', 'WORDLESS', 'LONGER', 'DALLE_DIGITS', 'WHICH_PART', 'WHOSE_WORDS', 'QUANTIZERS', 'BY_WHAT',
            'add_study', 'study_named', 'ratio_arms', 'block_arms', 'paper_pair', 'step_arms', 'word_arms', 'label_arms',
@@ -190,10 +190,10 @@ def head_arms(
         for head, (trained, fresh) in heads.items():
             own: Fields = {"head": head, "labelled": n}
             name = f"{head}, {n or 'all'}"
-            scratch = own | fresh | {"init": "", "layer_decay": None}
+            scratch: Fields = {**own, **fresh, "init": "", "layer_decay": None}
             base = f"{name}, scratch"
             arms.append(Arm(base, {"segment": scratch}, base=base, **BODILESS))
-            changes = {"segment": own | trained}
+            changes: dict[str, Fields] = {"segment": {**own, **trained}}
             arms.append(Arm(f"{name}, pre-trained", changes, base=base, **PIXELWISE))
     return tuple(arms)
 
@@ -205,10 +205,8 @@ NANO_HEADS: dict[str, tuple[Fields, Fields]] = {  # rates: by validation digits
     "linear": ({"lr": 1e-2}, {"lr": 3e-3}),
     "setr_pup": ({"channels": 64, "lr": 2e-2}, {"channels": 64, "lr": 1e-2}),
 }
-BASE_HEADS: dict[str, tuple[Fields, Fields]] = {
-    "setr_pup": ({}, {}),
-    "upernet": ({"out_indices": None, "lr": 7e-4},) * 2,
-}
+UPER: Fields = {"out_indices": None, "lr": 7e-4}
+BASE_HEADS: dict[str, tuple[Fields, Fields]] = {"setr_pup": ({}, {}), "upernet": (UPER, UPER)}
 WHICH_HEAD = "How much of a segmentation is the head, the body, and the labels?"
 PIXELS_NAMED: Any = {"alone": (SEGMENTATION,)}
 add_study(

@@ -71,7 +71,7 @@ def shard_part(
     with atomic_write(tar) as f, TarWriter(f, mtime=0) as archive, ThreadPoolExecutor() as pool:
         for begin in range(0, len(numbers), TOGETHER):
             # threads suffice, since a decoder lets the others run; `map` keeps the order
-            for sample in pool.map(look, map(int, numbers[begin : begin + TOGETHER])):
+            for sample in pool.map(look, numbers[begin : begin + TOGETHER]):
                 if isinstance(sample, UnreadableImage):
                     warn(f"left out: {sample}")
                 else:
@@ -143,7 +143,8 @@ def pack_pictures(
     tars = [out / f"{k:06d}.tar" for k in range(shards)]
     for k, tar in enumerate(tqdm(tars, "shards", disable=not sys.stderr.isatty())):
         if not tar.exists():
-            shard_part(tar, pictures, order[k * per_shard : (k + 1) * per_shard], beside)
+            numbers = order[k * per_shard : (k + 1) * per_shard].tolist()
+            shard_part(tar, pictures, numbers, beside)
     kept = sum(len(shard_index(tar)) for tar in tars)
     others = pictures.left_out.get(OTHER, [0])[0]
     return {"pictures": kept, "shards": shards, "damaged": total - kept, "others": others}
