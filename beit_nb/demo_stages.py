@@ -27,7 +27,7 @@ ARMS = {  # of the fine-tuning: label and color
     "scratch_best": ("from scratch, longer", PALETTE["grey"]),
 }
 GRID = (3e-4, 7e-4, 1.5e-3)
-# what GRID came to for each arm, with the steps below and by validation digits alone
+# what GRID came to for each arm with the steps of THOROUGH, by validation digits alone
 FOUND = {"pretrained": (1.5e-3,), "scratch_equal_steps": (3e-4,), "scratch_best": (7e-4,)}
 
 
@@ -39,9 +39,9 @@ class DemoPlan:
     seed: int = 0  # of everything
     seeds: int = 1  # of tokenizer and pre-training; what follows uses the first
     tokenizer_steps: int = 720  # of 32 pictures
-    pretrain_steps: int = 1600  # of 64 pictures
+    pretrain_steps: int = 1280  # of 64 pictures
     finetune_steps: int = 200  # of 32 pictures
-    longer: int = 3  # the best scratch run may take that many times the steps
+    longer: int = 2  # the best scratch run may take that many times the steps
     # learning rates of each arm; among several, validation digits choose
     lrs: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: dict(FOUND))
     draws: int = 3  # of the labels, each with a seed of its own
@@ -51,9 +51,13 @@ class DemoPlan:
 QUICK: dict[str, Any] = dict(
     tokenizer_steps=60, pretrain_steps=60, finetune_steps=10, longer=2, draws=2
 )
-# longer at the two networks, for those who want better ones, and nothing taken for granted
+# longer, for those who want better networks, and nothing taken for granted
 THOROUGH: dict[str, Any] = dict(
-    tokenizer_steps=2160, pretrain_steps=6400, seeds=3, lrs=dict.fromkeys(ARMS, GRID)
+    tokenizer_steps=2160,
+    pretrain_steps=6400,
+    longer=3,
+    seeds=3,
+    lrs=dict.fromkeys(ARMS, GRID),
 )
 
 # %% ../nbs/94_demo_stages.ipynb #is-stage
