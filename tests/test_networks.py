@@ -145,17 +145,18 @@ def test_a_recipe_that_somebody_has_changed_is_refused(tmp_path, recipe):
 
 
 def test_thorough_is_the_demo_with_more_steps():
-    "The two networks get more, with three seeds, and every arm the grid of learning rates."
+    "The two networks get more, with three seeds; every arm the grid, the longest three times."
     changed = {
         name
         for name, value in settings_of(DemoPlan(**THOROUGH)).items()
         if value != settings_of(DemoPlan())[name]
     }
 
-    assert changed == {"tokenizer_steps", "pretrain_steps", "seeds", "lrs"}
+    assert changed == {"tokenizer_steps", "pretrain_steps", "longer", "seeds", "lrs"}
     assert THOROUGH["seeds"] == 3 and {len(rates) for rates in THOROUGH["lrs"].values()} == {3}
     assert THOROUGH["tokenizer_steps"] == 3 * DemoPlan.tokenizer_steps
-    assert THOROUGH["pretrain_steps"] == 4 * DemoPlan.pretrain_steps
+    assert THOROUGH["pretrain_steps"] == 5 * DemoPlan.pretrain_steps
+    assert (THOROUGH["longer"], DemoPlan.longer) == (3, 2)
     refused("demo", "--quick", "--thorough", says="choose one of them")
 
 
