@@ -242,7 +242,7 @@ TABLE_5 = (
     ),
 )
 BOTH: Any = {"source": "Table 5", "also": (SEGMENTATION,)}
-UPERNET = ("base-in1k-pup", {"head": "upernet", "out_indices": None, "lr": 7e-4})
+UPERNET = ("base-in1k-pup", {"head": "upernet", **UPER})
 WHAT_ADDS = "What do LayerScale and relative positions add?"
 add_study("table5", "nano", WHAT_ADDS, TABLE_5, **BOTH)
 add_study("table5", "base-in1k", WHAT_ADDS, TABLE_5, **BOTH, segment=UPERNET)
