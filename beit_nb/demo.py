@@ -4,36 +4,34 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'digits_recipe', 'tokenizer_recipe', 'tokenizer_stage', 'warmup_steps', 'pretrain_recipe', 'pretrain_once',
-           'pretrain_stage', 'show_progress', 'begin_job', 'fine_tune_all', 'arm_recipes', 'arm_run', 'spread',
-           'score_on_test', 'best_rates', 'finetune_stage', 'probe_stage', 'demo']
+           'pretrain_stage', 'arm_fields', 'demo_study', 'run_arms', 'best_rates', 'spread', 'score_on_test',
+           'finetune_stage', 'probe_stage', 'demo']
 
 # %% ../nbs/96_demo.ipynb #imports
-import os
-import sys
-from concurrent.futures import FIRST_EXCEPTION, BrokenExecutor, Future, ProcessPoolExecutor, wait
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from tqdm import tqdm
 
 from . import BeitError, say
-from .configs import FinetuneRecipe, PretrainRecipe, Run, TokenizerRecipe
+from .arms import Arm, Fields, Measure, Study, plan_run
+from .configs import PretrainRecipe, Run, TokenizerRecipe
 from .demo_report import demo_report
 from .demo_stages import ARMS, DemoPlan, read_stage, settings_of, stage
 from .engine.augment import TwoViews
 from .engine.files import make_folder, write_json
-from .engine.log import read_log, write_metrics
-from .engine.processes import end_with_parent, memory_mb
+from .engine.log import write_metrics
+from .engine.processes import memory_mb
 from .engine.sources import Digits
-from .finetuning import evaluate_classifier, finetune, load_classifier
+from .experiments import finished_metrics, run_study, worker_places
+from .finetuning import evaluate_classifier, load_classifier
 from .images import to_float
 from .pretraining import evaluate_mim, pretrain
 from .probing import probe
 from .recipes import recipe_named
+from .studies import DIGITS
 from .targets import tokenize_dataset
 from .tokenizer import evaluate_tokenizer, load_tokenizer, train_tokenizer
 
@@ -89,82 +87,74 @@ def pretrain_stage(plan: DemoPlan) -> dict:
     images = plan.pretrain_steps * pretrain_recipe(plan).batch_size
     return figures[0] | {"images": images, "seeds": figures}
 
-# %% ../nbs/96_demo.ipynb #fine-tune-all
-def show_progress(recipes: list[FinetuneRecipe], jobs: list[Future]) -> list[dict]:
-    "What quiet runs give, or the first error of one; meanwhile a bar over them: their logs tell."
-    total = sum((r.steps or 0) * r.batch_size for r in recipes)
-    quiet = not sys.stderr.isatty()
-    bar = tqdm(total=total, unit=" images", desc="finetune", dynamic_ncols=True, disable=quiet)
-    with bar:
-        while True:
-            ended, at_work = wait(jobs, timeout=2, return_when=FIRST_EXCEPTION)
-            results = [job.result() for job in jobs if job in ended]
-            if not at_work:
-                return results
-            done = 0
-            for r in recipes:
-                rows = [row for row in read_log(r.out) if "loss" in row]
-                if rows:
-                    done += rows[-1]["step"] * r.batch_size
-                    bar.set_postfix_str(f"loss {rows[-1]['loss']:.3g}")
-            bar.update(done - bar.n)
-
-
-def begin_job(threads: int) -> None:
-    "How a process begins that fine-tunes for another one: with so many threads, and not alone."
-    end_with_parent()
-    torch.set_num_threads(threads)
-
-
-def fine_tune_all(recipes: list[FinetuneRecipe]) -> list[dict]:
-    """The final figures of independent runs, in the order of their recipes.
-
-    Two at a time with half of the cores each, where there are two: small steps gain more from
-    that than from more threads.
-    """
-    cores = os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):  # Linux: those that we may use
-        cores = len(os.sched_getaffinity(0))
-    if cores < 2 or len(recipes) < 2 or torch.cuda.is_available():
-        return [finetune(r, quiet=True) for r in recipes]
-    # Linux forks both from a third process, which imports all this once
-    context = get_context("forkserver" if sys.platform == "linux" else "spawn")
-    context.set_forkserver_preload(["beit_nb.demo"])
-    pool = ProcessPoolExecutor(2, context, begin_job, (cores // 2,))
-    try:
-        jobs = [pool.submit(finetune, r, quiet=True) for r in recipes]
-        results = show_progress(recipes, jobs)
-    except BrokenExecutor as e:
-        raise BeitError("a process that fine-tunes was killed; the same command continues") from e
-    finally:
-        for child in active_children():
-            child.kill()  # after an error: its run goes on from its last checkpoint
-        pool.shutdown(cancel_futures=True)
-    for r, result in zip(recipes, results):
-        say(f"{Path(r.out).name}: validation accuracy {result['accuracy']:.3f}")
-    return results
-
 # %% ../nbs/96_demo.ipynb #arms
-def arm_recipes(plan: DemoPlan) -> dict[str, FinetuneRecipe]:
-    "Three ways to fine-tune: pre-trained, from scratch with equal steps, from scratch with more."
+def arm_fields(plan: DemoPlan) -> dict[str, Fields]:
+    "What each arm changes in the recipe of fine-tuning: where it starts, and how long it takes."
     steps = plan.finetune_steps
-    pretrained = digits_recipe("finetune", steps=steps, eval_every=max(1, steps // 5))
-    warmup = warmup_steps(pretrained, steps)
-    pretrained = replace(pretrained, init=f"{plan.out}/pretrain", split="val", warmup_steps=warmup)
+    usual = {"steps": steps, "eval_every": max(1, steps // 5)}
+    longer = {name: plan.longer * value for name, value in usual.items()}
     # a fresh network has no trained lower layers to spare
-    scratch = replace(pretrained, init="", layer_decay=None)
-    longer = replace(
-        scratch, steps=plan.longer * steps, eval_every=plan.longer * scratch.eval_every
+    scratch = {"init": "", "layer_decay": None}
+    return {
+        "pretrained": {"init": f"{plan.out}/pretrain", **usual},
+        "scratch_equal_steps": scratch | usual,
+        "scratch_best": scratch | longer,
+    }
+
+
+def demo_study(plan: DemoPlan, rates: Mapping[str, Sequence[float]]) -> Study:
+    """The demo's question as a study: each arm with each of its learning rates.
+
+    Its seeds are draws of the labels. The longest arm comes first, so that runs at work side by
+    side end together.
+    """
+    warmup = warmup_steps(digits_recipe("finetune"), plan.finetune_steps)
+    usual = DIGITS | {"split": "val", "warmup_steps": warmup}
+    arms = [
+        Arm(f"{arm}, lr {lr:g}", {"finetune": arm_fields(plan)[arm] | {"lr": lr}})
+        for arm in reversed(ARMS)
+        for lr in rates[arm]
+    ]
+    return Study(
+        name="demo",
+        question="Does pre-training pay for few labels, and does scratch only need longer?",
+        stages={"finetune": ("nano", usual)},
+        arms=tuple(arms),
+        measures=(Measure("validation", "finetune", "accuracy"),),
+        scale="nano",
     )
-    return {"pretrained": pretrained, "scratch_equal_steps": scratch, "scratch_best": longer}
-
-
-def arm_run(plan: DemoPlan, arm: str, lr: float, draw: int) -> FinetuneRecipe:
-    "One run of an arm: its learning rate, and which draw of the labels it gets."
-    out = f"{plan.out}/finetune/{arm}-lr{lr:g}-draw{draw}"
-    return replace(arm_recipes(plan)[arm], lr=lr, seed=plan.seed + draw, out=out)
 
 # %% ../nbs/96_demo.ipynb #finetune-stage
+def run_arms(
+    plan: DemoPlan, rates: Mapping[str, Sequence[float]], seeds: Sequence[int]
+) -> dict[tuple[str, float], list[dict]]:
+    """(arm, learning rate) -> the final figures of its run for each seed, and `run`, its folder.
+
+    What an earlier call has finished is only read. Raises BeitError for a run that has failed.
+    """
+    study = demo_study(plan, rates)
+    folder = Path(plan.out) / "finetune"
+    record = run_study(study, folder, seeds)
+    for name, run in record["runs"].items():
+        if run["state"] != "finished":
+            raise BeitError(f"{name} {run['state']}: {run['reason']}; the same command continues")
+
+    def figures(arm: Arm, seed: int) -> dict:
+        run = plan_run(study, arm, "finetune", seed)
+        return (finished_metrics(run, folder / "runs") or {}) | {"run": folder / "runs" / run.id}
+
+    keys = [(arm, lr) for arm in reversed(ARMS) for lr in rates[arm]]
+    return {key: [figures(arm, seed) for seed in seeds] for key, arm in zip(keys, study.arms)}
+
+
+def best_rates(plan: DemoPlan) -> dict[str, float]:
+    "The learning rate of each arm; of several, that which does best on validation, first draw."
+    tried = {arm: rates if len(rates) > 1 else () for arm, rates in plan.lrs.items()}
+    ended = run_arms(plan, tried, [plan.seed]) if any(tried.values()) else {}
+    accuracy = {key: runs[0]["accuracy"] for key, runs in ended.items()}
+    return {arm: max(plan.lrs[arm], key=lambda lr: accuracy.get((arm, lr), 0)) for arm in ARMS}
+
+
 def spread(runs: list[float]) -> dict:
     "Mean, standard deviation and the runs themselves."
     std = float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0
@@ -177,37 +167,29 @@ def score_on_test(run: str | Path) -> float:
     return evaluate_classifier(model, recipe, Digits("test"))["accuracy"]
 
 
-def best_rates(plan: DemoPlan) -> dict[str, float]:
-    "The learning rate of each arm; of several, that which does best on validation, first draw."
-    tried = [(arm, lr) for arm in ARMS for lr in plan.lrs[arm] if len(plan.lrs[arm]) > 1]
-    results = fine_tune_all([arm_run(plan, arm, lr, 0) for arm, lr in tried])
-    accuracy = {key: result["accuracy"] for key, result in zip(tried, results)}
-    return {arm: max(plan.lrs[arm], key=lambda lr: accuracy.get((arm, lr), 0)) for arm in ARMS}
-
-
 def finetune_stage(plan: DemoPlan) -> dict:
     """Every draw of every arm, each scored on the test digits, once.
 
     Where the plan has several learning rates for an arm, validation chooses on the first draw.
     """
     best = best_rates(plan)
-    runs = {arm: [arm_run(plan, arm, best[arm], d) for d in range(plan.draws)] for arm in ARMS}
-    # the longest first, so that both processes end together; what is done is only read
-    order = [r for arm in reversed(ARMS) for r in runs[arm]]
-    ended = {r.out: figures for r, figures in zip(order, fine_tune_all(order))}
+    seeds = range(plan.seed, plan.seed + plan.draws)
+    ended = run_arms(plan, {arm: (lr,) for arm, lr in best.items()}, seeds)
+    peak = max(figures["peak_rss_mb"] for runs in ended.values() for figures in runs)
     result = {
         "labels_per_class": digits_recipe("finetune").labels_per_class,
         "steps": plan.finetune_steps,
-        "peak_mb": memory_mb("VmRSS") + 2 * max(x["peak_rss_mb"] for x in ended.values()),
+        "peak_mb": memory_mb("VmRSS") + len(worker_places()) * peak,
     }
     for arm, (label, _) in ARMS.items():
-        curves = [ended[r.out]["curve"] for r in runs[arm]]
-        score = spread([score_on_test(r.out) for r in runs[arm]])
-        steps = runs[arm][0].steps
-        result[arm] = score | {"lr": best[arm], "steps": steps, "curves": curves}
+        lr, steps = best[arm], arm_fields(plan)[arm]["steps"]
+        runs = ended[arm, lr]
+        score = spread([score_on_test(figures["run"]) for figures in runs])
+        curves = [figures["curve"] for figures in runs]
+        result[arm] = score | {"lr": lr, "steps": steps, "curves": curves}
         say(
             f"{label}: test accuracy {score['mean']:.3f} ± {score['std']:.3f} "
-            f"(lr {best[arm]:g}, {steps} steps)"
+            f"(lr {lr:g}, {steps} steps)"
         )
     return result
 

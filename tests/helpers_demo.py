@@ -3,8 +3,6 @@
 And what a stage leaves, without any work.
 """
 
-from multiprocessing import forkserver
-
 from helpers import unpainted
 
 from beit_nb import demo, demo_stages
@@ -13,21 +11,21 @@ from beit_nb.demo_stages import ARMS, stage
 
 STEPS = dict(tokenizer_steps=12, pretrain_steps=12, finetune_steps=4, draws=1)
 BODY = dict(embed_dim=32, depth=2, num_heads=2)
-SMALLER = {"tokenizer": dict(width=16), "pretrain": BODY, "finetune": BODY}
+SMALLER = {"tokenizer": dict(width=16), "pretrain": BODY}
 
 
 def small_demo(out, **steps):
     "The command, in this process, which serves for nothing else afterwards; its exit status."
-    # A forked process inherits the knowledge of a fork server that is its parent's child, not its.
-    forkserver._forkserver.__init__()
     digits_recipe = demo.digits_recipe
+    arm_fields = demo.arm_fields
 
     def smaller(command, **changes):
         return digits_recipe(command, **SMALLER.get(command, {}) | changes)
 
     demo.digits_recipe = smaller
+    demo.arm_fields = lambda plan: {arm: x | BODY for arm, x in arm_fields(plan).items()}
     demo_stages.QUICK.update(STEPS | steps)
-    with unpainted():  # in its processes too, if they are forks
+    with unpainted():
         return main(["demo", "--quick", "--out", str(out)])
 
 

@@ -15,7 +15,17 @@ from helpers_demo import STAGE_FIGURES, count_calls
 from helpers_processes import PATIENCE, run, wait_until
 
 from beit_nb import BeitError
-from beit_nb.demo import STAGES, arm_recipes, arm_run, best_rates, demo, pretrain_recipe, spread
+from beit_nb.arms import plan_run
+from beit_nb.demo import (
+    STAGES,
+    best_rates,
+    demo,
+    demo_study,
+    finetune_stage,
+    pretrain_recipe,
+    run_arms,
+    spread,
+)
 from beit_nb.demo_stages import ARMS, FOUND, QUICK, THOROUGH, DemoPlan
 from beit_nb.engine.log import read_log
 from beit_nb.tools import Demo
@@ -75,26 +85,31 @@ def test_options_become_a_plan(monkeypatch):
     assert plans[4] == ("runs/demo-thorough", "beit demo --thorough") and len(plans) == 5
 
 
+def fine_tunings(plan, seed=0):
+    "Arm -> the recipe of its run with the first of the plan's rates."
+    study = demo_study(plan, {arm: rates[:1] for arm, rates in plan.lrs.items()})
+    runs = [plan_run(study, arm, "finetune", seed) for arm in study.arms]
+    return {arm: run.recipe("runs") for arm, run in zip(reversed(ARMS), runs)}
+
+
 def test_no_training_is_only_warm_up():
     "The rehearsal's are so short that their presets' warm-up would be all of them."
     for plan in (DemoPlan(), DemoPlan(**QUICK)):
-        for recipe in (pretrain_recipe(plan), *arm_recipes(plan).values()):
+        for recipe in (pretrain_recipe(plan), *fine_tunings(plan).values()):
             assert 4 * recipe.warmup_steps <= recipe.steps
     assert pretrain_recipe(DemoPlan()).warmup_steps == 60
 
 
 def test_arms_differ_in_nothing_else():
-    plan = DemoPlan("x", longer=2)
-    arms = arm_recipes(plan)
+    plan = DemoPlan("x", longer=2, lrs=dict.fromkeys(ARMS, (7e-4,)))
+    arms = fine_tunings(plan, seed=2)
 
-    assert list(arms) == list(ARMS)
-    alike = dict(init="", layer_decay=None)
-    assert replace(arms["pretrained"], **alike) == arms["scratch_equal_steps"]
-    equal = arms["scratch_equal_steps"]
-    longer = replace(equal, steps=2 * plan.finetune_steps, eval_every=2 * equal.eval_every)
-    assert arms["scratch_best"] == longer
-    run = arm_run(plan, "pretrained", 7e-4, 2)
-    assert (run.lr, run.seed, run.out) == (7e-4, 2, "x/finetune/pretrained-lr0.0007-draw2")
+    pretrained, scratch, longer = (replace(arms[name], out="") for name in ARMS)
+    assert (pretrained.init, pretrained.lr, pretrained.seed) == ("x/pretrain", 7e-4, 2)
+    assert replace(pretrained, init="", layer_decay=None) == scratch
+    twice = dict(steps=2 * plan.finetune_steps, eval_every=2 * scratch.eval_every)
+    assert replace(scratch, **twice) == longer
+    assert len({run.out for run in arms.values()}) == 3
 
 
 def test_the_page_grows_while_the_stages_run(tmp_path, monkeypatch):
@@ -115,17 +130,37 @@ def test_rates_that_were_found_are_not_looked_for_again(tmp_path, monkeypatch):
     "Of one rate nothing is to be chosen; of three, the best on validation digits."
     tried = []
 
-    def fine_tune_all(recipes):
-        tried.extend(recipes)
-        return [{"accuracy": {3e-4: 0.2, 7e-4: 0.9, 1.5e-3: 0.4}[r.lr]} for r in recipes]
+    def run_arms(plan, rates, seeds):
+        tried.extend((arm, lr, seed) for arm in rates for lr in rates[arm] for seed in seeds)
+        accuracy = {3e-4: 0.2, 7e-4: 0.9, 1.5e-3: 0.4}
+        return {(arm, lr): [{"accuracy": accuracy[lr]}] for arm in rates for lr in rates[arm]}
 
-    monkeypatch.setattr("beit_nb.demo.fine_tune_all", fine_tune_all)
+    monkeypatch.setattr("beit_nb.demo.run_arms", run_arms)
 
     found = best_rates(DemoPlan(str(tmp_path)))
     assert found == {arm: rates[0] for arm, rates in FOUND.items()} and tried == []
     chosen = best_rates(DemoPlan(str(tmp_path), **THOROUGH))
-    assert chosen == dict.fromkeys(ARMS, 7e-4) and len(tried) == 9
-    assert {r.split for r in tried} == {"val"} and {r.seed for r in tried} == {0}
+    assert chosen == dict.fromkeys(ARMS, 7e-4) and len(set(tried)) == 9
+    assert {seed for *_, seed in tried} == {0}
+    mixed = DemoPlan(str(tmp_path), lrs=FOUND | {"pretrained": (3e-4, 7e-4)})
+    tried.clear()
+    assert best_rates(mixed) == found | {"pretrained": 7e-4} and len(tried) == 2
+
+
+def test_a_fine_tuning_that_fails_stops_the_demo_by_name(tmp_path, monkeypatch):
+    "And the runs that did finish are kept: the next call reads them."
+    plan = DemoPlan(str(tmp_path), finetune_steps=1, draws=1)
+    scratch = {arm: rates for arm, rates in plan.lrs.items() if arm != "pretrained"}
+    monkeypatch.setattr("beit_nb.experiments.worker_places", lambda jobs: None)  # in this process
+    monkeypatch.setattr("beit_nb.demo.worker_places", lambda: [{}])
+
+    with pytest.raises(BeitError, match="finetune-.* failed: .*/pretrain.*the same command"):
+        finetune_stage(plan)  # there is no network to start from
+    monkeypatch.setattr("beit_nb.experiments.run_here", None)  # nothing is left to run
+    kept = run_arms(plan, scratch | {"pretrained": ()}, [0])
+
+    assert [len(runs) for runs in kept.values()] == [1, 1]
+    assert all(0 <= runs[0]["accuracy"] <= 1 for runs in kept.values())
 
 
 def test_spread():
@@ -137,8 +172,7 @@ REHEARSAL = """
 import sys
 sys.path.insert(0, {tests!r})
 from helpers_demo import small_demo
-if __name__ == "__main__":  # a fork server reads this file too
-    sys.exit(small_demo({out!r}, pretrain_steps=60, finetune_steps=2))
+sys.exit(small_demo({out!r}, pretrain_steps=60, finetune_steps=2))
 """
 
 
