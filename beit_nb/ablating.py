@@ -230,6 +230,7 @@ class Ablate:
     Without a name: which there are. The same command continues.
     """
 
+    continues = True  # a second call goes on where the first was stopped
     name: Positional[str | None] = None  # a study, such as mask-ratio; none: they are listed
     scale: Annotated[str, arg(help="nano: the embedded digits; base-in1k: the paper's")] = "nano"
     seeds: Few = 3  # of every arm, from 0

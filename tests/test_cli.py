@@ -343,6 +343,7 @@ def test_a_stop_says_what_the_command_will_do(monkeypatch, tmp_path, photos):
         "demo",
         "tokenize",
         "shard",
+        "ablate",
     ]
 
 
