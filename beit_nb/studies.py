@@ -148,9 +148,9 @@ add_study("vocabulary", "base-in1k", HOW_MANY, word_arms(8192, (512, 2048, 16384
 # %% ../nbs/86_studies.ipynb #label-studies
 def label_arms(
     labels: tuple[int, ...],  # a class; the first one is the base's
-    lengths: dict[str, Fields],  # name -> fields that make scratch train longer
+    lengths: dict[str, Fields],  # name -> fields that make a training longer
 ) -> tuple[Arm, ...]:
-    "From scratch and pre-trained for each number of labels, and longer from scratch for the first."
+    "From scratch and pre-trained for each number of labels, and both longer for the first."
     arms = []
     for n in labels:
         own: Fields = {"labels_per_class": n}
@@ -159,8 +159,10 @@ def label_arms(
         arms.append(Arm(f"{n}, pre-trained", {"finetune": own}, base=f"{n}, scratch"))
         if n == labels[0]:
             for name, longer in lengths.items():
-                changes = {"finetune": {**scratch, **longer}}
-                arms.append(Arm(f"{n}, scratch, {name}", changes, base=f"{n}, scratch", **NEVER))
+                fresh = f"{n}, scratch, {name}"
+                changes = [{"finetune": {**fields, **longer}} for fields in (scratch, own)]
+                arms.append(Arm(fresh, changes[0], base=f"{n}, scratch", **NEVER))
+                arms.append(Arm(f"{n}, pre-trained, {name}", changes[1], base=fresh))
     return tuple(arms)
 
 
