@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +26,7 @@ from beit_nb.engine.processes import (
     exit_status,
     full_tensors,
     gather_over_ranks,
+    is_of_a_collective,
     join_processes,
     mean_over_ranks,
     memory_mb,
@@ -45,6 +47,7 @@ from beit_nb.tokenizer import train_tokenizer
 
 torch.set_num_threads(1)
 STEPS = 12
+MOMENT = timedelta(milliseconds=5)
 TINY = dict(
     embed_dim=64,
     depth=2,
@@ -105,6 +108,37 @@ def test_alone_rank_0_first_is_the_call_itself():
 )
 def test_the_exit_status_tells_input_from_defect(error, status):
     assert exit_status(error) == status
+
+
+def error_of(call):
+    with pytest.raises(RuntimeError) as caught:
+        call()
+    return caught.value
+
+
+def test_where_an_error_was_raised_tells_a_lost_process_from_a_defect():
+    "Not its words, which torch may change and a defect may share."
+
+    def speak():
+        raise RuntimeError("gloo")
+
+    def allocate():
+        raise torch.OutOfMemoryError("of which torch makes a RuntimeError too")
+
+    lonely = torch.distributed.HashStore()
+    words = error_of(speak)
+    product = error_of(lambda: torch.ones(2, 3) @ torch.ones(2, 3))
+    memory = error_of(allocate)
+    group = error_of(lambda: torch.distributed.PrefixStore("a", lonely).wait(["b"], 2 * MOMENT))
+    torch.distributed.init_process_group("gloo", store=lonely, rank=0, world_size=1)
+    try:  # there is no backend for this device, and the error has no type of its own
+        gloo = error_of(lambda: torch.distributed.all_reduce(torch.ones(1, device="meta")))
+    finally:
+        torch.distributed.destroy_process_group()
+
+    assert not any(is_of_a_collective(e) for e in (words, product, memory))
+    assert isinstance(group, torch.distributed.DistError) and is_of_a_collective(group)
+    assert type(gloo) is RuntimeError and is_of_a_collective(gloo)
 
 
 def test_alone_a_model_is_wrapped_with_its_loss_only():

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['rank', 'world_size', 'sum_over_ranks', 'mean_over_ranks', 'gather_over_ranks', 'rank_0_first', 'full_tensors',
            'distribute_like', 'end_with_parent', 'TensorPickler', 'pack', 'unpack', 'refused_by_rank_0',
-           'join_processes', 'ModelWithLoss', 'shard_model', 'wrap_model', 'no_sync', 'memory_mb']
+           'is_of_a_collective', 'join_processes', 'ModelWithLoss', 'shard_model', 'wrap_model', 'no_sync', 'memory_mb']
 
 # %% ../../nbs/25_engine_processes.ipynb #imports
 import io
@@ -24,6 +24,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from tempfile import TemporaryFile
 from threading import Thread
+from traceback import walk_tb
 from typing import IO, Any
 
 import torch
@@ -185,10 +186,8 @@ def refused_by_rank_0(store: dist.Store) -> bool:
     "Has rank 0 met the same fault, so that it has been said? It has a few seconds."
     try:
         store.wait(["refused"], timedelta(seconds=5))
-    except dist.DistStoreError:
-        return False  # it is well
-    except dist.DistNetworkError:
-        return True  # it is gone
+    except dist.DistError as e:  # DistNetworkError: rank 0 is gone; DistStoreError: it is well
+        return isinstance(e, dist.DistNetworkError)
     return True
 
 
@@ -202,13 +201,19 @@ def _start_process_group() -> dist.Store:
     # keys of its own. Several machines may count their restarts differently: there it has no name.
     one_machine = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
     life = os.environ["TORCHELASTIC_RESTART_COUNT"] if one_machine else ""
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=dist.PrefixStore(f"life-{life}", store),
-        rank=number,
-        world_size=count,
-    )
+    backends = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    own_keys = dist.PrefixStore(f"life-{life}", store)
+    dist.init_process_group(backends, store=own_keys, rank=number, world_size=count)
     return store
+
+# %% ../../nbs/25_engine_processes.ipynb #is-of-a-collective
+def is_of_a_collective(e: RuntimeError) -> bool:
+    "Was it raised by torch.distributed, by DDP, or in the backward pass, where DDP is at work?"
+    modules = [frame.f_globals["__name__"] for frame, _ in walk_tb(e.__traceback__)]
+    of_ddp = modules[-1:] in (["torch.nn.parallel.distributed"], ["torch.autograd.graph"])
+    of_gloo = of_ddp or any(module.startswith("torch.distributed.") for module in modules)
+    return isinstance(e, dist.DistError) or (type(e) is RuntimeError and of_gloo)
+
 
 # %% ../../nbs/25_engine_processes.ipynb #join-processes
 @contextmanager
@@ -235,7 +240,7 @@ def join_processes():
             raise SystemExit(exit_status(e)) from None
         raise
     except RuntimeError as e:
-        if not isinstance(e, dist.DistError) and "gloo" not in str(e):
+        if not is_of_a_collective(e):
             raise
         raise ConnectionError(
             "another process of this run ended; the same command continues from the last checkpoint"
