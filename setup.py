@@ -30,7 +30,7 @@ setup(
     packages=find_packages(include=["beit_nb", "beit_nb.*"]),
     install_requires=cfg["requirements"].split(),
     package_data={
-        "beit_nb": ["py.typed", "nets/*", "evidence/*", "bands/*"],
+        "beit_nb": ["py.typed", "nets/*", "evidence/*", "bands/*", "cards/*"],
         "beit_nb.explorers": ["*.js", "*.css"],
     },
     extras_require={

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from . import BeitError
 from beit_nb.checkpoints import (
-    SHARED_TABLE,
     Weights,
     is_of_hugging_face,
     is_of_ours,
@@ -37,6 +36,7 @@ from .engine.safeload import flatten, read_weights_file
 from .hub import write_hf_folder
 from .labelled_views import ScoredView
 from .layouts import check_whole
+from .resizing import SHARED_TABLE
 from .tokenizer import DALLE_KEY, is_dalle, load_dalle, load_tokenizer
 
 # %% ../nbs/57_converting.ipynb #check-place

@@ -19,9 +19,10 @@ from .checkpoints import Weights, known_of, load_weights
 from .converting import Source, new_folder, write_safetensors
 from .engine.files import make_folder
 from .engine.runs import save_checkpoint
-from .hub import body_config, hf_preprocessing, label_tables, write_parts
+from .hub import body_config, label_tables, write_parts
 from .images import IMAGENET_MEAN_STD
 from .layouts import AROUND, to_hf_names
+from .resizing import hf_preprocessing
 from .segmentation import BeitForSemanticSegmentation, head_shape, with_heads
 from .segmenters import Segmenter, read_segmenter
 from .segmenting import MapView

@@ -49,10 +49,9 @@ def test_the_package_brings_two_small_networks():
 
     assert files == ["README.md", "mim.safetensors", "tokenizer.safetensors"]
     assert sum((NETS / file).stat().st_size for file in files) < 2.05e6
-    assert '"nets/*"' in (ROOT / "setup.py").read_text()
-    assert '"bands/*"' in (ROOT / "setup.py").read_text()
-    assert "recursive-include beit_nb/nets *" in (ROOT / "MANIFEST.in").read_text()
-    assert "recursive-include beit_nb/bands *" in (ROOT / "MANIFEST.in").read_text()
+    for data in ("nets", "bands", "cards"):
+        assert f'"{data}/*"' in (ROOT / "setup.py").read_text()
+        assert f"recursive-include beit_nb/{data} *" in (ROOT / "MANIFEST.in").read_text()
 
 
 @pytest.mark.parametrize("name", BROUGHT)

@@ -214,7 +214,6 @@ def is_of_a_collective(e: RuntimeError) -> bool:
     of_gloo = of_ddp or any(module.startswith("torch.distributed.") for module in modules)
     return isinstance(e, dist.DistError) or (type(e) is RuntimeError and of_gloo)
 
-
 # %% ../../nbs/25_engine_processes.ipynb #join-processes
 @contextmanager
 def join_processes():
