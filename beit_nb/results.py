@@ -40,7 +40,7 @@ TITLES = {  # of the tables: what their figures are
     "Table 5": "architecture, 300 epochs: ImageNet-1K top-1 / ADE20K mIoU (UPerNet)",
     "Table 6": "ImageNet-1K, top-1 at 384 / 512",
     "Table 7": "ADE20K, mIoU, one scale / several (UPerNet)",
-    "Table 8": "tokenizer, 300 epochs: ImageNet-1K top-1 (its pictures are off by .0856, .0880)",
+    "Table 8": "tokenizer, 300 epochs: ImageNet-1K top-1 (mean absolute errors .0856, .0880)",
     "Table 9": "ImageNet-1K, top-1 of a linear probe",
     "Table 10": "with DINO: ImageNet-1K top-1 / ADE20K mIoU (SETR-PUP)",
     "Table 11": "CIFAR-100, top-1",
