@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'digits_recipe', 'tokenizer_recipe', 'tokenizer_stage', 'warmup_steps', 'pretrain_recipe', 'pretrain_once',
-           'pretrain_stage', 'arm_fields', 'demo_study', 'run_arms', 'best_rates', 'spread', 'score_on_test',
-           'finetune_stage', 'probe_stage', 'demo']
+           'pretrain_stage', 'arm_fields', 'demo_study', 'give_back_memory', 'run_arms', 'best_rates', 'spread',
+           'score_on_test', 'finetune_stage', 'probe_stage', 'demo']
 
 # %% ../nbs/96_demo.ipynb #imports
+import ctypes
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +127,12 @@ def demo_study(plan: DemoPlan, rates: Mapping[str, Sequence[float]]) -> Study:
     )
 
 # %% ../nbs/96_demo.ipynb #finetune-stage
+def give_back_memory() -> None:
+    "Hand what was freed back to the system; glibc would keep it, and the next processes need it."
+    with suppress(OSError, AttributeError):  # where there is another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def run_arms(
     plan: DemoPlan, rates: Mapping[str, Sequence[float]], seeds: Sequence[int]
 ) -> dict[tuple[str, float], list[dict]]:
@@ -134,6 +142,7 @@ def run_arms(
     """
     study = demo_study(plan, rates)
     folder = Path(plan.out) / "finetune"
+    give_back_memory()  # of the trainings before
     record = run_study(study, folder, seeds)
     for name, run in record["runs"].items():
         if run["state"] != "finished":
