@@ -238,6 +238,9 @@ READY = """() => {
 }"""
 SHUT_DOWN = "() => window.jupyterapp?.serviceManager.sessions.shutdownAll()"
 RUN_ALL = "() => window.jupyterapp.commands.execute('notebook:run-all-cells')"
+SCROLLED = """() => window.jupyterapp.shell.currentWidget.content.node
+  .querySelector(".jp-WindowedPanel-outer").scrollTop"""
+SCROLL_TO = "number => window.jupyterapp.shell.currentWidget.content.scrollToItem(number)"
 CHANGE_THEME = """name =>
   window.jupyterapp.commands.execute('apputils:change-theme', { theme: name })"""
 THEME_IS = "name => document.body.dataset.jpThemeName == name"
@@ -257,12 +260,16 @@ class Ears:
     def hear(self, message):
         self.words.append(f"{message.type}: {message.text} ({message.location.get('url', '')})")
 
-    def check(self):
+    def complaints(self):
         loud = [w for w in self.words if w.startswith(("error", "warning"))]
-        loud = [w for w in loud if not any(known in w for known in KNOWN)]
-        assert loud == [], f"the browser's console complains: {loud}"
-        away = [url for url in self.calls if not HERE.match(url)]
-        assert away == [], f"the page calls somebody else: {away}"
+        return [w for w in loud if not any(known in w for known in KNOWN)]
+
+    def calls_away(self):
+        return [url for url in self.calls if not HERE.match(url)]
+
+    def check(self):
+        assert self.complaints() == [], "the browser's console complains"
+        assert self.calls_away() == [], "the page calls somebody else"
 
 
 @pytest.fixture(scope="module")
@@ -365,7 +372,9 @@ REACTION = """(element, begins) => { window.reaction = new Promise((done, fail) 
   const seen = new MutationObserver(() => {
     if (start === undefined) return;
     seen.disconnect();
-    requestAnimationFrame(() => done(performance.now() - start));
+    const pictures = element.matches("img") ? [element] : [...element.querySelectorAll("img")];
+    Promise.all(pictures.map((picture) => picture.decode().catch(() => {}))).then(
+      () => requestAnimationFrame(() => done(performance.now() - start)));
   });
   seen.observe(
     element, { subtree: true, attributes: true, childList: true, characterData: true });
@@ -373,7 +382,7 @@ REACTION = """(element, begins) => { window.reaction = new Promise((done, fail) 
 
 
 def reactions(watched, act, n=20, begins=("keydown", "pointerdown")):
-    "Milliseconds from an event to the frame in which the watched element changed, n times."
+    "Milliseconds from an event to the frame after the watched element has changed, n times."
     out = []
     for i in range(n):
         watched.evaluate(REACTION, begins)

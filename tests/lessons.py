@@ -30,6 +30,13 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDTH = 110  # columns of a saved text
 COLORS = (24, 32, 48, 64, 96, 128, 192, 256)  # sizes of palette for saved pictures, in turn
 NOISE = 12  # of 255: colors nearer than this are noise where there are few
+COLLAPSED = "jp-MarkdownHeadingCollapsed"  # what JupyterLab calls a section out of sight
+KEPT = ["jupyter", COLLAPSED]  # of a cell's metadata; settings.ini says so to nbdev_clean
+END = {  # the last two cells of a page that holds explorers, by their ids
+    "end": "### The end",
+    "end-words": "Run All Cells of JupyterLab goes to the last cell. This one is folded away, so the "
+    "page goes to where reading begins.",
+}
 PAGES = ("explorers.ipynb", "glossary.ipynb", "index.ipynb")  # whose code nobody came to read
 PARTS = {  # the least place of a lesson: the part of the book
     0: "Words for pictures",
@@ -167,10 +174,11 @@ def fold(nb, name: str):
             or only_imports(c.source)
             or (exercises and "assert " in c.source)
         )
-        c.metadata.pop("jupyter", None)
+        for key in KEPT:
+            c.metadata.pop(key, None)
         if machine:
             c.metadata["jupyter"] = {"source_hidden": True}
-    return nb
+    return end_out_of_sight(nb) if name.startswith("explorers") else nb
 
 
 UNSAFE = re.compile(r"<svg|<style|\bstyle=")  # what JupyterLab takes out of pages of others
@@ -214,6 +222,18 @@ def as_picture(output) -> None:
         data.pop(kind, None)
 
 
+def end_out_of_sight(nb):
+    """With a last cell that is not displayed, for the sake of who runs all cells.
+
+    JupyterLab then makes the last cell the active one and scrolls to it. One without a place lies
+    at 0, which is where reading begins.
+    """
+    if [c.id for c in nb.cells[-2:]] != list(END):
+        nb.cells += [nbformat.v4.new_markdown_cell(END[name], id=name) for name in END]
+    nb.cells[-2].metadata[COLLAPSED] = True
+    return nb
+
+
 def tidy(nb, name: str):
     """Without what a full run leaves behind that nobody reads; `name` of its file.
 
@@ -250,7 +270,7 @@ def save(path, slow: bool = False, execute: bool = True) -> None:
     nb.metadata = nbformat.from_dict({"kernelspec": kernel})
     nbformat.write(nb, path)
     clean = dict2nb(read_nb(path))
-    clean_nb(clean, clear_all=False, allowed_cell_metadata_keys=["jupyter"], clean_ids=True)
+    clean_nb(clean, clear_all=False, allowed_cell_metadata_keys=KEPT, clean_ids=True)
     write_nb(clean, path)
 
 

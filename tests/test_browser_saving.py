@@ -5,7 +5,7 @@ import subprocess
 
 import nbformat
 import pytest
-from browser import READY, ROOT, RUN_ALL, SHUT_DOWN, Ears, serve
+from browser import READY, ROOT, RUN_ALL, SCROLL_TO, SCROLLED, SHUT_DOWN, Ears, serve
 from test_browser_map import copy_repository
 
 pytest_plugins = ["browser"]
@@ -16,7 +16,6 @@ ADD_CELL = """source => {
   notebook.activeCellIndex = 0;
   notebook.model.sharedModel.insertCell(0, { cell_type: "code", source });
 }"""
-SCROLL_TO = "number => window.jupyterapp.shell.currentWidget.content.scrollToItem(number)"
 
 
 def git(folder, *words):
@@ -71,10 +70,6 @@ def test_who_reads_and_plays_changes_nothing(clone):
     page.evaluate(SHUT_DOWN)
 
 
-WHERE = """() => {
-  const notebook = window.jupyterapp.shell.currentWidget.content;
-  return notebook.node.querySelector('.jp-WindowedPanel-outer').scrollTop;
-}"""
 FAILED = '[data-mime-type="application/vnd.jupyter.error"]'
 
 
@@ -87,9 +82,9 @@ def test_the_map_can_be_run(clone):
     assert page.locator(".jp-CodeCell .cm-content").count() == 0
 
     page.evaluate(RUN_ALL)
-    below = page.evaluate(WHERE)
+    below = page.evaluate(SCROLLED)
     page.keyboard.press("Home")
-    page.wait_for_function(f"() => ({WHERE})() == 0")
+    page.wait_for_function(f"() => ({SCROLLED})() == 0")
     page.evaluate(SAVE)
 
     assert below > 1000 and page.locator(FAILED).count() == 0

@@ -369,6 +369,16 @@ def test_folding():
     assert on_the_page == [c.cell_type == "code" for c in nb.cells]
 
 
+def test_a_page_of_explorers_ends_out_of_sight():
+    nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("The last words.")])
+
+    lessons.fold(nb, "explorers_gap.ipynb")
+    lessons.fold(nb, "explorers_gap.ipynb")  # once is enough
+
+    assert [c.id for c in nb.cells[1:]] == ["end", "end-words"]
+    assert [c.metadata for c in nb.cells] == [{}, {lessons.COLLAPSED: True}, {}]
+
+
 def test_what_a_page_does_not_show_is_a_picture(monkeypatch):
     "SVG and styles; plain tables stay what they are, and a picture that is there is taken."
     size = {"width": 3, "height": 2}
@@ -393,7 +403,7 @@ def test_what_a_page_does_not_show_is_a_picture(monkeypatch):
 
 def test_nbdev_clean_leaves_what_is_folded():
     ini = (ROOT / "settings.ini").read_text()
-    assert "allowed_cell_metadata_keys = jupyter\n" in ini
+    assert f"allowed_cell_metadata_keys = {' '.join(lessons.KEPT)}\n" in ini
 
 
 def test_links_between_lessons():
