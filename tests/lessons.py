@@ -34,8 +34,8 @@ COLLAPSED = "jp-MarkdownHeadingCollapsed"  # what JupyterLab calls a section out
 KEPT = ["jupyter", COLLAPSED]  # of a cell's metadata; settings.ini says so to nbdev_clean
 END = {  # the last two cells of a page that holds explorers, by their ids
     "end": "### The end",
-    "end-words": "Run All Cells of JupyterLab goes to the last cell. This one is folded away, so the "
-    "page goes to where reading begins.",
+    "end-words": "Run All Cells of JupyterLab goes to the last cell. This one is folded away, so "
+    "the page goes to where reading begins.",
 }
 PAGES = ("explorers.ipynb", "glossary.ipynb", "index.ipynb")  # whose code nobody came to read
 PARTS = {  # the least place of a lesson: the part of the book
