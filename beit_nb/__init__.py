@@ -92,8 +92,8 @@ HOMES = {
     "engine.runs": "save_checkpoint load_checkpoint",
     "data": "open_data",
     "tokenizer": "train_tokenizer load_tokenizer",
-    "checkpoints": "load_weights load_backbone load_official save_official to_timm from_timm to_hf "
-    "from_hf resize_rel_pos_bias resize_pos_embed",
+    "resizing": "load_backbone resize_rel_pos_bias resize_pos_embed",
+    "checkpoints": "load_weights load_official save_official to_timm from_timm to_hf from_hf",
     "pretraining": "pretrain",
     "finetuning": "BeitForImageClassification finetune",
     "probing": "probe",
