@@ -113,7 +113,7 @@ def demo_study(plan: DemoPlan, rates: Mapping[str, Sequence[float]]) -> Study:
     warmup = warmup_steps(digits_recipe("finetune"), plan.finetune_steps)
     usual = DIGITS | {"split": "val", "warmup_steps": warmup}
     arms = [
-        Arm(f"{arm}, lr {lr:g}", {"finetune": arm_fields(plan)[arm] | {"lr": lr}})
+        Arm(f"{arm}, lr {lr:g}", {"finetune": {**arm_fields(plan)[arm], "lr": lr}})
         for arm in reversed(ARMS)
         for lr in rates[arm]
     ]
