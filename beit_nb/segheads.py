@@ -53,7 +53,7 @@ class BatchNorm(nn.BatchNorm2d):
             )
         if not self.training or self.total is None:
             return super().forward(x)
-        y = x.float()
+        y = x.to(torch.promote_types(x.dtype, torch.float32))  # sums of half precision are poor
         sums = self.total(torch.cat([y.sum((0, 2, 3)), y.new_tensor([numbers])]))  # (C + 1,)
         count = sums[-1]
         mean = sums[:-1] / count  # (C,)
