@@ -6,7 +6,8 @@
 __all__ = ['BODY_ARGS', 'HUB_NAME', 'HEAD_ARGS', 'Network', 'load_official', 'from_timm', 'from_hf', 'to_hf', 'head_args',
            'weights_of_tensors', 'say_left_out', 'kept_mean', 'weights_of_run', 'is_of_hugging_face', 'is_of_ours',
            'weights_of_content', 'load_weights', 'check_channels', 'args_for', 'load_pretrained', 'check_finite',
-           'weights_for', 'known_of', 'save_pretrained', 'save_official', 'to_timm', 'load_model']
+           'weights_for', 'known_of', 'save_pretrained', 'save_official', 'to_timm', 'load_model', 'load_backbone',
+           'resize_pos_embed', 'resize_rel_pos_bias']
 
 # %% ../nbs/49_checkpoints.ipynb #imports
 import re
@@ -31,9 +32,17 @@ from .images import mean_std_for
 from .labelled_views import ScoredView, scored_view, usual_crop
 from .layouts import AROUND, around_body, check_whole, class_of, shape_of, to_official
 from .recipes import from_config
-from .resizing import Weights, load_backbone
+from beit_nb.resizing import (
+    Weights,
+    load_backbone,
+    resize_pos_embed,  # noqa: F401
+    resize_rel_pos_bias,  # noqa: F401
+)
 from .transformer import Block
 from .vit import VisionTransformer
+
+# handed on; nbdev adds them to __all__
+_all_ = ["load_backbone", "resize_pos_embed", "resize_rel_pos_bias"]
 
 # %% ../nbs/49_checkpoints.ipynb #weights-of-tensors
 def head_args(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCEPTED', 'DALLE_KEY', 'DALLE_HELP', 'build_dvae', 'first_pictures', 'tokenizer_schedules', 'TokenizerLoss',
            'HardMetrics', 'train_tokenizer', 'is_dalle', 'load_tokenizer', 'network_from_state', 'networks_in',
-           'load_dalle', 'save_dalle']
+           'load_dalle', 'save_dalle', 'Tokenizer', 'codebook_usage']
 
 # %% ../nbs/41_tokenizer.ipynb #imports
 import math
@@ -41,7 +41,9 @@ from .gumbel import temperature
 from .images import to_float
 from .quantizers import HardVAE, quantized_loss, quantized_vae, start_quantizer
 from .recipes import from_config
-from .tokens import Tokenizer, evaluate_tokenizer
+from .tokens import Tokenizer, codebook_usage, evaluate_tokenizer
+
+_all_ = ["Tokenizer", "codebook_usage"]  # handed on; nbdev adds them to __all__
 
 # %% ../nbs/41_tokenizer.ipynb #build-dvae
 def build_dvae(r: TokenizerRecipe) -> BaseDiscreteVAE:

@@ -2,6 +2,7 @@
 
 import ast
 import base64
+import importlib
 import io
 import json
 import re
@@ -238,6 +239,28 @@ def test_names_from_the_top():
 
     with pytest.raises(AttributeError, match="no attribute 'bite'"):
         _ = beit_nb.bite
+
+
+# Names that users import from a module where they are not defined, beside those of HOMES.
+HANDED_ON = {
+    "tokenizer": "Tokenizer codebook_usage",
+    "checkpoints": "load_backbone resize_rel_pos_bias resize_pos_embed",
+    "experiments": "Study Arm run_study summarize",
+}
+
+
+@pytest.mark.parametrize("module", HANDED_ON)
+def test_names_stay_where_users_import_them(module):
+    there = importlib.import_module(f"beit_nb.{module}")
+
+    for name in HANDED_ON[module].split():
+        assert name in there.__all__
+        home = (
+            importlib.import_module(getattr(there, name).__module__)
+            if name != "COMMANDS"
+            else there
+        )
+        assert getattr(home, name) is getattr(there, name)
 
 
 @pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
