@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLURM_TASK', 'points', 'summary_cells', 'table_lines', 'measured', 'summary_lines', 'study_figure', 'study_parts',
-           'study_page', 'run_flops', 'dry_lines', 'depth', 'write_slurm', 'study_list', 'Ablate', 'run_task']
+           'study_page', 'run_flops', 'dry_lines', 'depth', 'write_slurm', 'study_list', 'run_task', 'Ablate']
 
 # %% ../nbs/87_ablating.ipynb #imports
 import shlex
@@ -20,7 +20,7 @@ from .arms import Study, StudyRun, changed_study, run_words, study_graph, with_i
 from .limits import Count, Few, Natural, Place
 from .studies import STUDIES, study_named
 
-# %% ../nbs/87_ablating.ipynb #summary-lines
+# %% ../nbs/87_ablating.ipynb #table-lines
 def points(value: float | None, signed: bool = False) -> str:
     "A figure to a tenth; a dash where there is none."
     return "-" if value is None else f"{value:{'+' if signed else ''}.1f}"
@@ -29,8 +29,9 @@ def points(value: float | None, signed: bool = False) -> str:
 def summary_cells(row: Mapping[str, Any]) -> dict[str, str]:
     "A row of `summarize` as a person reads it."
     spread = "" if row["sd"] is None else f" ± {points(row['sd'])}"
-    low, high = row.get("low"), row.get("high")
-    interval = "" if low is None else f" [{points(low, True)}, {points(high, True)}]"
+    interval = ""
+    if row.get("low") is not None:
+        interval = f" [{points(row['low'], True)}, {points(row['high'], True)}]"
     return {
         "arm": row["arm"],
         "n": str(row["n"]),
@@ -44,12 +45,12 @@ def summary_cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 def table_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
     "Rows with the same keys as lines of columns, the keys above."
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    padded = [[f"{x:{width}}" for x, width in zip(line, widths)] for line in lines]
-    return ["  ".join(line).rstrip() for line in padded]
+    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    padded = [[cell.ljust(width) for cell, width in zip(cells, widths)] for cells in table]
+    return ["  ".join(cells).rstrip() for cells in padded]
 
-
+# %% ../nbs/87_ablating.ipynb #summary-lines
 def measured(record: Mapping[str, Any]) -> dict[str, list[dict]]:
     "measure -> the rows of its arms, of those that have a figure."
     rows: dict[str, list[dict]] = {}
@@ -59,11 +60,14 @@ def measured(record: Mapping[str, Any]) -> dict[str, list[dict]]:
     return rows
 
 
+def _name_and_seeds(record: Mapping[str, Any]) -> str:
+    study = record["study"]
+    return f"{study['name']} at {study['scale']}, {len(record['seeds'])} seeds"
+
+
 def summary_lines(record: Mapping[str, Any]) -> list[str]:
     "What a study found, as lines for a terminal."
-    study = record["study"]
-    seeds = len(record["seeds"])
-    lines = [f"{study['name']} at {study['scale']}, {seeds} seeds: {study['question']}"]
+    lines = [f"{_name_and_seeds(record)}: {record['study']['question']}"]
     for rows in measured(record).values():
         lines += ["", *table_lines([summary_cells(row) for row in rows])]
     return lines
@@ -87,15 +91,17 @@ def study_figure(record: Mapping[str, Any]):
     )
     for ax, (measure, rows) in zip(axes[0], panels.items()):
         for place, row in enumerate(rows):
-            middle = row["difference"]
-            low, high = (middle, middle) if row["low"] is None else (row["low"], row["high"])
+            middle = low = high = row["difference"]
+            if row["low"] is not None:
+                low, high = row["low"], row["high"]
             color = PALETTE["blue" if low > 0 or high < 0 else "grey"]
             bar = [[middle - low], [high - middle]]
             ax.errorbar(middle, place, xerr=bar, fmt="o", color=color, capsize=3)
             if row["paper_difference"] is not None:
                 ax.plot(row["paper_difference"], place, "D", color=PALETTE["orange"], mfc="none")
         ax.axvline(0, color=PALETTE["grey"], lw=0.8)
-        ax.set(xlabel="points", yticks=range(len(rows)), yticklabels=[r["arm"] for r in rows])
+        arms = [row["arm"] for row in rows]
+        ax.set(xlabel="points", yticks=range(len(arms)), yticklabels=arms)
         ax.set_title(measure, loc="left", fontsize=10)
         ax.set_ylim(-0.6, most - 0.4)
         ax.spines[["top", "right"]].set_visible(False)
@@ -112,14 +118,19 @@ def study_parts(record: Mapping[str, Any]) -> list:
         "Orange: the paper's difference, on its own data."
     )
     parts: list = [figure_html(study_figure(record), words)] if record["summary"] else []
-    parts += [table_html([summary_cells(r) for r in rows]) for rows in measured(record).values()]
-    runs = record["runs"]
-    if lost := {n: r for n, r in runs.items() if r["state"] != "finished"}:
+    for rows in measured(record).values():
+        parts.append(table_html([summary_cells(row) for row in rows]))
+    made = []
+    lost = []
+    for name, run in record["runs"].items():
+        made.append({"run": name, "seconds": run["seconds"], "command": run["line"]})
+        if run["state"] != "finished":
+            lost.append({"run": name, "why": run["reason"]})
+    if lost:
         parts.append(fill("<h2>Not finished: {n}</h2>", n=len(lost)))
-        parts.append(table_html([{"run": n, "why": r["reason"]} for n, r in lost.items()]))
-    if runs:
-        rows = [{"run": n, "seconds": r["seconds"], "command": r["line"]} for n, r in runs.items()]
-        parts.append(fill("<details><summary>Runs</summary>{t}</details>", t=table_html(rows)))
+        parts.append(table_html(lost))
+    if made:
+        parts.append(fill("<details><summary>Runs</summary>{t}</details>", t=table_html(made)))
     return parts
 
 
@@ -127,12 +138,11 @@ def study_page(record: Mapping[str, Any], out: Path) -> Path:
     "Write OUT/report.html; returns its path."
     from beit_nb.charts import write_page
 
-    study = record["study"]
     hours = sum(run["seconds"] for run in record["runs"].values()) / 3600
-    seeds = len(record["seeds"])
-    lead = f"{study['name']} at {study['scale']}, {seeds} seeds, {hours:.2g} hours of runs."
+    lead = f"{_name_and_seeds(record)}, {hours:.2g} hours of runs."
     foot = f"Made by beit ablate of beit_nb {record['version']}."
-    return write_page(out / "report.html", study["question"], lead, study_parts(record), foot)
+    question = record["study"]["question"]
+    return write_page(out / "report.html", question, lead, study_parts(record), foot)
 
 # %% ../nbs/87_ablating.ipynb #dry-lines
 def run_flops(run: StudyRun, runs: str | Path) -> float:
@@ -211,18 +221,38 @@ def write_slurm(
             f.write(text.encode())
     return [folder / file for file in texts]
 
-# %% ../nbs/87_ablating.ipynb #ablate
+# %% ../nbs/87_ablating.ipynb #study-list
 def study_list() -> list[str]:
     "Every study with its question, for who names none."
     lines = ["usage: beit ablate STUDY [options]      (beit ablate --help lists the options)", ""]
     for name, scales in STUDIES.items():
         study = next(iter(scales.values()))
         source = f" ({study.source})" if study.source else ""
+        arms = ", ".join(arm.name for arm in study.arms)
         lines.append(f"  {name:12}{study.question}{source}  [{', '.join(scales)}]")
-        lines.append(f"  {'':12}arms: {', '.join(arm.name for arm in study.arms)}")
+        lines.append(f"  {'':12}arms: {arms}")
     return lines
 
+# %% ../nbs/87_ablating.ipynb #run-task
+def run_task(graph: Mapping[str, StudyRun], out: Path, number: int) -> int:
+    "Make one run of a study, by its number; its exit status. BeitError where an input is missing."
+    from beit_nb.engine.files import make_folder
+    from beit_nb.engine.processes import join_processes, world_size
+    from beit_nb.running import finished_metrics, run_graph, worker_places
 
+    if number >= len(graph):
+        raise BeitError(f"--task {number} does not exist; this study has 0 to {len(graph) - 1}")
+    run = list(graph.values())[number]
+    runs = make_folder(out / "runs")
+    for source in run.inputs.values():
+        if finished_metrics(source, runs) is None:
+            raise BeitError(f"--task {number} reads {source.id}, which is not finished yet")
+    with join_processes():
+        places = worker_places(1) if world_size() == 1 else None
+        outcome = run_graph(with_inputs(run), runs, places)[run.id]
+    return int(outcome.state != "finished")
+
+# %% ../nbs/87_ablating.ipynb #ablate
 @dataclass
 class Ablate:
     """The paper's ablations and other studies, with intervals.
@@ -278,22 +308,3 @@ class Ablate:
             if rank() == 0:
                 say("", *summary_lines(record), "", f"report: {study_page(record, out)}")
         return int(any(run["state"] != "finished" for run in record["runs"].values()))
-
-
-def run_task(graph: Mapping[str, StudyRun], out: Path, number: int) -> int:
-    "Make one run of a study, by its number; its exit status. BeitError where an input is missing."
-    from beit_nb.engine.files import make_folder
-    from beit_nb.engine.processes import join_processes, world_size
-    from beit_nb.experiments import finished_metrics, run_graph, worker_places
-
-    if number >= len(graph):
-        raise BeitError(f"--task {number} does not exist; this study has 0 to {len(graph) - 1}")
-    run = list(graph.values())[number]
-    runs = make_folder(out / "runs")
-    for source in run.inputs.values():
-        if finished_metrics(source, runs) is None:
-            raise BeitError(f"--task {number} reads {source.id}, which is not finished yet")
-    with join_processes():
-        places = worker_places(1) if world_size() == 1 else None
-        outcome = run_graph(with_inputs(run), runs, places)[run.id]
-    return int(outcome.state != "finished")

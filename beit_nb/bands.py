@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'OWN', 'BANDS', 'SAME', 'ANCHORS', 'BASE_PARAMETERS', 'Band', 'band_edges', 'recipe_fields', 'read_band',
-           'check_one_recipe', 'write_band', 'band_of', 'other_fields', 'rate_ratio', 'is_swept', 'comparable',
-           'compare_curve', 'check_band', 'Anchor', 'is_base', 'check_anchors', 'recipe_like']
+           'check_one_recipe', 'rounded', 'write_band', 'band_of', 'other_fields', 'rate_ratio', 'is_swept',
+           'comparable', 'compare_curve', 'check_band', 'Anchor', 'is_base', 'check_anchors', 'recipe_like']
 
 # %% ../nbs/91_bands.ipynb #imports
 from pathlib import Path
@@ -18,7 +18,15 @@ from . import BeitError
 from .engine.files import read_json, write_json
 from .engine.log import read_log
 from .engine.runs import run_config
-from .health import TOO_HIGH, Column, Finding, RunCourse, blame, columns_of
+from beit_nb.health import (
+    NOT_LOGGED,
+    TOO_HIGH,
+    Column,
+    Finding,
+    RunCourse,
+    blame,
+    columns_of,
+)
 from .limits import CHANGEABLE_FIELDS
 from .recipes import COMMANDS, as_config
 
@@ -37,8 +45,10 @@ def band_edges(steps: np.ndarray, values: np.ndarray) -> Column:
     "The lower and the upper edge (n,) of curves (runs, n) over the steps (n,) of a log."
     mean = values.mean(0)
     spread = values.var(0, ddof=1)
-    around = np.array([spread[max(0, i - 2) : i + 3].mean() for i in range(len(steps))])
-    half = 4 * np.maximum(np.sqrt(around), 0.01 * np.abs(mean))
+    windows = [spread[max(0, i - 2) : i + 3] for i in range(len(steps))]
+    around = np.sqrt([window.mean() for window in windows])
+    least = 0.01 * np.abs(mean)
+    half = 4 * np.maximum(around, least)
     return mean - half, mean + half
 
 # %% ../nbs/91_bands.ipynb #write-band
@@ -57,11 +67,12 @@ def read_band(file: str | Path) -> Band:
     "A band that `write_band` wrote. Raises BeitError where the file is none."
     said = read_json(file)
     try:
-        curves = {
-            k: (np.array(s, float), np.array(v, float)) for k, (s, v) in said["curves"].items()
-        }
+        curves = {}
+        for key, (steps, values) in said["curves"].items():
+            curves[key] = np.array(steps, float), np.array(values, float)
         band = Band(Path(file).stem, said["made_with"], said["config"], said["seeds"], curves)
-        sound = all(v.shape == (len(band.seeds), len(s)) for s, v in curves.values())
+        runs = len(band.seeds)
+        sound = all(values.shape == (runs, len(steps)) for steps, values in curves.values())
         if not sound or not {"command", "lr", "from weights"} <= band.config.keys():
             raise ValueError("its curves do not fit")
         return band
@@ -76,9 +87,16 @@ def check_one_recipe(runs: list[Path], configs: list[dict]) -> None:
         raise BeitError(f"a band needs three seeds or more, each once; these runs have {seeds}")
     first = recipe_fields(configs[0])
     for run, config in zip(runs, configs):
-        other = [k for k, v in recipe_fields(config).items() if v != first.get(k)]
+        fields = recipe_fields(config)
+        other = [name for name, value in fields.items() if value != first.get(name)]
         if other:
-            raise BeitError(f"{run} is of another recipe than {runs[0]}: {', '.join(other[:5])}")
+            some = ", ".join(other[:5])
+            raise BeitError(f"{run} is of another recipe than {runs[0]}: {some}")
+
+
+def rounded(values: np.ndarray) -> list[float]:
+    "To five digits, so that a file stays short."
+    return [float(f"{x:.5g}") for x in values]
 
 
 def write_band(file: str | Path, runs: list[Path], made_with: str) -> Band:
@@ -91,11 +109,11 @@ def write_band(file: str | Path, runs: list[Path], made_with: str) -> Band:
     logs = [columns_of(read_log(run)) for run in runs]
     curves = {}
     for key in CURVES:
-        steps = [set(log[key][0].tolist()) if key in log else set() for log in logs]
-        common = sorted(set.intersection(*steps))
+        its = [log.get(key, NOT_LOGGED) for log in logs]
+        common = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in its)))
         if common:
-            rows = [np.interp(common, *log[key]) for log in logs]
-            curves[key] = common, [[float(f"{x:.5g}") for x in row] for row in rows]
+            rows = [np.interp(common, steps, values) for steps, values in its]
+            curves[key] = common, [rounded(row) for row in rows]
     if "loss" not in curves:
         raise BeitError(f"the logs of {runs[0]} and the others have no line in common")
     seeds = [config["seed"] for config in configs]
@@ -118,17 +136,21 @@ def band_of(config: dict, files: list[Path] | None = None) -> Band | None:
     like = []
     for band in map(read_band, files):
         theirs = recipe_fields(band.config) | {"from weights": band.config["from weights"]}
-        if all(mine.get(k) == theirs.get(k) for k in SAME):
-            like.append((len(other_fields(config, band)), band.name, band))
+        if all(mine.get(name) == theirs.get(name) for name in SAME):
+            other = other_fields(config, band)
+            like.append((len(other), band.name, band))
     return min(like)[2] if like else None
 
 
 def other_fields(config: dict, band: Band) -> list[str]:
     "The fields in which a recipe differs from that of a band, with both values; lengths aside."
     length = {"steps", "epochs", "eval_every", "precision", "compile", "online_knn"}
-    mine, theirs = recipe_fields(config), recipe_fields(band.config)
-    names = sorted((mine.keys() & theirs.keys()) - length - {"from weights"})
-    return [f"{k} {mine[k]!r}, there {theirs[k]!r}" for k in names if mine[k] != theirs[k]]
+    mine = recipe_fields(config)
+    theirs = recipe_fields(band.config)
+    common = mine.keys() & theirs.keys()
+    names = sorted(common - length - {"from weights"})
+    differ = [name for name in names if mine[name] != theirs[name]]
+    return [f"{name} {mine[name]!r}, there {theirs[name]!r}" for name in differ]
 
 # %% ../nbs/91_bands.ipynb #check-band
 def rate_ratio(course: RunCourse, band: Band) -> float:
@@ -139,7 +161,8 @@ def rate_ratio(course: RunCourse, band: Band) -> float:
 def is_swept(course: RunCourse, band: Band) -> bool:
     "Is it another rate than the band's, but no more than `TOO_HIGH` times higher or lower?"
     ratio = max(rate_ratio(course, band), 1e-9)
-    return abs(ratio - 1) > 0.25 and round(max(ratio, 1 / ratio), 2) <= TOO_HIGH
+    times = round(max(ratio, 1 / ratio), 2)
+    return abs(ratio - 1) > 0.25 and times <= TOO_HIGH
 
 
 def comparable(course: RunCourse, band: Band, key: str) -> np.ndarray:
@@ -149,11 +172,13 @@ def comparable(course: RunCourse, band: Band, key: str) -> np.ndarray:
     """
     steps, values = course.columns[key]
     there = band.curves[key][0]
-    known = np.isfinite(values) & (steps >= there[0]) & (steps <= there[-1])
+    inside = (steps >= there[0]) & (steps <= there[-1])
+    known = np.isfinite(values) & inside
     same_recipe = abs(rate_ratio(course, band) - 1) <= 0.25
     if "lr" in band.curves and "lr" in course.columns and same_recipe:
         rates = np.interp(steps, *course.columns["lr"])
-        theirs = np.interp(steps, band.curves["lr"][0], band.curves["lr"][1].mean(0))
+        band_steps, band_rates = band.curves["lr"]
+        theirs = np.interp(steps, band_steps, band_rates.mean(0))
         known &= np.abs(rates - theirs) <= 0.25 * theirs
     return known
 
@@ -169,16 +194,16 @@ def compare_curve(course: RunCourse, band: Band, key: str) -> Finding:
         said = f"{len(known)} lines can be compared with {band.name}: too few"
         return Finding(name, "unknown", said)
     late = known[len(known) // 2 :]
-    above, below = (values > high)[late].mean(), (values < low)[late].mean()
+    above = (values > high)[late].mean()
+    below = (values < low)[late].mean()
+    outside = max(above, below)
     last = late[-1]
-    said = (
-        f"{values[last]:.3g} at {course.unit} {steps[last]:g}, {len(band.seeds)} runs of "
-        f"{band.name} {low[last]:.3g} to {high[last]:.3g}"
-    )
-    if max(above, below) <= 1 / 3:
+    said = f"{values[last]:.3g} at {course.unit} {steps[last]:g}, "
+    said += f"{len(band.seeds)} runs of {band.name} {low[last]:.3g} to {high[last]:.3g}"
+    if outside <= 1 / 3:
         return Finding(name, "fine", said)
     side = "above" if above > below else "below"
-    said += f": {side} it in {max(above, below):.0%} of the lines"
+    said += f": {side} it in {outside:.0%} of the lines"
     if is_swept(course, band):
         said += f", with {rate_ratio(course, band):.2g} times its learning rate"
         return Finding(name, "unknown", said)
@@ -224,20 +249,21 @@ def is_base(course: RunCourse) -> bool:
 
 def check_anchors(course: RunCourse) -> list[Finding]:
     "The loss of a base pre-training beside the published points that it has come past."
-    rates, losses = course.values("lr"), course.values("loss")
+    rates = course.values("lr")
+    losses = course.values("loss")
     epochs = course.values("epoch")
-    if course.command != "pretrain" or not is_base(course) or not len(losses) * len(epochs):
+    logged = len(losses) and len(epochs)
+    if course.command != "pretrain" or not is_base(course) or not logged:
         return []
     ended = len(rates) > 0 and rates[-1] < 0.1 * rates.max()
-    past = [a for a in ANCHORS if a.epoch <= epochs[-1] * 1.02 and a.ended <= ended]
+    reached = [anchor for anchor in ANCHORS if anchor.epoch <= epochs[-1] * 1.02]
+    past = [anchor for anchor in reached if anchor.ended <= ended]
     if not past:
         return [Finding("published", "unknown", f"the first figure is of epoch {ANCHORS[0].epoch}")]
     anchor = past[-1]
     loss = float(losses[-1])
-    said = (
-        f"loss {loss:.2f} in epoch {epochs[-1]:.0f}; {anchor.loss} and {anchor.mlm_acc:.1%} right "
-    )
-    said += f"in {anchor.source}"
+    said = f"loss {loss:.2f} in epoch {epochs[-1]:.0f}; "
+    said += f"{anchor.loss} and {anchor.mlm_acc:.1%} right in {anchor.source}"
     if loss > anchor.loss + 0.15:
         return [Finding("published", "look", said, blame(course, "outside-the-band"))]
     if loss < anchor.loss - 1:
@@ -254,7 +280,8 @@ def recipe_like(config: dict) -> tuple[str, float] | None:
     like = []
     for name, (_, recipe) in command.presets.items():
         theirs = as_config(config["command"], recipe)
-        if all(theirs.get(k) == config.get(k) for k in shape) and "lr" in theirs:
-            other = sum(config.get(k, v) != v for k, v in theirs.items())
-            like.append((other, name, theirs["lr"]))
+        same_shape = all(theirs.get(field) == config.get(field) for field in shape)
+        if same_shape and "lr" in theirs:
+            other = [field for field, value in theirs.items() if config.get(field, value) != value]
+            like.append((len(other), name, theirs["lr"]))
     return min(like)[1:] if like else None

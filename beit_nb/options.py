@@ -47,21 +47,23 @@ def named_option(word: str, options: dict[str, Any]) -> tuple[str, list[str]]:
 
 def sort_words(hints: dict[str, Any], words: list[str]) -> tuple[dict[str, list[str]], list[str]]:
     "Which words are the value of which field, and those that belong to none."
-    options = {name: hint for name, hint in hints.items() if not is_positional(hint)}
-    places = [name for name in hints if name not in options]
+    places = [name for name, hint in hints.items() if is_positional(hint)]
+    options = {name: hint for name, hint in hints.items() if name not in places}
     values: dict[str, list[str]] = {name: [] for name in places}
     strange = []
     takers = places  # the fields that a word may go to; what follows a strange option is strange
     for word in words:
         if not word.startswith("--"):
             ready = [name for name in takers if len(values[name]) < room_for_words(hints[name])]
-            (values[ready[0]] if ready else strange).append(word)
+            taker = values[ready[0]] if ready else strange
+            taker.append(word)
             continue
         field, said = named_option(word, options)
         takers = [field, *places] if field else []
         if field:
             grows = room_for_words(hints[field]) == inf  # a second `--query 3,4` adds to the first
-            values[field] = values.get(field, []) + said if grows else said
+            before = values.get(field, []) if grows else []
+            values[field] = before + said
         else:
             strange.append(word)
     return {name: said for name, said in values.items() if said or name in options}, strange
@@ -97,7 +99,8 @@ def unknown_option(who: str, word: str, names: Iterable[str]) -> BeitError:
     near = nearest(word.split("=")[0], options)
     if os.path.lexists(word):
         near = f" (the file of that name is ./{word})"
-    return BeitError(f"{who} {has_no}{near}; its options are: {' '.join(options) or 'none'}")
+    known = " ".join(options) or "none"
+    return BeitError(f"{who} {has_no}{near}; its options are: {known}")
 
 # %% ../nbs/97_options.ipynb #read-options
 def read_options(kind: type, words: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -110,7 +113,8 @@ def read_options(kind: type, words: list[str]) -> tuple[dict[str, Any], list[str
     for field, said in values.items():
         if not said:
             raise BeitError(f"{as_option(field)} needs a value: {asked_for(hints[field])}")
-    return {field: value_of(said, hints[field]) for field, said in values.items()}, strange
+    fields = {field: value_of(said, hints[field]) for field, said in values.items()}
+    return fields, strange
 
 # %% ../nbs/97_options.ipynb #check-options
 def check_options(options: Any) -> Any:

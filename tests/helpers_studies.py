@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from beit_nb.arms import Arm, Measure, Study
-from beit_nb.experiments import Outcome
 from beit_nb.limits import as_config
+from beit_nb.running import Outcome
 
 FEW = {"data": "embedded:digits", "warmup_steps": 2}
 TINY = Study(

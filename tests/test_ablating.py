@@ -7,7 +7,7 @@ from helpers import FETCHES, beit, refused, unpainted
 from helpers_processes import run_python
 from helpers_studies import Pretender
 
-from beit_nb import experiments
+from beit_nb import running
 from beit_nb.ablating import depth, run_flops, study_figure, summary_lines, table_lines
 from beit_nb.arms import study_graph
 from beit_nb.recipes import recipe_named
@@ -21,8 +21,8 @@ FEW = ("--arms", "40 %", "10 %", "--set", "pretrain.steps=3")
 def boss(monkeypatch):
     "Runs that train nothing, and nobody waits for."
     boss = Pretender()
-    monkeypatch.setattr(experiments, "RunProcess", boss)
-    monkeypatch.setattr(experiments.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(running, "RunProcess", boss)
+    monkeypatch.setattr(running.time, "sleep", lambda seconds: None)
     return boss
 
 
