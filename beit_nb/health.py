@@ -187,7 +187,7 @@ def check_alphabet(course: RunCourse) -> list[Finding]:
     grade = grade_perplexity(perplexity, vocab)
     return [Finding("tokens", grade, said, "" if grade == "fine" else "collapsed-codebook")]
 
-# %% ../nbs/85_health.ipynb #check-loss
+# %% ../nbs/85_health.ipynb #rungs
 def settled(course: RunCourse) -> bool:
     "Are there eight lines of it, five of them since the rate has risen to half its peak?"
     rates = course.values("lr")
@@ -208,7 +208,7 @@ def rungs_of(course: RunCourse) -> dict[str, float]:
     }
     return {name: rung for name, rung in rungs.items() if rung is not None}
 
-
+# %% ../nbs/85_health.ipynb #check-loss
 def check_loss(course: RunCourse) -> list[Finding]:
     "Where on the ladder of blind guesses does the loss of a pre-training stand?"
     loss = course.late("loss")

@@ -100,6 +100,11 @@ SCORES += (
     PaperRow(
         "Table 7", "BEiT-L+", "56.7 / 57.0", (*LARGE_22K, "segment large-plus-in22k-ft-640")),
     PaperRow("Table 7", "BEiT-L+, 70M in-house pictures", "57.9 / 58.4"),
+)
+
+# %% ../nbs/89_results.ipynb #frozen-rows
+# fmt: off
+SCORES += (
     PaperRow("Table 9", "DINO-B", "78.2"),
     PaperRow("Table 9", "MoCo v3-B / -L", "76.7 / 77.6"),
     PaperRow("Table 9", "iGPT-L / -XL / -XL of 5 layers", "65.2 / 68.7 / 72.0"),
@@ -120,6 +125,11 @@ SCORES += (
     PaperRow(
         "Table 11", "BEiT-B, intermediate fine-tuning", "91.8",
         (*BASE_224, "finetune base-in1k-cifar100")),
+)
+
+# %% ../nbs/89_results.ipynb #readme-rows
+# fmt: off
+SCORES += (
     PaperRow(
         "Figure 2", "maps of BEiT-B", "picture",
         (PRE_BASE, "attention runs/pretrain-base-in1k picture.jpg")),

@@ -6,7 +6,7 @@
 __all__ = ['DIGITS', 'SCALES', 'SEGMENTATION', 'STUDIES', 'RATIOS', 'HOW_MUCH', 'HOW_LARGE', 'HOW_LONG', 'HOW_MANY', 'OWN_WORDS',
            'NEVER', 'HOW_FEW', 'PIXELWISE', 'BODILESS', 'FEW_PIXELS', 'NANO_HEADS', 'UPER', 'BASE_HEADS', 'WHICH_HEAD',
            'PIXELS_NAMED', 'SCALED', 'BIASED', 'TABLE_5', 'BOTH', 'UPERNET', 'WHAT_ADDS', 'SCATTERED', 'PIXELS',
-           'EVERYWHERE', 'WORDLESS', 'LONGER', 'DALLE_DIGITS', 'WHICH_PART', 'WHOSE_WORDS', 'QUANTIZERS', 'BY_WHAT',
+           'EVERYWHERE', 'WORDLESS', 'LONGER', 'WHICH_PART', 'DALLE_DIGITS', 'WHOSE_WORDS', 'QUANTIZERS', 'BY_WHAT',
            'add_study', 'study_named', 'ratio_arms', 'block_arms', 'paper_pair', 'step_arms', 'word_arms', 'label_arms',
            'head_arms', 'table_4', 'table_8', 'race_arms']
 
@@ -51,7 +51,7 @@ SCALES: dict[str, tuple[dict[str, tuple[str, Fields]], tuple[Measure, ...]]] = {
 SEGMENTATION = Measure("segmentation", "segment", "mIoU")  # where the paper has it as well
 STUDIES: dict[str, dict[str, Study]] = {}  # name -> scale -> study
 
-
+# %% ../nbs/86_studies.ipynb #add-study
 def add_study(
     name: str,
     scale: str,
@@ -287,6 +287,11 @@ def table_4(scale: str) -> tuple[Arm, ...]:
     )
 
 
+WHICH_PART = "Which of BEiT's ideas earns its keep?"
+for scale in SCALES:
+    add_study("table4", scale, WHICH_PART, table_4(scale), "Table 4", (SEGMENTATION,))
+
+# %% ../nbs/86_studies.ipynb #table8
 DALLE_DIGITS = {"tokenizer": "data/dalle", "token_size": 64, "vocab_size": 8192}
 
 
@@ -299,10 +304,7 @@ def table_8(scale: str) -> tuple[Arm, ...]:
     )
 
 
-WHICH_PART = "Which of BEiT's ideas earns its keep?"
 WHOSE_WORDS = "Does a tokenizer that is trained at home do as well as DALL-E's?"
-for scale in SCALES:
-    add_study("table4", scale, WHICH_PART, table_4(scale), "Table 4", (SEGMENTATION,))
 add_study("table8", "nano", WHOSE_WORDS, table_8("nano"), "Table 8")
 add_study("table8", "base-in1k", WHOSE_WORDS, table_8("base-in1k"), "Table 8", **OWN_WORDS)
 

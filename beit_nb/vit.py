@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_INITS', 'Embeddings', 'Encoder', 'trunc_normal_one_std_', 'xavier_', 'sincos_pos_embed', 'init_vit_weights',
-           'VisionTransformer', 'backbone_args']
+           'build_blocks', 'VisionTransformer', 'backbone_args']
 
 # %% ../nbs/13_vit.ipynb #imports
 from functools import partial
@@ -198,6 +198,15 @@ def init_vit_weights(
         block.attn.proj.weight.div_(sqrt(2 * number))
         block.mlp.fc2.weight.div_(sqrt(2 * number))
 
+# %% ../nbs/13_vit.ipynb #build-blocks
+def build_blocks(depth: int, drop_path_rate: float, *args, **kwargs) -> nn.ModuleList:
+    "Blocks in a row, with rates of DropPath from 0 to `drop_path_rate`; the rest is `Block`'s."
+    blocks = nn.ModuleList()
+    for i in range(depth):
+        rate = drop_path_rate * i / max(depth - 1, 1)
+        blocks.append(Block(*args, drop_path=rate, **kwargs))
+    return blocks
+
 # %% ../nbs/13_vit.ipynb #vision-transformer
 class VisionTransformer(Encoder):
     """Images (B, C, H, W) to tokens (B, 1+N, D), CLS first; no final norm, no head.
@@ -239,20 +248,9 @@ class VisionTransformer(Encoder):
         if use_shared_rel_pos_bias:
             self.rel_pos_bias = RelativePositionBias(grid, num_heads)
         window_size = grid if use_rel_pos_bias else None
-        self.blocks = nn.ModuleList()
-        for i in range(depth):
-            rate = drop_path_rate * i / max(depth - 1, 1)
-            block = Block(
-                embed_dim,
-                num_heads,
-                mlp_ratio,
-                qkv_bias,
-                drop_path=rate,
-                init_values=init_values,
-                window_size=window_size,
-                layer_norm_eps=layer_norm_eps,
-            )
-            self.blocks.append(block)
+        form = dict(init_values=init_values, window_size=window_size, layer_norm_eps=layer_norm_eps)
+        shape = embed_dim, num_heads, mlp_ratio, qkv_bias
+        self.blocks = build_blocks(depth, drop_path_rate, *shape, **form)
         self.init_weights()
 
     def init_weights(self) -> None:
