@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers_models import SIZE, shaken
 
-from beit_nb import BeitError
+from beit_nb import BeitError, checkpoints, resizing
 from beit_nb.checkpoints import load_backbone, load_weights
 from beit_nb.engine.runs import save_checkpoint
 from beit_nb.finetuning import (
@@ -126,3 +126,9 @@ def test_heads_that_no_file_tells_are_said(capsys, monkeypatch, how, told):
     BeitForImageClassification.from_pretrained(state.state_dict(), **how)
 
     assert ("do not tell the number of heads" in capsys.readouterr().err) == told
+
+
+@pytest.mark.parametrize("name", ["load_backbone", "resize_pos_embed", "resize_rel_pos_bias"])
+def test_what_lies_in_resizing_is_handed_on(name):
+    assert getattr(checkpoints, name) is getattr(resizing, name)
+    assert name in checkpoints.__all__
