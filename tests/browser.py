@@ -268,8 +268,9 @@ class Ears:
         return [url for url in self.calls if not HERE.match(url)]
 
     def check(self):
-        assert self.complaints() == [], "the browser's console complains"
-        assert self.calls_away() == [], "the page calls somebody else"
+        loud, away = self.complaints(), self.calls_away()
+        assert loud == [], f"the browser's console complains: {loud}"
+        assert away == [], f"the page calls somebody else: {away}"
 
 
 @pytest.fixture(scope="module")

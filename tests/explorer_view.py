@@ -2,17 +2,32 @@
 
 import re
 
-from browser import pixels
+from browser import pixels, until
 
 # what of an output sticks out of its cell
 REACH = """output => {
   const edge = output.closest(".jp-Cell-outputArea").getBoundingClientRect();
-  const all = output.querySelectorAll("input, select, button, .beit-pad, output, .says, img");
+  const all = output.querySelectorAll("input, select, button, .beit-pad, output, .says, img, td");
   return [...all].filter((e) => e.getClientRects().length).map((e) => {
     const box = e.getBoundingClientRect();
     return box.left < edge.left - 1 || box.right > edge.right + 1 ? e.outerHTML.slice(0, 80) : "";
   }).filter(Boolean);
 }"""
+
+# resolves when the window has that width and the output has stood still for five frames
+AT_REST = """(output, width) => new Promise((done) => {
+  let before = "";
+  let still = 0;
+  requestAnimationFrame(function look() {
+    const parts = [output, ...output.querySelectorAll(".beit-pad, svg")];
+    const boxes = parts.map((part) => Object.values(part.getBoundingClientRect().toJSON()));
+    const now = [innerWidth, ...boxes].join();
+    still = now == before && innerWidth == width ? still + 1 : 0;
+    before = now;
+    if (still == 5) done(true);
+    else requestAnimationFrame(look);
+  });
+})"""
 
 
 class ExplorerView:
@@ -23,6 +38,15 @@ class ExplorerView:
         self.output = output
         self.output.scroll_into_view_if_needed()
         self.pad = output.locator(".beit-pad").first
+
+    def resize(self, width, height=900):
+        "Make the window that large, and wait until the page has come to rest in it."
+        self.page.set_viewport_size(dict(width=width, height=height))
+        self.output.evaluate(AT_REST, width)
+
+    def all_is_within_reach(self):
+        "Wait until nothing sticks out; what does is in the words of the failure."
+        until(lambda: self.output.evaluate(REACH), [])
 
     def slider(self, name):
         return self.output.get_by_role("slider", name=name, exact=True)

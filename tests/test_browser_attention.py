@@ -2,7 +2,7 @@
 
 import pytest
 from browser import until
-from explorer_view import REACH, ExplorerView
+from explorer_view import ExplorerView
 from playwright.sync_api import expect
 
 from beit_nb.explorers.attention import AttentionExplorer
@@ -89,10 +89,19 @@ def test_a_patch_under_the_pointer_is_marked_in_all_tiles(view):
     view.page.mouse.move(5, 5)
     expect(marks.first).to_be_hidden()
 
+    tile = view.output.locator(".beit-tiles .tile").nth(7).bounding_box()
+    place_in_tile = (tile["x"] + 3.5 / 8 * tile["width"], tile["y"] + 5.5 / 8 * tile["height"])
+    view.page.mouse.move(*place_in_tile)
+    expect(marks.first).to_be_visible()
+    assert table.evaluate(place) == ["5", "3"]
+    view.page.mouse.move(5, 5)
+    expect(marks.first).to_be_hidden()
+
 
 def test_acts_are_ticked_off(view):
     acts = view.output.locator(".acts .done")
     expect(acts).to_have_count(0)
+    expect(view.output.locator(".notice")).to_be_empty()
 
     view.cell(2, 5).first.click()
     expect(acts).to_have_count(1)
@@ -102,6 +111,7 @@ def test_acts_are_ticked_off(view):
 
     expect(acts).to_have_count(3)
     expect(view.output.locator(".notice")).to_have_text(AttentionExplorer.NOTICE)
+    expect(acts.first).to_have_attribute("aria-label", f"done: {AttentionExplorer.ACTS[0].words}")
 
 
 def test_the_asking_patch_is_selected_and_cells_say_their_share(view):
@@ -113,7 +123,6 @@ def test_the_asking_patch_is_selected_and_cells_say_their_share(view):
 
 @pytest.mark.parametrize("width", (640, 1000, 1280, 1920))
 def test_all_is_within_reach(view, width):
-    view.page.set_viewport_size(dict(width=width, height=900))
-    view.page.wait_for_timeout(300)
+    view.resize(width)
 
-    assert view.output.evaluate(REACH) == []
+    view.all_is_within_reach()

@@ -1,13 +1,17 @@
 """Gap, temperature and KL weight in a real browser: fingers on bars, dots and curves."""
 
+import io
+
+import numpy as np
 import pytest
 from browser import THEMES, until
 from explorer_view import ExplorerView
-from test_browser_controls import REACH
+from PIL import Image
 
 from beit_nb.elbo import posterior
 from beit_nb.explorers import AlphabetExplorer, GapExplorer, TemperatureExplorer
 from beit_nb.explorers.elbo import world_joint
+from beit_nb.explorers.figures import DARK_INK, PAPER
 
 pytest_plugins = ["browser"]
 
@@ -130,6 +134,28 @@ def test_temperature_by_hand(show):
     assert view.errors() == []
 
 
+def test_a_touch_counts_again_and_beyond_the_edge(show):
+    view = show(TemperatureExplorer)
+    twin = TemperatureExplorer()
+    chart = twin.price_figure
+    place = chart.figure.share_of(chart.ax, twin.crossing(), 0.1)
+    view.click_picture(1, place)
+    until(lambda: view.readout("temperature") not in ("1", "8"))
+    first = view.readout("temperature")
+
+    view.slider("temperature").press("End")
+    until(lambda: view.readout("temperature"), "8")
+    view.click_picture(1, place)  # the same place once more
+    until(lambda: view.readout("temperature"), first)
+    x, y = view.point(1, place)
+    view.page.mouse.move(x, y)
+    view.page.mouse.down()
+    view.page.mouse.move(x + 1.5 * view.image(1).bounding_box()["width"], y)
+    view.page.mouse.up()
+
+    until(lambda: view.readout("temperature"), "8")
+
+
 def test_alphabet_by_hand(show):
     view = show(AlphabetExplorer)
     twin = AlphabetExplorer()
@@ -155,7 +181,15 @@ def test_alphabet_by_hand(show):
 @pytest.mark.parametrize("make", MAKERS)
 def test_nothing_is_out_of_reach(show, make, width):
     view = show(make, size=(width, 900))
-    until(lambda: view.output.evaluate(REACH), [])
+    view.all_is_within_reach()
+
+
+def has_color(image, color):
+    "Is there a pixel of exactly that colour ('#rrggbb') in a picture, as letters and axes have?"
+    code = "async e => [...new Uint8Array(await (await fetch(e.src)).arrayBuffer())]"
+    rgba = np.asarray(Image.open(io.BytesIO(bytes(image.evaluate(code)))).convert("RGBA"))
+    wanted = [*bytes.fromhex(color[1:]), 255]
+    return bool((rgba == wanted).all(-1).any())
 
 
 @pytest.mark.parametrize("theme", THEMES)
@@ -163,6 +197,7 @@ def test_nothing_is_out_of_reach(show, make, width):
 def test_every_picture_has_words_and_every_control_help(show, make, theme):
     view = show(make, theme=theme)
 
+    until(lambda: has_color(view.image(1), PAPER.ink if theme == "light" else DARK_INK))
     for number in range(2):
         assert len(view.image(number).get_attribute("alt")) > 30
         assert view.image(number).get_attribute("title")

@@ -5,8 +5,8 @@ import statistics
 
 import numpy as np
 import pytest
-from browser import THEMES, pixels, reactions, until
-from explorer_view import REACH, ExplorerView
+from browser import SCROLLED, THEMES, pixels, reactions, until
+from explorer_view import ExplorerView
 from numpy.random import default_rng
 from PIL import Image
 from playwright.sync_api import Error, expect
@@ -159,6 +159,8 @@ def test_clicks_flip_one_patch(view):
     mask = draw()
     view.shows(mask)
 
+    view.cell(2, 9).click(button="middle")  # no button but the first paints
+    view.shows(mask)
     view.cell(2, 9).click()
     flipped = mask.copy()
     flipped[2, 9] ^= True
@@ -190,6 +192,7 @@ def test_a_quick_hand_skips_no_patch_and_is_one_stroke(view):
     painted[12, 1:11] = not mask[12, 1]
 
     drag_along(view, 12, 1, 10)
+    view.cell(5, 5).hover()  # the finger is up
 
     view.shows(painted)
     view.button("Undo").click()
@@ -218,6 +221,7 @@ def test_clear_invert_and_undo(view):
 def test_keyboard(view):
     mask = draw()
     view.cell(0, 0).focus()
+    scrolled = view.page.evaluate(SCROLLED)
 
     for key in ("ArrowDown", "ArrowDown", "ArrowRight", "Space", "End", "Enter", "b"):
         view.page.keyboard.press(key)
@@ -228,6 +232,7 @@ def test_keyboard(view):
     state = "masked" if mask[2, 13] else "shown"
     until(lambda: view.output.locator(".beit-status").inner_text(), f"patch 2,13 {state}")
     assert view.page.locator(".jp-CodeCell").count() <= len(CELLS) + 1  # Lab did not take "b"
+    assert view.page.evaluate(SCROLLED) == scrolled
 
 
 def test_algorithms_and_seeds(view):
@@ -429,10 +434,9 @@ def test_prediction_in_both_themes(desk, theme):
 
 @pytest.mark.parametrize("width", (640, 1000, 1280, 1920))
 def test_nothing_is_out_of_reach(view, width):
-    view.page.set_viewport_size(dict(width=width, height=900))
-    view.page.wait_for_timeout(300)
+    view.resize(width)
 
-    assert view.output.evaluate(REACH) == []
+    view.all_is_within_reach()
     small = "e => parseFloat(getComputedStyle(e).fontSize) < 12 && e.textContent.trim() != ''"
     letters = view.output.locator("span, p, li, td, text, label, button, select, output, div")
     assert letters.evaluate_all(f"all => all.filter({small}).map(e => e.outerHTML)") == []

@@ -7,7 +7,6 @@ import pytest
 from browser import pixels, reactions, until
 from explorer_view import ExplorerView
 from playwright.sync_api import expect
-from test_browser_controls import REACH
 
 from beit_nb.explorers.patches import PatchExplorer
 
@@ -118,10 +117,9 @@ def test_the_pads_show_what_python_computes(view):
 
 @pytest.mark.parametrize("width", (640, 1000, 1280, 1920))
 def test_nothing_is_out_of_reach(view, width):
-    view.page.set_viewport_size(dict(width=width, height=900))
-    view.page.wait_for_timeout(300)
+    view.resize(width)
 
-    assert view.output.evaluate(REACH) == []
+    view.all_is_within_reach()
     left, right = (pad.bounding_box() for pad in (view.pad, view.sequence))
     assert left["width"] == right["width"] > 150
     assert width == 640 or left["y"] == right["y"]  # side by side

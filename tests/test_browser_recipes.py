@@ -7,7 +7,6 @@ import pytest
 from browser import CHANGE_THEME, THEME_IS, THEMES, reactions, until
 from explorer_view import ExplorerView
 from playwright.sync_api import expect
-from test_browser_controls import REACH
 
 from beit_nb.explorers.courses import course_of
 from beit_nb.explorers.recipes import ScheduleExplorer
@@ -102,10 +101,9 @@ LETTERS = """all => all.map(e => parseFloat(getComputedStyle(e).fontSize)
 
 @pytest.mark.parametrize("width", (640, 1000, 1280, 1920))
 def test_nothing_is_out_of_reach(view, width):
-    view.page.set_viewport_size(dict(width=width, height=900))
-    view.page.wait_for_timeout(300)
+    view.resize(width)
 
-    assert view.output.evaluate(REACH) == []
+    view.all_is_within_reach()
     charts = view.output.locator("svg").evaluate_all(
         "all => all.map(e => e.getBoundingClientRect().right)"
     )

@@ -88,20 +88,10 @@ def test_another_picture_and_another_mask_by_keyboard(view):
     until(lambda: "of 22 hidden tokens" in view.text())
 
 
-REACH = """output => {
-  const edge = output.closest(".jp-Cell-outputArea").getBoundingClientRect();
-  return [...output.querySelectorAll("input, select, button, .beit-pad")].filter((e) => {
-    const box = e.getBoundingClientRect();
-    return box.left < edge.left - 1 || box.right > edge.right + 1;
-  }).map((e) => e.outerHTML.slice(0, 80));
-}"""
-
-
 @pytest.mark.parametrize("width", (640, 1000, 1280, 1920))
 def test_nothing_is_out_of_reach(view, width):
-    view.page.set_viewport_size(dict(width=width, height=800))
-    view.page.wait_for_timeout(300)
+    view.resize(width, 800)
 
-    assert view.output.evaluate(REACH) == []
+    view.all_is_within_reach()
     for number in range(1, 7):
         assert view.station(number).bounding_box()["width"] > 120

@@ -294,3 +294,4 @@ def test_a_fine_screen_gets_a_finer_picture_of_the_same_size():
 
 def test_tags_are_not_spoken():
     assert plain_words("<b>0.2</b>\n s &lt;") == "0.2 s <"
+    assert plain_words("odds (< 0.1 %).<br>More") == "odds (< 0.1 %). More"
