@@ -268,7 +268,7 @@ def titled_column(title: str, *widgets: W.Widget) -> W.VBox:
 
 def plain_words(html_text: str) -> str:
     "HTML without its tags, in one line: what a screen reader should say."
-    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", html_text)).split())
+    return " ".join(html.unescape(re.sub(r"</?\w[^>]*>", " ", html_text)).split())
 
 
 Draw = Callable[..., tuple[Image.Image, str]]  # values -> (picture, words)
