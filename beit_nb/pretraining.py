@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import warn
 from .configs import PretrainRecipe
 from .data import open_data
-from .device import default_device, set_matmul_precision
+from .device import default_device, pick_precision, set_matmul_precision
 from .engine.augment import jitter_batch
 from beit_nb.engine.loading import (
     PretrainBatch,
@@ -112,16 +112,22 @@ class PretrainLoss:
     `blind_guess`, for pixels that of `blind_pixels`.
     """
 
-    def __init__(self, targets: Targets, mean_std: str):
+    def __init__(self, targets: Targets, mean_std: str, compiled: bool = False):
         self.targets = targets
         self.mean_std = mean_std
+        self.compiled = compiled  # is the model?
 
     def __call__(self, model: nn.Module, batch: PretrainBatch, step: int):
         batch = apply_jitter(batch)
-        images = preprocess(batch.patch_view, self.mean_std)
+        batch = batch._replace(patch_view=preprocess(batch.patch_view, self.mean_std))
+        index = batch.masked_index
+        if self.compiled:  # for any number of hidden patches
+            from torch._dynamo import maybe_mark_dynamic  # its import takes seconds
+
+            maybe_mark_dynamic(index, 0)
         true = self.targets.hidden(batch)  # ids (n,), or pixels (n, P*P*3)
-        guesses = model(images, batch.mask, masked_index=batch.masked_index)  # (n, V or P*P*3)
-        metrics = {"masked": batch.mask.sum() / len(images)}
+        guesses = model(batch.patch_view, batch.mask, masked_index=index)  # (n, V or P*P*3)
+        metrics = {"masked": batch.mask.sum() / len(batch.mask)}
         if isinstance(self.targets, PixelTargets):
             return pixel_loss(guesses, true), metrics | blind_pixels(true)
         metrics = {"mlm_acc": mim_accuracy(guesses.detach(), true)} | metrics
@@ -164,9 +170,10 @@ def evaluate_mim(
 
     Of tokens `masked_top1` (share of right first guesses) and `masked_loss` (nats), with `prior`
     also `best_constant_top1`, of the most frequent token of each place; of pixels `masked_mse` and
-    `best_constant_mse`.
+    `best_constant_mse`. In the precision of the recipe, pictures loaded by its workers.
     """
     device = next(model.parameters()).device
+    dtype = pick_precision(r.precision, device)
     training = model.training
     samples = TransformedDataset(pictures, PretrainTransform(exam_recipe(r)), seed)
     targets = pixel_targets(r) if tokenizer is None else TokenizerTargets(tokenizer)
@@ -175,10 +182,12 @@ def evaluate_mim(
     sums: Counter[str] = Counter()
     total = 0
     model.eval()
-    for walked in sequential_batches(samples, batch_size):
+    for walked in sequential_batches(samples, batch_size, r.workers):
         batch, hidden = add_masked_indices(walked.batch)
-        batch = map_batch(lambda x: x.to(device), batch)
-        guesses = model(preprocess(batch.patch_view, r.mean_std), batch.mask)
+        batch = map_batch(lambda x: x.to(device, non_blocking=True), batch)
+        batch = batch._replace(patch_view=preprocess(batch.patch_view, r.mean_std))
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            guesses = model(batch.patch_view, batch.mask, masked_index=batch.masked_index)
         where = batch.masked_index % batch.mask[0].numel()
         constant = None if prior is None else prior.to(device)[where]
         sums.update(exam_sums(guesses, targets.hidden(batch), constant))
@@ -296,7 +305,7 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
                 callbacks[-1](trainer)
         add_cells = partial(add_masked_indices, everywhere=r.recover == "all")
         loader = TrainLoader(samples, r, trainer.micro_batch_size, add_cells, rank(), world_size())
-        model = fit(trainer, loader, PretrainLoss(targets, r.mean_std), callbacks)
+        model = fit(trainer, loader, PretrainLoss(targets, r.mean_std, r.compile), callbacks)
         known = read_metrics(out) or {}  # of a call that ended before; its log may be lost
         write_metrics(out, known | last_figures(trainer), trainer.finished)
         return model

@@ -38,7 +38,12 @@ from .engine.token_files import token_views
 from .neighbours import neighbours_figure
 from .probing import probe_figure
 from .recipes import COMMANDS, from_config
-from .reconstructions import decode_tokens, reconstruction_figure, rows_figure
+from beit_nb.reconstructions import (
+    decode_tokens,
+    is_painted,
+    reconstruction_figure,
+    rows_figure,
+)
 from .targets import decoder_of
 from .tokenizer import first_pictures, load_tokenizer
 from .tokens import Tokenizer
@@ -184,8 +189,13 @@ def tokenizer_pictures(out: Path, recipe: TokenizerRecipe, metrics: dict) -> Pic
 
 def pretrain_pictures(out: Path, recipe: PretrainRecipe, metrics: dict) -> Pictures:
     "Its guesses at the hidden patches of a few fixed pictures, as training went on."
-    tokenizer = decoder_of(recipe)
-    last = "decoded" if tokenizer else "one colour a token, its tokenizer is gone or cannot paint"
+    painted = is_painted(out)  # then the tokenizer, a large one perhaps, is not loaded again
+    tokenizer = None if painted else decoder_of(recipe)
+    last = (
+        "decoded"
+        if painted or tokenizer
+        else "one colour a token, its tokenizer is gone or cannot paint"
+    )
     words = {
         "tokens": f"tokens; last row: the true tokens ({last})",
         "pixels": "pixels",

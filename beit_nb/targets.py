@@ -180,12 +180,18 @@ class PixelTargets:
         self.normalized = normalized
 
     def hidden(self, batch: PretrainBatch) -> Tensor:
-        "The pixels (n, P*P*3) of the patches `masked_index` of a batch on the device."
-        return self.all(batch.patch_view).flatten(0, 1)[batch.masked_index]
+        """The pixels (n, P*P*3) of the patches `masked_index` of a batch on the device.
+
+        Its `patch_view` is as the model reads it: floats, normalised.
+        """
+        return self.patches(batch.patch_view).flatten(0, 1)[batch.masked_index]
 
     def all(self, patch_view: Tensor) -> Tensor:
         "The pixels (B, N, P*P*3) of all patches, from views (B, 3, S, S) uint8."
-        images = preprocess(patch_view, self.mean_std)
+        return self.patches(preprocess(patch_view, self.mean_std))
+
+    def patches(self, images: Tensor) -> Tensor:
+        "The pixels (B, N, P*P*3) of all patches of normalised pictures (B, 3, S, S)."
         return patch_pixels(images, self.patch_size, self.normalized)
 
 

@@ -14,6 +14,7 @@ of one step of every training to tests/rehearsal.json, which test_rehearsal.py h
 """
 
 import contextlib
+import gc
 import json
 import tempfile
 import weakref
@@ -30,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -134,15 +136,24 @@ class Operators(TorchDispatchMode):
 
 
 class Memory(TorchDispatchMode):
-    "Counts the bytes of all that is kept by somebody while it runs: `now`, and at most, `peak`."
+    """Counts the bytes of all that is kept by somebody while it runs: `now`, and at most, `peak`.
 
-    def __init__(self):
+    What checkpointing makes again on paper is held in circles, which on a GPU nobody does: with
+    `collect` the garbage is taken out every few operators.
+    """
+
+    def __init__(self, collect: bool = False):
         super().__init__()
         self.now = 0
         self.peak = 0
         self.known = WeakIdKeyDictionary()
+        self.collect = collect
+        self.ran = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.ran += 1
+        if self.collect and self.ran % 100 == 0:
+            gc.collect()
         out = func(*args, **(kwargs or {}))
         self.note(out)
         return out
@@ -362,7 +373,7 @@ def pretraining(
     r = replace(recipe_named("pretrain", preset), batch_size=batch_size, **changes)
 
     def loss(stage: Stage) -> PretrainLoss:
-        return PretrainLoss(targets(r, stage), r.mean_std)
+        return PretrainLoss(targets(r, stage), r.mean_std, r.compile)
 
     batch = partial(pretrain_batch, r, targets is dalle_targets)
     return Training("pretrain", r, partial(build_mim, r), loss, batch)
@@ -440,14 +451,19 @@ def rehearsed(
 # A step.
 
 
+def fill_gradients(model: nn.Module) -> None:
+    "Some gradient for every weight."
+    for p in model.parameters():
+        p.grad = torch.empty_like(p)
+
+
 def made_up_gradients(model: nn.Module, wanted: bool) -> contextlib.AbstractContextManager:
     "In the place of `Tensor.backward`, where that cannot be."
     if not wanted:
         return contextlib.nullcontext()
 
     def backward(loss: Tensor) -> None:
-        for p in model.parameters():
-            p.grad = torch.empty_like(p)
+        fill_gradients(model)
 
     return mock.patch.object(Tensor, "backward", backward)
 
@@ -481,31 +497,58 @@ def rehearse(stage: Stage, training: Training, steps: int = 2) -> Trainer:
     return trainer
 
 
-def measured(training: Training) -> tuple[int, int]:
-    """Bytes that a later micro-batch of a step takes at most, and its operations.
+class Measured(NamedTuple):
+    "What a step on paper takes."
+
+    peak: int  # bytes, at most
+    flops: int
+    sent: list[int]  # bytes of the gradients that leave a process of DDP, bucket by bucket
+
+
+def send_nothing(sent: list[int], bucket: Any) -> torch.futures.Future:
+    "A hook of DDP: note the bytes of a bucket, which stays as it is."
+    sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
+    done = torch.futures.Future()
+    done.set_result(bucket.buffer())
+    return done
+
+
+def measured(training: Training) -> Measured:
+    """What a later micro-batch of a step takes.
 
     The moments of AdamW are there, and so are the gradients of the micro-batch before, as they are
-    in the buckets of DDP.
+    in the buckets of DDP. With a fake process group of many, DDP itself.
     """
     r = training.recipe
-    with on_paper() as stage:
+    sent: list[int] = []
+    alike = "torch.nn.parallel.distributed."  # whether all processes begin alike: they look at
+    with (  # numbers, and ask others
+        on_paper() as stage,
+        mock.patch(f"{alike}_verify_param_shape_across_processes"),
+        mock.patch(f"{alike}_sync_module_states"),
+    ):
         model = stage.place(training.build)
         with tempfile.TemporaryDirectory() as out:
             trainer = Trainer(training.command, r, Path(out), model, r.length(EPOCH))
-        forward = wrap_model(model, training.loss(stage)).train()
+        loss = training.loss(stage)
         batch = stage.take(training.batch())
-        memory = Memory()
+        memory = Memory(collect=getattr(r, "grad_checkpointing", False))
         memory.note([list(model.parameters()), list(model.buffers())])
         counter = FlopCounterMode(display=False)
+        gc.collect()
+        gc.freeze()  # what is there by now is no garbage
         with stage.inside(), memory, counter:
-            for step in (
-                trainer.optimizer.step,
-                partial(train_step, trainer, forward, [batch], [1]),
-            ):
-                for p in model.parameters():
-                    p.grad = torch.empty_like(p)
-                step()
-    return memory.peak, counter.get_total_flops()
+            fill_gradients(model)
+            trainer.optimizer.step()
+            trainer.optimizer.zero_grad(set_to_none=True)
+            forward = wrap_model(model, loss).train()
+            if isinstance(forward, DistributedDataParallel):
+                forward.register_comm_hook(sent, send_nothing)
+            else:
+                fill_gradients(model)
+            train_step(trainer, forward, [batch], [1.0])
+        gc.unfreeze()
+    return Measured(memory.peak, counter.get_total_flops(), sent)
 
 
 # What is wanted of a step.

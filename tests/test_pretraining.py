@@ -267,6 +267,26 @@ def test_examination_against_a_count_by_hand(model, tokenizer):
     assert got["masked_loss"] == pytest.approx(want["masked_loss"], abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["tokens", "pixels"])
+def test_examination_in_half_precision_and_by_workers(kind, tokenizer):
+    "bf16 moves the mean loss by less than a hundredth; workers load the very same pictures."
+    r = recipe(targets=kind)
+    torch.manual_seed(0)
+    model = build_mim(r)
+    pictures = few_digits(20)
+    asked = [] if kind == "pixels" else [tokenizer]
+    loss = "masked_mse" if kind == "pixels" else "masked_loss"
+
+    def score(**changes):
+        return evaluate_mim(model, replace(r, **changes), *asked or [None], pictures)
+
+    want = score(precision="fp32", workers=0)
+    half = score(precision="bf16")
+
+    assert score(precision="fp32", workers=2) == want
+    assert half[loss] == pytest.approx(want[loss], rel=0.01) and half[loss] != want[loss]
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_examination_leaves_the_model_as_it_was(model, tokenizer, training):
     model.train(training)

@@ -15,7 +15,8 @@ from beit_nb.engine.token_files import tokenize_files
 from beit_nb.images import to_float, to_pil
 from beit_nb.pretraining import build_mim, pretrain
 from beit_nb.recipes import recipe_named
-from beit_nb.reconstructions import ReconstructionCallback, reconstruction_figure
+from beit_nb.reconstructions import ReconstructionCallback, look_files, reconstruction_figure
+from beit_nb.report import pretrain_pictures
 from beit_nb.tokenizer import load_tokenizer, train_tokenizer
 from beit_nb.tokens import Tokenizer
 
@@ -60,6 +61,27 @@ def test_a_look_is_a_picture(runs):
     # 32 pixels, three screen pixels each
     painted = (tokenizer.decode(look["ids"])[0] * 255).round().permute(1, 2, 0).int().numpy()
     assert np.abs(truth[:96:3, :96:3] - painted).max() <= 1
+    for kept, ids in zip(look["painted"], (look["guess"], look["ids"])):
+        assert torch.equal(kept, (tokenizer.decode(ids) * 255).round().to(torch.uint8))
+
+
+def test_a_page_after_a_run_loads_no_tokenizer(runs, monkeypatch):
+    "What the decoder made of the tokens is kept; an older run, without, asks the tokenizer."
+    asked = []
+    monkeypatch.setattr("beit_nb.report.decoder_of", asked.append)
+    r = recipe(runs, "pre")
+
+    old = runs / "old" / "watch"
+    old.mkdir(parents=True)
+    for file in look_files(runs / "pre"):
+        look = torch.load(file, weights_only=True)
+        torch.save({name: x for name, x in look.items() if name != "painted"}, old / file.name)
+
+    [(figure, caption)] = pretrain_pictures(runs / "pre", r, {})
+    assert not asked and "(decoded)" in caption and len(figure.axes) == 6 * (2 + 3 + 1)
+
+    [(_, caption)] = pretrain_pictures(old.parent, r, {})
+    assert asked == [r] and "one colour a token" in caption
 
 
 def test_a_resumed_run_goes_on_with_the_same_pictures(runs):
