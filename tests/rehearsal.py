@@ -28,6 +28,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -505,10 +506,10 @@ class Measured(NamedTuple):
     sent: list[int]  # bytes of the gradients that leave a process of DDP, bucket by bucket
 
 
-def send_nothing(sent: list[int], bucket: Any) -> torch.futures.Future:
+def send_nothing(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     "A hook of DDP: note the bytes of a bucket, which stays as it is."
     sent.append(bucket.buffer().numel() * bucket.buffer().element_size())
-    done = torch.futures.Future()
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
     done.set_result(bucket.buffer())
     return done
 
