@@ -242,8 +242,9 @@ def look_files(out: str | Path) -> list[Path]:
 
 def is_painted(out: str | Path) -> bool:
     "Can the looks of a run be drawn without its tokenizer? BeitError as `read_look`."
-    look = read_look(look_files(out)[-1], 2**62)
-    return look.get("painted") is not None or look["ids"].dtype == torch.uint8
+    files = look_files(out)
+    ends = [read_look(file, 2**62) for file in (files[0], files[-1])]  # an older version may begin
+    return all(x.get("painted") is not None or x["ids"].dtype == torch.uint8 for x in ends)
 
 
 def paint_look(look: dict, tokenizer: Tokenizer | None) -> tuple[Tensor, Tensor]:
