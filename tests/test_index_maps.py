@@ -88,10 +88,13 @@ def test_black_and_white_are_0_and_1():
 @pytest.mark.parametrize(
     "image, kind, words",
     [
-        (Image.new("RGB", (3, 2)), "PNG", r"m\.png is colored \(mode RGB\)"),
-        (Image.new("RGBA", (3, 2)), "PNG", r"m\.png is colored \(mode RGBA\)"),
-        (Image.new("LA", (3, 2)), "PNG", r"m\.png is colored \(mode LA\)"),
-        (Image.new("F", (3, 2)), "TIFF", r"m\.png is colored \(mode F\)"),
+        (Image.new("RGB", (3, 2), "red"), "PNG", r"m\.png is colored \(mode RGB\).* its number"),
+        (Image.new("RGBA", (3, 2), "red"), "PNG", r"m\.png is colored \(mode RGBA\)"),
+        (Image.new("CMYK", (3, 2)), "TIFF", r"m\.png is colored \(mode CMYK\)"),
+        (Image.new("RGB", (3, 2), "gray"), "PNG", r"several channels \(mode RGB\).*keep the first"),
+        (Image.new("RGBA", (3, 2), "gray"), "PNG", r"several channels \(mode RGBA\)"),
+        (Image.new("LA", (3, 2)), "PNG", r"several channels \(mode LA\)"),
+        (Image.new("F", (3, 2)), "TIFF", r"m\.png holds numbers with a point \(mode F\)"),
         (Image.new("L", (3, 2)), "JPEG", r"m\.png is a JPEG"),
         (Image.new("RGB", (3, 2)), "WEBP", r"m\.png is a WEBP"),
         (Image.new("L", (3, 2)), "GIF", r"m\.png is a GIF"),
@@ -106,9 +109,16 @@ def test_what_is_no_label_map_is_refused(image, kind, words):
     assert not isinstance(e.value, UnreadableImage) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("data", [b"", b"no picture", encoded(Image.new("L", (99, 99)))[:60]])
-def test_a_damaged_file_is_named(data):
-    with pytest.raises(UnreadableImage, match=r"^cannot read the label map m\.png: "):
+@pytest.mark.parametrize(
+    "data, words",
+    [
+        (b"", "it is empty"),
+        (b"<html>404</html>", "none of PNG, TIFF, BMP, or damaged"),
+        (encoded(Image.new("L", (99, 99)))[:60], ""),
+    ],
+)
+def test_a_damaged_file_is_named(data, words):
+    with pytest.raises(UnreadableImage, match=rf"^cannot read the label map m\.png: {words}"):
         read_indices(data, lambda: "m.png")
 
 
@@ -215,14 +225,21 @@ def test_a_damaged_picture_is_left_to_the_training(four):
     assert look_at_maps(maps_of(four))[0] == 4
 
 
-@pytest.mark.parametrize("value", [0, 255])
-def test_maps_that_tell_nothing_apart_are_refused(tmp_path, value):
-    labels = np.full((4, 6), 255, np.uint8)
-    labels[0] = value
+@pytest.mark.parametrize(
+    "first, rest, classes, words",
+    [
+        (0, 255, 3, r"but class c0 and pixels without a label \(255\); write"),
+        (255, 255, 3, r"but pixels without a label \(255\); write"),
+        (0, 0, 1, "but class c0; write"),
+    ],
+)
+def test_maps_that_tell_nothing_apart_are_refused(tmp_path, first, rest, classes, words):
+    labels = np.full((4, 6), rest, np.uint8)
+    labels[0] = first
     write_pair(tmp_path, "a", labels)
-    maps = maps_of(tmp_path)
+    maps = maps_of(tmp_path, classes=classes)
 
-    with pytest.raises(BeitError, match=f"{int(value == 0)} class and pixels without a label"):
+    with pytest.raises(BeitError, match=f"tell nothing apart: they hold nothing {words}"):
         map_remarks(maps, look_at_maps(maps))
 
 

@@ -171,7 +171,7 @@ def test_what_is_left_over_is_said(folder, capsys):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda image: image.convert("RGB"), r"masks/train/p04\.png is colored \(mode RGB\)"),
+        (lambda image: image.convert("RGB"), r"masks/train/p04\.png is gray in several channels"),
         (lambda image: image.resize((4, 3)), r"masks/train/p04\.png has 4 x 3 pixels, and its"),
     ],
 )

@@ -113,7 +113,7 @@ def test_other_maps_are_something_else(pairs, tmp_path):
     "fault, words",
     [
         (lambda file: file.unlink(), "1 of 7 pictures in .* have no label map"),
-        (lambda file: Image.open(file).convert("RGB").save(file), "is colored"),
+        (lambda file: Image.open(file).convert("RGB").save(file), "is gray in several channels"),
         (lambda file: Image.open(file).resize((4, 3), 0).save(file), "4 x 3 pixels, and its"),
         (lambda file: Image.new("L", (8, 6), 9).save(file), "has the label 9, and the 3 classes"),
     ],

@@ -299,6 +299,6 @@ def test_an_endless_picture_is_refused_before_it_fills_the_memory(tmp_path):
         Image.new("L", (9000, 2)).save(tmp_path / folder / "a.png")
     maps = FileMaps(ImageFolder(tmp_path / "images"), ImageFolder(tmp_path / "masks"), ["a"])
 
-    words = r"images/a\.png would be scored at 2,304,000 x 512 pixels, more than 89,478,485"
+    words = r"images/a\.png would be looked at with 2,304,000 x 512 pixels, more than 89,478,485"
     with pytest.raises(BeitError, match=words):
         ScoredMapTransform((2048, 512), maps, 512)(maps.pixels(0), 0, np.random.default_rng(0))

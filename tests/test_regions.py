@@ -197,8 +197,11 @@ def test_distances_by_hand():
 
 def test_the_figure_of_distances_shows_every_head():
     fig = draw_distances({"a": torch.rand(3, 4), "b": torch.rand(3, 4)}, 2.0)
-    a, b, even = fig.axes[0].lines
+    a, mean, b, _, even = fig.axes[0].lines
     assert len(a.get_xdata()) == len(b.get_xdata()) == 12 and even.get_ydata()[0] == 2
+    assert not set(a.get_xdata()) & set(b.get_xdata()) and a.get_marker() != b.get_marker()
+    by_hand = torch.tensor(a.get_ydata()).view(3, 4).mean(1).tolist()
+    assert mean.get_ydata() == pytest.approx(by_hand)
 
 
 # --- features

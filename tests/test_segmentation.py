@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers_models import FORMS, SIZE, forms
+from helpers_models import FORMS, SIZE, forms, shaken
 from transformers import BeitConfig, BeitForSemanticSegmentation as Theirs
 
 from beit_nb import BeitError
@@ -257,6 +257,29 @@ def test_the_body_of_hugging_faces_network_in_memory():
 
     assert torch.equal(weights.state["pos_embed"], theirs.beit.embeddings.position_embeddings)
     assert not any("head" in name or "fpn" in name for name in weights.state)
+
+
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+def test_the_body_is_timms(tmp_path):
+    "What the four blocks say of a picture is what timm's own network says there."
+    from timm.models.beit import Beit
+
+    form = dict(use_abs_pos_emb=False) | FORMS["bias per block, LayerScale"]
+    theirs = shaken(Beit(num_classes=5, **SIZE, **form)).eval()
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    said = []
+    for block in theirs.blocks:
+        block.register_forward_hook(lambda module, args, stream: said.append(stream))
+    theirs(pictures(32))
+
+    model = BeitForSemanticSegmentation.from_pretrained(
+        tmp_path / "timm.pth", num_classes=7, decode_head="linear", num_heads=4
+    )
+
+    for block, x in zip(model.out_indices, model.feature_maps(pictures(32))):
+        stream = said[block][:, 1:].mT.unflatten(2, (8, 8))
+        torch.testing.assert_close(x, stream, atol=1e-5, rtol=1e-4)
 
 
 # Windows.

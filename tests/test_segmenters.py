@@ -13,11 +13,13 @@ from beit_nb import BeitError, segmenters
 from beit_nb.checkpoints import load_weights, save_official
 from beit_nb.classifier import BeitForImageClassification
 from beit_nb.cli import main
+from beit_nb.engine.runs import load_checkpoint
 from beit_nb.index_maps import IGNORED, read_indices
 from beit_nb.networks import NETS
 from beit_nb.recipes import recipe_named
 from beit_nb.segmentation import BeitForSemanticSegmentation
 from beit_nb.segmenters import (
+    PixelPredictor,
     class_colors,
     evaluate_segmenter,
     index_png,
@@ -26,6 +28,7 @@ from beit_nb.segmenters import (
     read_segmenter,
     segment_pictures,
     segmenter_of,
+    segmenter_of_run,
 )
 from beit_nb.segmenting import segment
 
@@ -120,6 +123,23 @@ def test_scored_as_its_training_did(run, tmp_path):
         evaluate_segmenter(other, "x", "digits", str(tmp_path / "other"))
 
 
+def test_what_zero_means_is_what_it_meant_in_training(run, tmp_path):
+    "A network of digits that never learnt paper is scored where there is ink."
+    r, _ = run
+    state = load_checkpoint(r.out)
+    state["config"]["reduce_zero_label"] = True
+    assert segmenter_of_run(state, r.out).reduce_zero_label
+    assert read_segmenter(r.out).reduce_zero_label is None
+
+    net = segmenter_of(load_weights(BeitForSemanticSegmentation(10, "linear", **SIZE)))
+    ten = net._replace(reduce_zero_label=True)
+    figures = evaluate_segmenter(ten, "ten", "digits", str(tmp_path / "ten"))
+
+    assert [row["class"] for row in figures["per_class"]] == [str(k) for k in range(10)]
+    with pytest.raises(BeitError, match="knows 10 classes, but digits/val has 11"):
+        evaluate_segmenter(net, "ten", "digits", str(tmp_path / "eleven"))
+
+
 def test_classes_in_another_order(run, tmp_path):
     "A network that numbers its classes otherwise has the same score, found by the names."
     r, metrics = run
@@ -144,6 +164,15 @@ def test_numbers_survive_the_file(tmp_path):
         assert np.array_equal(back, labels.numpy())
     assert len({tuple(c) for c in class_colors(256).tolist()}) == 256
     assert paint_classes(torch.tensor([[0, IGNORED]])).tolist() == [[[0, 1]]] * 3
+
+
+def test_an_endless_picture_is_refused_before_it_fills_the_memory(run, monkeypatch):
+    monkeypatch.setattr("beit_nb.mask_views.max_pixels", lambda: 1_000_000)
+    predict = PixelPredictor(read_segmenter(run[0].out), "run")
+
+    assert predict("a.png", Image.new("RGB", (20, 1))).labels.shape == (1, 20)
+    with pytest.raises(BeitError, match="b.png would be looked at with 64,000 x 32 pixels"):
+        predict("b.png", Image.new("RGB", (2000, 1)))
 
 
 def test_the_command_predicts(run, tmp_path, capsys):

@@ -40,6 +40,8 @@ from beit_nb.segmenting import (
     build_segmenter,
     class_scores,
     confusion_share,
+    mean_shares,
+    most_likely,
     same_sized,
     score_maps,
     segment,
@@ -173,6 +175,23 @@ def test_one_window_that_slides_is_the_whole():
     answers = [v(model, [images], (32, 32)) for v in (slide, slide._replace(inference="whole"))]
 
     torch.testing.assert_close(*answers)
+
+
+@pytest.mark.parametrize("size", [(37, 21), (12, 50), (1, 7)])
+def test_some_rows_at_a_time_are_all_rows(size, monkeypatch):
+    "A large picture is named in strips; two looks of different sizes."
+    g = torch.Generator().manual_seed(0)
+    every = [torch.randn(2, 5, *side, generator=g) for side in ((9, 8), (16, 11))]
+    whole = mean_shares(every, size, range(size[0]))
+
+    monkeypatch.setattr("beit_nb.segmenting.MOST_PIXELS", 4 * size[1])  # two rows of two pictures
+    for top in range(size[0]):
+        rows = range(top, min(top + 3, size[0]))
+        if len(rows) < size[0]:
+            strip = mean_shares(every, size, rows)
+            torch.testing.assert_close(strip, whole[:, :, top : rows.stop], atol=1e-6, rtol=1e-5)
+
+    assert torch.equal(most_likely(every, size), whole.argmax(1))
 
 
 def test_pictures_of_one_size_go_together():
