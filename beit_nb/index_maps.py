@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from . import BeitError, UnreadableImage, warn_once
@@ -29,10 +30,16 @@ def _why_no_numbers(kind: str | None, mode: str, levels: np.ndarray) -> str | No
     "Why a decoded picture is no label map, and what to do; None if it is one."
     if kind not in MAP_FORMATS:
         return f"is a {kind}, which may not keep numbers; write {' or '.join(MAP_FORMATS)}"
+    if mode == "F":
+        return "holds numbers with a point (mode F); write whole ones"
     if mode not in ("1", "L", "P", "I", "I;16", "I;16B"):
+        alike = mode in ("RGB", "RGBA") and np.ptp(levels[..., :3], axis=-1).max() == 0
+        what, do = ("is colored", "give each color its number")
+        if alike or mode == "LA":
+            what, do = "is gray in several channels", "keep the first"
         return (
-            f"is colored (mode {mode}): class numbers are needed, one channel (mode L or P); give "
-            "each color its number, and write the map anew"
+            f"{what} (mode {mode}): class numbers are needed, one channel (mode L or P); {do}, and "
+            "write the map anew"
         )
     if levels.min() < 0 or levels.max() > 255:
         outside = levels.max() if levels.max() > 255 else levels.min()
@@ -52,6 +59,8 @@ def read_indices(data: bytes, describe: Callable[[], str]) -> np.ndarray:
             kind, mode, levels = image.format, image.mode, np.array(image)
     except Exception as e:  # a decoder may raise anything
         why = " ".join(str(e).split()) or type(e).__name__
+        if isinstance(e, UnidentifiedImageError):
+            why = f"none of {', '.join(MAP_FORMATS)}, or damaged" if data else "it is empty"
         raise UnreadableImage(
             f"cannot read the label map {describe()}: {why}; replace that file"
         ) from e
@@ -207,14 +216,16 @@ def look_at_maps(maps: FileMaps, most: int = LOOKED_AT) -> np.ndarray:
 def map_remarks(maps: FileMaps, seen: np.ndarray) -> list[str]:
     """What a person should know of label maps, by `look_at_maps`.
 
-    Raises BeitError where all of them are of one class at most, and the rest has no label.
+    Raises BeitError where all of them are of one class at most.
     """
     n, looked = len(maps), min(len(maps), LOOKED_AT)
     present = np.flatnonzero(seen[:IGNORED])
-    if len(present) < 2 and seen[IGNORED]:
+    if len(present) < 2 and (seen[IGNORED] or len(maps.classes) < 2):
+        found = [f"class {maps.classes[c]}" for c in present]
+        found += ["pixels without a label (255)"] if seen[IGNORED] else []
         raise BeitError(
-            f"the label maps of {maps.name} tell nothing apart: {len(present)} class and pixels "
-            "without a label (255) are all there is; write the classes as 0, 1, 2, ..."
+            f"the label maps of {maps.name} tell nothing apart: they hold nothing but "
+            f"{' and '.join(found)}; write the classes as 0, 1, 2, ..."
         )
     absent = np.setdiff1d(np.arange(len(maps.classes)), present)
     if not len(absent):

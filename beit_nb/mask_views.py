@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fitted_size', 'resize_pair', 'largest_share', 'square_box', 'brightened', 'contrasted', 'saturated', 'hue_turned',
-           'photometric_distortion', 'labelled_pair', 'SegmentTransform', 'ScoredMapTransform']
+           'photometric_distortion', 'labelled_pair', 'SegmentTransform', 'check_scored', 'ScoredMapTransform']
 
 # %% ../nbs/63_mask_views.ipynb #imports
 from collections.abc import Sequence
@@ -158,6 +158,16 @@ class SegmentTransform:
         return square, F.pad(labels, [0, S - w, 0, S - h], value=IGNORED)
 
 # %% ../nbs/63_mask_views.ipynb #scored-map-transform
+def check_scored(path: str, size: Sequence[int]) -> None:
+    "Raise BeitError where a picture is too large at the size (height, width) of its look."
+    h, w = size
+    if h * w > max_pixels():
+        raise BeitError(
+            f"the picture {path} would be looked at with {w:,} x {h:,} pixels, more than "
+            f"{max_pixels():,}; cut it into pieces"
+        )
+
+
 class ScoredMapTransform:
     """A picture as it is scored, (3, h, w) uint8, and its label map (H, W) at its own size.
 
@@ -174,11 +184,7 @@ class ScoredMapTransform:
         image, labels = labelled_pair(self.maps, picture, number)
         height, width = labels.shape
         h, w = fitted_size(height, width, self.scale or (height, width), self.min_side)
-        if h * w > max_pixels():
-            raise BeitError(
-                f"the picture {self.maps.path(number)} would be scored at {w:,} x {h:,} pixels, "
-                f"more than {max_pixels():,}; cut it into pieces"
-            )
+        check_scored(self.maps.path(number), (h, w))
         if (h, w) != (height, width):
             image = resize_pair(image, labels, (h, w))[0]
         return LabelledBatch(image, labels, number)

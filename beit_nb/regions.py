@@ -178,17 +178,22 @@ def attention_distance(probs: Tensor, grid_size: tuple[int, int], patch_size: in
 def draw_distances(networks: dict[str, Tensor], even: float) -> Figure:
     """How far heads look, block by block, and how far an even map looks, in pixels.
 
-    `networks`: the distances (depth, heads) of each by its name, up to four.
+    `networks`: the distances (depth, heads) of each by its name, up to four; dots are heads, and a
+    line joins the means of the blocks.
     """
     import matplotlib.pyplot as plt
 
     fig, ax = plt.subplots(figsize=(6, 3), layout="constrained")
-    for (name, distances), color in zip(networks.items(), ("blue", "orange", "green", "purple")):
+    looks = [("blue", "o", "-"), ("orange", "s", "--"), ("green", "^", "-."), ("purple", "D", ":")]
+    for k, ((name, distances), (color, mark, line)) in enumerate(zip(networks.items(), looks)):
         depth, heads = distances.shape
-        blocks = [i for i in range(depth) for _ in range(heads)]
-        ax.plot(blocks, distances.flatten().tolist(), "o", ms=4, color=PALETTE[color], label=name)
+        look = dict(color=PALETTE[color], ms=5)
+        at = [i + 0.14 * (k - (len(networks) - 1) / 2) for i in range(depth)]  # side by side
+        every = [x for x in at for _ in range(heads)]
+        ax.plot(every, distances.flatten().tolist(), mark, mfc="none", **look)
+        ax.plot(at, distances.mean(1).tolist(), mark, ls=line, lw=1, label=name, **look)
         ax.set_xticks(range(depth))
-    ax.axhline(even, color=PALETTE["red"], ls="--", lw=1, label="an even map")
+    ax.axhline(even, color="black", ls=(0, (1, 2)), lw=1, label="an even map")
     ax.set(xlabel="block", ylabel="attention distance, pixels", ylim=(0, 1.1 * even))
     ax.legend(fontsize=8, loc="lower right")
     return fig

@@ -48,10 +48,17 @@ from beit_nb.images import (
 from .index_maps import IGNORED
 from .label_maps import open_label_maps
 from .layouts import around_body
-from .mask_views import fitted_size, resize_pair
+from .mask_views import check_scored, fitted_size, resize_pair
 from .recipes import from_config
 from .segmentation import BeitForSemanticSegmentation
-from .segmenting import MapView, build_segmenter, class_scores, map_view, score_maps
+from beit_nb.segmenting import (
+    MapView,
+    build_segmenter,
+    class_scores,
+    map_view,
+    most_likely,
+    score_maps,
+)
 
 # %% ../nbs/65_segmenters.ipynb #segmenter
 class Segmenter(NamedTuple):
@@ -63,6 +70,7 @@ class Segmenter(NamedTuple):
     view: MapView  # how it looks at pictures
     source: str  # who wrote it, in words
     precision: str = "auto"  # in which its training scored it
+    reduce_zero_label: bool | None = None  # did 0 mean no class there? None: as the data has it
 
     @property
     def count(self) -> int:
@@ -79,8 +87,15 @@ def segmenter_of_run(state: dict, path: str | Path) -> Segmenter:
     model = build_model(
         partial(build_segmenter, r, len(classes)), state.get("model", {}), path, r.depth
     )
-    mean_std = MEAN_STD[r.mean_std]
-    return Segmenter(model.eval(), classes, mean_std, map_view(r), "`beit segment`", r.precision)
+    return Segmenter(
+        model.eval(),
+        classes,
+        MEAN_STD[r.mean_std],
+        map_view(r),
+        "`beit segment`",
+        r.precision,
+        r.reduce_zero_label,
+    )
 
 # %% ../nbs/65_segmenters.ipynb #read-segmenter
 def segmenter_of(weights: Weights) -> Segmenter:
@@ -199,15 +214,17 @@ class PixelPredictor:
         levels = pil_to_tensor(image.convert("RGB"))
         nothing = torch.full(size, IGNORED, dtype=torch.uint8)
         for scale in net.view.scales:
-            resized, _ = resize_pair(levels, nothing, fitted_size(*size, scale, least))
+            fitted = fitted_size(*size, scale, least)
+            check_scored(path, fitted)
+            resized, _ = resize_pair(levels, nothing, fitted)
             looks.append(normalize(to_float(resized)[None], net.mean_std))
-        shares = net.view(net.model, looks, size)[0]
-        if not shares.isfinite().all():
+        every = net.view.every_look(net.model, looks)
+        if not all(x.isfinite().all() for x in every):
             raise FloatingPointError(
                 f"{self.init} answers with numbers that are not finite: its weights are broken, "
                 "take others"
             )
-        labels = shares.argmax(0).to(torch.uint8)
+        labels = most_likely(every, size)[0].to(torch.uint8)
         counts = torch.bincount(labels.flatten().long(), minlength=net.count) / labels.numel()
         order = counts.argsort(descending=True, stable=True).tolist()
         filled = {self.names[i]: counts[i].item() for i in order if counts[i]}
@@ -238,7 +255,7 @@ def evaluate_segmenter(
     """
     how_asked = dict(split=split, scales=list(scales), flip=flip, precision=precision)
     folder = rank_0_first(lambda: check_out(out, data, init=init, **how_asked))
-    maps = open_label_maps(data, split)
+    maps = open_label_maps(data, split, net.reduce_zero_label)
     if len(maps.classes) != net.count:
         raise BeitError(
             f"{init} knows {net.count} classes, but {maps.name} has {len(maps.classes)}; their "
