@@ -50,8 +50,8 @@ def test_a_shared_table_means_the_same_in_every_block():
 @pytest.mark.parametrize(
     "form, words",
     [
-        (dict(depth=4), "blocks.3"),
-        (dict(depth=2), "blocks.2"),
+        (dict(depth=4), "depth is 3 in the checkpoint, but 4 in this model; set it with --depth"),
+        (dict(depth=2), "depth is 3 in the checkpoint, but 2"),
         (dict(init_values=None), "gamma_1"),
         (dict(embed_dim=32), "shape"),
         (dict(use_rel_pos_bias=False), "use_rel_pos_bias"),

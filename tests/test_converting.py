@@ -137,6 +137,16 @@ def test_hugging_face_reads_it(job, form, start, tmp_path):
             close(theirs(x).logits, model(x))
 
 
+def test_broken_numbers_are_not_converted(tmp_path):
+    state = network("classifier", "paper").state_dict()
+    state["blocks.0.mlp.fc1.weight"][0, 0] = float("inf")
+    torch.save(state, tmp_path / "a.pth")
+
+    said = ["a.pth are broken", "not finite (blocks.0.mlp.fc1.weight)"]
+    refused("convert", tmp_path / "a.pth", tmp_path / "b", "--to", "hf", says=said)
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.mark.parametrize("form", ENDS)
 def test_a_network_with_a_hole_is_not_converted(form, tmp_path):
     "Nor one that is no BEiT, such as timm's ViT; nothing is written."

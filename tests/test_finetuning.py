@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 import torch.nn.functional as F
 from helpers import beit, lay_out_bands, red_and_blue, refused, save_gray
@@ -13,11 +14,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from beit_nb import BeitError
-from beit_nb.checkpoints import save_official
+from beit_nb.checkpoints import load_weights, save_official
 from beit_nb.configs import FinetuneRecipe
+from beit_nb.converting import convert
+from beit_nb.data import open_data
 from beit_nb.engine.log import read_log, read_metrics
 from beit_nb.engine.runs import load_checkpoint
 from beit_nb.engine.sources import ImageFolder
+from beit_nb.evaluation import evaluate
 from beit_nb.finetuning import (
     BeitForImageClassification,
     build_classifier,
@@ -25,6 +29,7 @@ from beit_nb.finetuning import (
     evaluate_classifier,
     finetune,
     load_classifier,
+    mean_std_of_run,
 )
 from beit_nb.labelled_views import FinetuneTransform, scored_view
 from beit_nb.mim import BeitForMaskedImageModeling
@@ -286,7 +291,7 @@ def test_weights_of_another_shape_or_color_are_told(folder, tmp_path, capfd):
     r = quick(folder, tmp_path / "run", init=str(of_timm(tmp_path)), **PLUS)
     r = replace(r, use_abs_pos_emb=True)
 
-    with pytest.raises(BeitError, match="depth is 2 in .*timm.pth, but 3 in this recipe"):
+    with pytest.raises(BeitError, match="depth is 2 in the checkpoint, but 3 in this model"):
         build_from_checkpoint(replace(r, depth=3), 2)
     with pytest.raises(BeitError, match=r"init_values \(LayerScale\) must be the checkpoint's"):
         build_from_checkpoint(replace(r, init_values=None), 2)
@@ -330,11 +335,61 @@ def test_a_head_for_other_classes_stays_behind(tmp_path, folder, capsys, renamed
     assert told == renamed
 
 
-@pytest.mark.slow
-def test_a_folder_of_five_bands_from_training_to_answers(tmp_path, monkeypatch):
-    "From weights that have seen three colors; the classes differ in a band that no eye sees."
+@pytest.fixture
+def bands(tmp_path, monkeypatch):
+    "Where `lay_out_bands` has laid its fields, and the bands of all that are to be learnt from."
     monkeypatch.chdir(tmp_path)
-    lay_out_bands(tmp_path / "bands")
+    files = sorted(lay_out_bands(tmp_path / "bands").glob("train/*/*"))
+    read = {".npy": np.load, ".tif": lambda f: tifffile.imread(f).transpose(2, 0, 1) / 65535}
+    return np.stack([read[file.suffix](file) for file in files])  # (12, 5, 40, 36)
+
+
+def of_five(kind, **fields):
+    "A small network of five bands."
+    size = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2, in_chans=5)
+    return shaken(kind(9, **size, **fields))
+
+
+def test_mean_and_std_of_bands_are_measured_and_kept(bands, tmp_path):
+    words = {k: v for k, v in TINY.items() if k != "mean_std"}
+    r = FinetuneRecipe(
+        **words, data="bands", out="run", in_chans=5, augment="none", mean_std="imagenet"
+    )
+
+    finetune(replace(r, max_steps=1), quiet=True)
+    first = load_weights("run").mean_std
+    finetune(r, quiet=True)
+    convert("run", "plain.safetensors", "safetensors")
+    convert("run", "hub", "hf")
+
+    by_hand = bands.mean((0, 2, 3)), bands.std((0, 2, 3))
+    assert np.allclose(first, by_hand, atol=1e-5)
+    for source in ("run", "plain.safetensors", "hub"):
+        assert load_weights(source).mean_std == first
+    scores = evaluate("hub", "bands", "scores", precision="fp32", quiet=True)
+    losses = [row["val_loss"] for row in read_log(tmp_path / "run") if "val_loss" in row]
+    assert scores["loss"] == pytest.approx(losses[-1], abs=1e-5)
+
+
+def test_bands_are_seen_as_init_saw_them_if_it_says_so(bands, tmp_path):
+    pictures = open_data("bands", "train", True, 5)
+    told = ((0.2,) * 5, (0.3,) * 5)
+    of_five(BeitForImageClassification).save_pretrained("told", mean_std=told)
+    save_official(of_five(BeitForImageClassification), "bare.pth")
+    r = FinetuneRecipe(in_chans=5)
+
+    seen = {}
+    for init in ("told", "bare.pth"):
+        (tmp_path / f"of-{init}").mkdir()
+        seen[init] = mean_std_of_run(r, tmp_path / f"of-{init}", pictures, load_weights(init))
+
+    assert seen["told"] == told
+    assert np.allclose(seen["bare.pth"][0], bands.mean((0, 2, 3)), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_folder_of_five_bands_from_training_to_answers(bands, tmp_path):
+    "From weights that have seen three colors; the classes differ in a band that no eye sees."
     size = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
     shape = [f"--{name.replace('_', '-')} {value}" for name, value in size.items()]
     save_official(BeitForMaskedImageModeling(9, **size), tmp_path / "colors.pth")
@@ -352,6 +407,11 @@ def test_a_folder_of_five_bands_from_training_to_answers(tmp_path, monkeypatch):
     assert read_metrics(tmp_path / "run")["accuracy"] > 0.9 and "of 12 pictures" in said
     first = [line.split(": ")[1].split(" ")[0] for line in lines.splitlines()]
     assert first == ["water", "wheat"] and (tmp_path / "sheet.png").is_file()
+    asked = ("--init", "run", "--data", "bands", "--labels-per-class", 6)
+    beit("probe", "nano", *asked, "--draws", 1, "--out", "probe")
+    beit("linear", "nano", *asked, "--steps", 20, "--batch-size", 12, "--lr", 0.05, "--out", "line")
+    assert read_metrics(tmp_path / "probe")["pretrained"]["mean"] > 0.9
+    assert read_metrics(tmp_path / "line")["accuracy"] > 0.9
     np.save(answers[0].with_name("4.npy"), np.zeros((4, 40, 36), np.float32))
     refused("evaluate", "run", "--data", "bands", "--out", "other", says="water/4.npy is 4 x 40")
 
@@ -361,5 +421,7 @@ def test_bands_and_colors_do_not_pass_for_each_other(tmp_path, folder):
         **TINY, data=str(folder), out=str(tmp_path / "run"), in_chans=5, augment="none"
     )
 
-    with pytest.raises(BeitError, match="no pictures in .*looked for .npy"):
+    with pytest.raises(
+        BeitError, match="no pictures in .*looked for .npy.*; a network of 5 channels is asked"
+    ):
         finetune(recipe, quiet=True)

@@ -522,12 +522,15 @@ def test_the_lines_of_the_card_run(build, says, tmp_path, monkeypatch, capsys):
         ("config.json", [1], "holds no dict"),
         ("config.json", {"id2label": {"cat": "0"}}, "does not map numbers to names"),
         ("config.json", {"id2label": ["cat"]}, "does not map numbers to names"),
+        ("config.json", {"id2label": {"0": 1, "1": None}}, "id2label in .*/config.json does not"),
+        ("config.json", {"id2label": {"0": "cat"}}, "/config.json names 1 classes, but its head"),
         ("preprocessor_config.json", "none", "holds no dict"),
         ("preprocessor_config.json", {"size": None}, "of size None"),
         ("preprocessor_config.json", {"size": {"longest_edge": 40}}, "of size"),
         ("preprocessor_config.json", {"size": 8}, "of size 8"),
         ("preprocessor_config.json", {"image_mean": 0.5}, "normalises by 0.5"),
         ("preprocessor_config.json", {"image_std": [0.5, "half", 0.5]}, "normalises by"),
+        ("preprocessor_config.json", {"image_std": [0.5, 0, 0.5]}, "divides by an image_std of 0"),
     ],
 )
 def test_odd_settings_are_one_line(file, content, words, tmp_path):

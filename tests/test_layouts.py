@@ -1,6 +1,7 @@
 """One network in four spellings: names there and back, shapes off the tensors, and the refusals."""
 
 import pytest
+import timm
 import torch
 from timm.models.beit import Beit
 
@@ -125,6 +126,13 @@ def test_index_buffers_are_dropped():
 def test_what_is_no_beit_is_refused(strange):
     with pytest.raises(BeitError, match="are no BEiT"):
         to_official(strange)
+
+
+def test_a_plain_vit_is_called_so():
+    theirs = timm.create_model("vit_tiny_patch16_224", depth=1).state_dict()
+
+    with pytest.raises(BeitError, match="plain ViT and no BEiT: blocks.0.attn.qkv.bias"):
+        to_official(theirs)
 
 
 def test_an_unknown_name_is_named():

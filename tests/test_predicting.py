@@ -244,7 +244,7 @@ def test_networks_that_can_say_nothing_of_a_picture(tmp_path, pictures):
     unread = beit("predict", "--init", tmp_path / "two.pth", *asked, ok=2)
     said = beit("predict", "--init", tmp_path / "nan.pth", *asked, ok=1)
 
-    assert "not a TIFF" in json.loads(unread.stdout)["error"]
+    assert "two.pth reads 2 channels, and" in json.loads(unread.stdout)["error"]
     assert not said.stdout and "not finite" in said.stderr.splitlines()[-1]
 
 

@@ -401,6 +401,26 @@ def test_runs_say_how_their_pictures_were_cut(tmp_path):
     assert whole.source == "`beit finetune`" and same(load_official(tmp_path / "last.pt"), model)
 
 
+@pytest.mark.parametrize("kept", ["x", [[0.5] * 5], [[0.5] * 5, [0.0] * 5], [[0.5] * 3] * 2])
+def test_a_record_of_mean_and_std_that_is_none(kept, tmp_path):
+    r = recipe_named("finetune", "nano", in_chans=5)
+    config = as_config("finetune", r) | {"inputs": {"mean_std": kept}}
+    state = build_classifier(r, 10).state_dict()
+    save_checkpoint(tmp_path / "last.pt", {"config": config, "model": state})
+
+    with pytest.raises(BeitError, match="last.pt: the mean and std of 5 channels .* are damaged"):
+        load_weights(tmp_path / "last.pt")
+
+
+def test_bands_of_a_bare_file_are_assumed_aloud(tmp_path, capfd):
+    save_official(classifier("paper", SIZE | dict(in_chans=5)), tmp_path / "five.pth")
+
+    SAID.clear()
+    BeitForImageClassification.from_pretrained(tmp_path / "five.pth", num_heads=4)
+
+    assert "do not tell how 5 channels are normalised; taken for" in capfd.readouterr().err
+
+
 def test_files_that_only_look_like_ours(tmp_path):
     own = classifier("paper", SIZE | dict(embed_dim=256))
     torch.save({"config": {"lr": 0.1}, "model": own.state_dict()}, tmp_path / "theirs.pth")
