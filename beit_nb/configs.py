@@ -294,7 +294,7 @@ class FinetuneRecipe(Backbone, Run):
     erasing: Share = 0.25  # timm's random erasing probability
     crop_scale: CropScale | None = (0.08, 1.0)  # random resized crop; none: whole picture
     flip: Share = 0.5  # probability of a mirrored picture
-    mean_std: Literal["beit", "imagenet"] = "imagenet"  # as in the pre-training
+    mean_std: Literal["beit", "imagenet"] = "imagenet"  # as pre-trained; of bands it is measured
     repeated_aug: Few = 1  # views of a picture in a row; DeiT: 3, and a third of them an epoch
     in_chans: Few = 3  # channels that the network reads; 1: gray; other than 3: bands (.tif, .npy)
 
@@ -326,8 +326,6 @@ class FinetuneRecipe(Backbone, Run):
                 f"augment {self.augment} is made for three colors: with in_chans {self.in_chans} "
                 "set augment none (crop, flip, erasing) or shift"
             )
-        if self.mean_std != "beit":
-            yield f"mean_std {self.mean_std} is made for three colors: set mean_std beit"
 
 # %% ../nbs/21_configs.ipynb #probe-recipe
 @dataclass

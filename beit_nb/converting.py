@@ -24,6 +24,7 @@ from torch import Tensor
 from . import BeitError
 from beit_nb.checkpoints import (
     Weights,
+    check_finite,
     is_of_hugging_face,
     is_of_ours,
     load_weights,
@@ -298,6 +299,7 @@ def convert(
     if found.weights is None and to != "safetensors":
         raise BeitError(f"{source} holds {found.what}; tokenizers go --to safetensors only")
     if found.weights:
+        check_finite(found.weights.state, str(source))
         biased = any(name.endswith("attn.q_bias") for name in found.weights.state)
         check_whole(found.weights.state, found.weights.args | {"qkv_bias": biased}, source)
     make_folder(out.parent)

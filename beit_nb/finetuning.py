@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['BODY_FIELDS', 'build_classifier', 'load_init', 'head_for', 'build_from_checkpoint', 'load_classifier',
-           'evaluate_classifier', 'running_mean', 'EvaluateCallback', 'scored_the_same', 'last_scores', 'finetune']
+           'evaluate_classifier', 'running_mean', 'EvaluateCallback', 'measure_mean_std', 'mean_std_of_run',
+           'scored_the_same', 'last_scores', 'finetune']
 
 # %% ../nbs/50_finetuning.ipynb #imports
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
+from math import ceil
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from . import BeitError, warn
-from .checkpoints import Weights, load_backbone, weights_for
+from . import BeitError, UnreadableImage, warn
+from .checkpoints import Weights, load_backbone, recorded_mean_std, weights_for
 from .classifier import BeitForImageClassification
 from .configs import FinetuneRecipe
 from .data import labels_in, open_data, sample_labels
@@ -24,19 +27,20 @@ from .device import default_device, set_matmul_precision
 from .engine.loading import TrainLoader, TransformedDataset
 from .engine.log import read_log, read_metrics, warn_unfinished, write_metrics
 from .engine.optim import Ema
-from .engine.processes import rank, world_size
+from .engine.processes import rank, rank_0_first, world_size
 from beit_nb.engine.runs import (
     fingerprint_weights,
     load_checkpoint,
     merge_records,
     open_run,
     record_inputs,
+    run_config,
 )
 from .engine.sources import ImageDataset
 from .engine.token_files import picture_records
 from .engine.trainer import build_model
 from .engine.training import Trainer, check_shares, fit
-from .images import mean_std_for
+from .images import mean_std_for, to_float
 from beit_nb.labelled_views import (
     FinetuneLoss,
     FinetuneTransform,
@@ -58,10 +62,9 @@ def build_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassif
     )
 
 # %% ../nbs/50_finetuning.ipynb #build-from-checkpoint
-BODY_FIELDS = (  # fields that must be the checkpoint's
+BODY_FIELDS = (  # fields that must be the checkpoint's, besides depth (`check_body`)
     "patch_size",
     "embed_dim",
-    "depth",
     "num_heads",
     "mlp_ratio",
     "use_abs_pos_emb",
@@ -76,9 +79,9 @@ def load_init(r: FinetuneRecipe) -> Weights | None:
     if not r.init:
         return None
     weights = weights_for(r, BODY_FIELDS)
-    wanted = mean_std_for(r.mean_std, r.in_chans)
-    comparable = np.shape(weights.mean_std) == np.shape(wanted)  # else they saw other channels
-    if rank() == 0 and comparable and not np.allclose(weights.mean_std, wanted):
+    in_colors = {r.in_chans, weights.args["in_chans"]} <= {1, 3}
+    same = in_colors and np.allclose(weights.mean_std, mean_std_for(r.mean_std, r.in_chans))
+    if rank() == 0 and in_colors and not same:
         warn(
             f"the weights in {r.init} seem to want pictures normalised otherwise than by mean_std "
             f"{r.mean_std!r}; see --mean-std"
@@ -137,14 +140,15 @@ def evaluate_classifier(
     pictures: ImageDataset,
     batch_size: int = 250,
     most: int | None = None,  # a rehearsal looks at so many, spread over the set
+    mean_std: Sequence[Sequence[float]] | None = None,  # None: as the recipe names it
 ) -> dict:
     "Top-1 accuracy and mean cross-entropy on all readable pictures of a set."
     transform = ScoredTransform(scored_view(r), labels_in(pictures))
     n = len(pictures)
     ids = np.linspace(0, n - 1, min(n, most or n)).astype(int)
     samples = TransformedDataset(pictures, transform, ids=ids)
-    mean_std = mean_std_for(r.mean_std, r.in_chans)
-    answers = ask_classifier(model, samples, mean_std, r.precision, batch_size, r.workers)
+    looks = mean_std or mean_std_for(r.mean_std, r.in_chans)
+    answers = ask_classifier(model, samples, looks, r.precision, batch_size, r.workers)
     metrics = {"accuracy": answers.accuracy, "val_loss": answers.loss.mean().item()}
     unreadable = len(samples) - len(answers.label)
     return metrics | {"val_damaged": unreadable} if unreadable else metrics
@@ -165,12 +169,18 @@ class EvaluateCallback:
     """
 
     def __init__(
-        self, r: FinetuneRecipe, held_out: ImageDataset, every: int, ema: Ema | None = None
+        self,
+        r: FinetuneRecipe,
+        held_out: ImageDataset,
+        every: int,
+        ema: Ema | None = None,
+        mean_std: Sequence[Sequence[float]] | None = None,  # None: as the recipe names it
     ):
         self.recipe = r
         self.held_out = held_out
         self.every = every
         self.ema = ema
+        self.mean_std = mean_std
 
     def follow(self, trainer: Trainer) -> None:
         "After every step, before it is saved: take its weights into the mean."
@@ -178,9 +188,16 @@ class EvaluateCallback:
             self.ema.update(trainer.model)
 
     def scores(self, model: nn.Module, most: int | None = None) -> dict:
-        scores = evaluate_classifier(model, self.recipe, self.held_out, most=most)
+        score = partial(
+            evaluate_classifier,
+            r=self.recipe,
+            pictures=self.held_out,
+            most=most,
+            mean_std=self.mean_std,
+        )
+        scores = score(model)
         if self.ema:
-            of_mean = evaluate_classifier(self.ema.module, self.recipe, self.held_out, most=most)
+            of_mean = score(self.ema.module)
             scores |= {f"ema_{k}": of_mean[k] for k in ("accuracy", "val_loss")}
         return scores
 
@@ -190,6 +207,47 @@ class EvaluateCallback:
         if trainer.recipe.dry_run and trainer.step == trainer.end:
             self.scores(trainer.model, most=64)
         return None
+
+# %% ../nbs/50_finetuning.ipynb #measure-mean-std
+def measure_mean_std(pictures: ImageDataset, most: int = 1000) -> list[list[float]]:
+    """[means, standard deviations] of all channels of a set, where 0 is black and 1 white.
+
+    Of at most so many pictures, spread over the set, each as it is stored and all with one vote. A
+    channel that is everywhere the same gets 1. Raises BeitError where no picture can be read.
+    """
+    moments = []
+    for i in range(0, len(pictures), ceil(len(pictures) / most)):
+        with suppress(UnreadableImage):  # the training will name it
+            x = to_float(pictures.pixels(i)).double().flatten(1)
+            moments.append(torch.stack([x.mean(1), (x**2).mean(1)]))
+    if not moments:
+        raise BeitError(f"no picture of {pictures.name} can be read; give others")
+    mean, square = torch.stack(moments).mean(0)
+    std = (square - mean**2).clamp(min=0).sqrt()
+    return [mean.tolist(), torch.where(std < 1e-6, 1.0, std).tolist()]
+
+
+def mean_std_of_run(
+    r: FinetuneRecipe, out: Path, pictures: ImageDataset, init: Weights | None = None
+) -> Sequence[Sequence[float]]:
+    """(mean, std) of every channel as the run in `out` normalises its training pictures.
+
+    Of one or three as the recipe names it. Of bands as `init` saw them, else measured; recorded in
+    `out`, where a run that goes on finds them.
+    """
+    if r.in_chans in (1, 3):
+        return mean_std_for(r.mean_std, r.in_chans)
+
+    def first_look() -> list[list[float]]:
+        if recorded := recorded_mean_std(run_config(out) or {}, r.in_chans):
+            return [*map(list, recorded)]
+        if init and init.args["in_chans"] == r.in_chans and "mean_std" not in init.guessed:
+            return [*map(list, init.mean_std)]
+        return measure_mean_std(pictures)
+
+    looks = rank_0_first(first_look)
+    record_inputs(out, r, {"mean_std": looks})
+    return tuple(map(tuple, looks))
 
 # %% ../nbs/50_finetuning.ipynb #last-scores
 def scored_the_same(metrics: dict, pictures: list) -> bool:
@@ -231,11 +289,12 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
         record_inputs(out, r, {"split": scored_on}, redo=read_metrics(out) is not None)
         labels = labels_in(pictures)
         ids = sample_labels(labels, r.labels_per_class, r.seed)
-        transform = FinetuneTransform(r, labels)
+        init = load_init(r)
+        looks = mean_std_of_run(r, out, pictures, init)
+        transform = FinetuneTransform(r, labels, looks)
         samples = TransformedDataset(pictures, transform, r.seed, ids)
         length = r.length(len(samples))
         check_shares(len(samples), r.batch_size, r.device_batch_size)
-        init = load_init(r)
         weights = fingerprint_weights(init.state) if init else ""
         inputs = record_inputs(out, r, {"init": weights})
         classes = pictures.classes
@@ -261,7 +320,8 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
         loader = TrainLoader(
             samples, r, size, rank=rank(), world=world_size(), repeats=r.repeated_aug
         )
-        evaluate = EvaluateCallback(r, held_out, r.eval_every or length.per_epoch, ema)
-        fit(trainer, loader, FinetuneLoss(r, len(classes), size), [evaluate], [evaluate.follow])
+        evaluate = EvaluateCallback(r, held_out, r.eval_every or length.per_epoch, ema, looks)
+        loss = FinetuneLoss(r, len(classes), size, looks)
+        fit(trainer, loader, loss, [evaluate], [evaluate.follow])
         metrics = last_scores(r, trainer, scored_on, again=metrics is not None)
         return write_metrics(out, metrics, trainer.finished)

@@ -209,22 +209,25 @@ def network_args(config: Mapping[str, Any], state: Mapping[str, Tensor], where) 
     raise BeitError(f"{where} holds no head for classes or visual tokens (it is of {made})")
 
 # %% ../nbs/48_hub.ipynb #labels
-def label_names(config: Mapping[str, Any]) -> list[str]:
+def label_names(config: Mapping[str, Any], where: str | Path) -> list[str]:
     "The names of the classes in a config.json in their order; [] where they are only numbers."
     labels = config.get("id2label") or {}
-    if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
-        raise BeitError("id2label in config.json does not map numbers to names of classes")
+    pairs = labels.items() if isinstance(labels, dict) else [("", "")]
+    if not all(str(key).isdecimal() and isinstance(name, str) for key, name in pairs):
+        raise BeitError(f"id2label in {where}/config.json does not map numbers to names of classes")
     names = [labels[key] for key in sorted(labels, key=int)]  # the list of ImageNet-22K lacks two
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
-def _class_names(config: Mapping[str, Any], args: Mapping[str, Any]) -> list[str]:
+def _class_names(
+    config: Mapping[str, Any], args: Mapping[str, Any], where: str | Path
+) -> list[str]:
     "`label_names` of a classifier's classes, [] of another network."
-    names = label_names(config)
+    names = label_names(config, where)
     count = args.get("num_classes", 0)
     given = len(config.get("id2label") or {})
     if given and count and given != count:
-        raise BeitError(f"config.json names {given} classes, but its head has {count}")
+        raise BeitError(f"{where}/config.json names {given} classes, but its head has {count}")
     return names if count else []
 
 
@@ -234,7 +237,7 @@ def told_of_heads(config: Mapping[str, Any], depth: int, where: str | Path) -> d
     `out_indices` in our counting, as transformers computes: its number i is the stream after i - 1
     blocks, so our block i - 2. Raises BeitError for anything but four numbers.
     """
-    labels = label_names(config)
+    labels = label_names(config, where)
     told: dict[str, Any] = {"classes": labels}
     theirs = config.get("out_indices") or config.get("segmentation_indices")
     if theirs:
@@ -296,6 +299,6 @@ def read_hf_folder(folder: str | Path) -> Weights:
     mean_std, view = read_preprocessing(folder, args["img_size"], args["in_chans"])
     around = {name: x for name, x in tensors.items() if AROUND.match(name)}
     told = told_of_heads(config, args["depth"], folder) if around else {}
-    classes = _class_names(config, args)
+    classes = _class_names(config, args, folder)
     source = "Hugging Face transformers"
     return Weights(state, args, classes, mean_std, view, source, around=around, told=told)

@@ -29,7 +29,6 @@ from beit_nb.images import (
     mean_std_for,
     normalize,
     pil_to_tensor,
-    preprocess,
     to_float,
     to_pil_image,
 )
@@ -73,9 +72,14 @@ class FinetuneTransform:
     Raises BeitError for erasing in shifts, and for a `mean_std` that C channels do not have.
     """
 
-    def __init__(self, r: FinetuneRecipe, labels: np.ndarray):
+    def __init__(
+        self,
+        r: FinetuneRecipe,
+        labels: np.ndarray,
+        mean_std: Sequence[Sequence[float]] | None = None,  # None: as the recipe names it
+    ):
         self.labels = labels
-        self.mean_std = mean_std_for(r.mean_std, r.in_chans)
+        self.mean_std = mean_std or mean_std_for(r.mean_std, r.in_chans)
         self.max_shift = 2  # pixels
         self.views = TwoViews(r.img_size, crop_scale=r.crop_scale, flip=r.flip)
         bands = r.in_chans not in (1, 3)
@@ -123,11 +127,17 @@ class FinetuneLoss:
     Raises BeitError where pictures cannot be paired, because a micro-batch is odd.
     """
 
-    def __init__(self, r: FinetuneRecipe, num_classes: int, micro_batch_size: int):
+    def __init__(
+        self,
+        r: FinetuneRecipe,
+        num_classes: int,
+        micro_batch_size: int,
+        mean_std: Sequence[Sequence[float]] | None = None,  # None: as the recipe names it
+    ):
         from timm.data import Mixup
         from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 
-        self.mean_std = r.mean_std
+        self.mean_std = mean_std or mean_std_for(r.mean_std, r.in_chans)
         self.mix = None
         self.criterion: nn.Module = LabelSmoothingCrossEntropy(r.label_smoothing)
         if r.mixup or r.cutmix:
@@ -142,7 +152,7 @@ class FinetuneLoss:
             self.criterion = SoftTargetCrossEntropy()
 
     def __call__(self, model: nn.Module, batch: LabelledBatch, step: int):
-        images = preprocess(batch.image, self.mean_std)
+        images = normalize(to_float(batch.image), self.mean_std)
         labels = batch.label
         if self.mix is not None:
             # timm draws from numpy's global generator; the engine has seeded torch's

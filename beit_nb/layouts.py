@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['HF_NAMES', 'MEMORY_NAMES', 'MM_NAMES', 'FIRST', 'AROUND', 'INDEX', 'HF_PART', 'rename', 'unwrap', 'layout_of',
-           'around_body', 'to_official', 'to_hf_names', 'side_and_heads', 'shape_of', 'class_of', 'check_whole']
+           'around_body', 'depth_of', 'refuse_plain_vit', 'to_official', 'to_hf_names', 'side_and_heads', 'shape_of',
+           'class_of', 'check_whole']
 
 # %% ../nbs/46_layouts.ipynb #imports
 import re
@@ -138,6 +139,21 @@ INDEX = "relative_position_index"
 HF_PART = "beit.encoder.layer.{}.attention.attention.{}.weight"
 
 
+def depth_of(names: Iterable[str], front: str = "blocks.") -> int:
+    "How many blocks there are: one more than the largest number behind `front`; 0 without any."
+    numbers = [name[len(front) :].split(".")[0] for name in names if name.startswith(front)]
+    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+
+
+def refuse_plain_vit(names: Iterable[str]) -> None:
+    "Raise BeitError for a ViT of another family (DeiT, MAE, DINO, CLIP), in timm's names."
+    if biased := [name for name in names if name.endswith("attn.qkv.bias")]:
+        raise BeitError(
+            f"this is a plain ViT and no BEiT: {biased[0]} holds a bias for the keys, which no "
+            "BEiT has; take weights of a BEiT"
+        )
+
+
 def to_official(state: Mapping[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
     """The tensors of a BEiT in the official names, whatever the spelling; the numbers stay.
 
@@ -148,6 +164,7 @@ def to_official(state: Mapping[str, Tensor], ema: bool = False) -> dict[str, Ten
     network = {n: x for n, x in network.items() if not (INDEX in n or AROUND.match(n))}
     layout = layout_of(network)
     if layout == "official":
+        refuse_plain_vit(network)
         return network
     if layout == "openmmlab":
         return {rename(name, MM_NAMES) or name: x for name, x in network.items()}
@@ -156,7 +173,7 @@ def to_official(state: Mapping[str, Tensor], ema: bool = False) -> dict[str, Ten
     back = {new: old for old, new in HF_NAMES.items()}
     back |= {"layernorm.": "norm.", "beit.layernorm.": "norm."}
     official = {}
-    for number in range(_depth(network, "beit.encoder.layer.")):
+    for number in range(depth_of(network, "beit.encoder.layer.")):
         names = [HF_PART.format(number, part) for part in ("query", "key", "value")]
         if lacking := [name for name in names if name not in network]:
             raise BeitError(f"{lacking[0]} is missing; the file is incomplete")
@@ -171,12 +188,6 @@ def to_official(state: Mapping[str, Tensor], ema: bool = False) -> dict[str, Ten
             raise BeitError(f"{name} has no place in a BEiT ({len(network)} tensors in all)")
         official[new] = x
     return official
-
-
-def _depth(names: Iterable[str], front: str) -> int:
-    "How many blocks there are."
-    numbers = [name[len(front) :].split(".")[0] for name in names if name.startswith(front)]
-    return 1 + max(int(number) for number in numbers if number.isdecimal())
 
 # %% ../nbs/46_layouts.ipynb #to-hf-names
 def to_hf_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -242,7 +253,7 @@ def shape_of(state: Mapping[str, Tensor]) -> dict:
         "patch_size": patch,
         "in_chans": channels,
         "embed_dim": width,
-        "depth": _depth(state, "blocks."),
+        "depth": depth_of(state),
         "num_heads": heads,
         "mlp_ratio": hidden / width,
         "init_values": 0.1 if "blocks.0.gamma_1" in state else None,
@@ -282,4 +293,7 @@ def check_whole(
     }
     told = [f"{len(g)} {what} ({min(g)})" for what, g in groups.items() if g]
     if told:
-        raise BeitError(f"the weights in {where} are not those of its config: {', '.join(told)}")
+        raise BeitError(
+            f"the weights in {where} do not make the network that they should: {', '.join(told)}; "
+            "take a whole file, or the one that its config is of"
+        )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import BeitError
-from .checkpoints import Weights, check_channels, load_pretrained, load_weights
+from .checkpoints import Weights, load_pretrained, load_weights
 from .configs import LinearRecipe
 from .data import labels_in, open_data, sample_labels
 from .device import default_device, pick_precision
@@ -38,7 +38,7 @@ from .vit import VisionTransformer
 
 # %% ../nbs/53_linear.ipynb #frozen-body
 class FrozenBody:
-    "Images (B, 3, H, W), as stored, to the features of every block: (depth, B, width) floats."
+    "Images (B, C, H, W), as stored, to the features of every block: (depth, B, width) floats."
 
     def __init__(self, weights: Weights, pooling: str = "mean"):  # or "both": class token and mean
         body = load_pretrained(VisionTransformer, weights, drop_path_rate=0.0)
@@ -150,12 +150,12 @@ def linear(r: LinearRecipe, quiet: bool = False) -> dict:
         raise BeitError("a linear probe needs --init: a run's --out folder, or anybody's weights")
     with open_run("linear", r, r.resume) as out:
         weights = load_weights(r.init)
-        check_channels(weights, r.init)
-        pictures = open_data(r.data, "train", labels=True)
+        channels = weights.args.get("in_chans", 3)
+        pictures = open_data(r.data, "train", True, channels)
         view = weights.view if r.crop_scale else weights.view._replace(crop_pct=1.0)
         held_out = {}
         for split in dict.fromkeys(("val", r.split)):
-            unseen = open_data(r.data, split, labels=True)
+            unseen = open_data(r.data, split, True, channels)
             held_out[split] = TransformedDataset(unseen, ScoredTransform(view, labels_in(unseen)))
         records = {"data": picture_records(pictures), "init": fingerprint_weights(weights.state)}
         inputs = record_inputs(out, r, records)

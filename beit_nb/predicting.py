@@ -10,6 +10,7 @@ __all__ = ['SIDE', 'MOST', 'GAP', 'TEXT', 'Prediction', 'thumbnail', 'unread_jso
 import json
 import os
 from math import ceil, sqrt
+from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
@@ -17,10 +18,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
-from . import BeitError, warn_once
+from . import BeitError, UnreadableImage, warn_once
 from .checkpoints import load_pretrained, load_weights
 from .classifier import BeitForImageClassification
 from .engine.decoding import load_picture
+from .engine.sources import BAND_EXTENSIONS
 from .images import normalize, to_float, to_pil
 
 # %% ../nbs/56_predicting.ipynb #prediction
@@ -86,6 +88,11 @@ class Predictor:
 
     def read(self, path: str) -> Image.Image | Tensor:
         "The picture at `path`, in the channels of this network. Raises UnreadableImage."
+        if self.channels not in (1, 3) and Path(path).suffix.lower() not in BAND_EXTENSIONS:
+            raise UnreadableImage(
+                f"{self.init} reads {self.channels} channels, and {path} is no picture of so many; "
+                f"give a file of {', '.join(sorted(BAND_EXTENSIONS))}"
+            )
         return load_picture(path, self.channels)
 
     @torch.no_grad()

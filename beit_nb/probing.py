@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from . import BeitError, say
-from .checkpoints import Weights, args_for, check_channels, load_backbone, load_weights
+from .checkpoints import Weights, args_for, load_backbone, load_weights
 from .classifier import BeitForImageClassification
 from .configs import ProbeRecipe
 from .data import labels_in, open_data, sample_labels
@@ -53,7 +53,7 @@ class WholePicture:
 # %% ../nbs/52_probing.ipynb #block-features
 def block_features(
     model: VisionTransformer,
-    images: Tensor,  # (N, 3, H, W) uint8, or floats in [0, 1]
+    images: Tensor,  # (N, C, H, W) uint8, or floats around [0, 1]
     mean_std=BEIT_MEAN_STD,  # the normalisation it was trained with
     chunk: int = 256,  # pictures at once
 ) -> np.ndarray:  # (depth, N, D)
@@ -102,7 +102,7 @@ def probe_networks(
 
 # %% ../nbs/52_probing.ipynb #all-features
 def raw_pixels(images: Tensor) -> np.ndarray:
-    "uint8 images (N, 3, H, W) to (1, N, D), averaged down to 32x32 where they are larger."
+    "Images (N, C, H, W) as stored to (1, N, D), averaged down to 32x32 where they are larger."
     height, width = images.shape[-2:]
     x = F.adaptive_avg_pool2d(to_float(images), (min(32, height), min(32, width)))
     return x.flatten(1).numpy()[None]
@@ -194,9 +194,7 @@ def load_probed(r: ProbeRecipe) -> Weights:
             "a probe needs --init: the --out folder of `beit pretrain` or `beit finetune`, a "
             "checkpoint in it, or weights of the official code, timm or Hugging Face"
         )
-    weights = load_weights(r.init)
-    check_channels(weights, r.init)
-    return weights
+    return load_weights(r.init)
 
 
 def probe_arms(weights: Weights, seed: int) -> dict[str, Callable[[Tensor], np.ndarray]]:
@@ -217,7 +215,8 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
     with open_run("probe", r) as out:
         weights = load_probed(r)
         splits = dict.fromkeys(("train", "val", r.split))  # val once, if it is also reported
-        sets = {split: open_data(r.data, split, labels=True) for split in splits}
+        channels = weights.args.get("in_chans", 3)
+        sets = {split: open_data(r.data, split, True, channels) for split in splits}
         inputs = {
             "data": picture_records(sets["train"]),
             "init": fingerprint_weights(weights.state),

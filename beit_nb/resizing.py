@@ -21,6 +21,7 @@ from . import BeitError
 from .engine.files import read_json
 from .images import BEIT_MEAN_STD
 from .labelled_views import ScoredView
+from .layouts import depth_of
 from .vit import VisionTransformer
 
 # %% ../nbs/47_resizing.ipynb #geometric-offsets
@@ -36,7 +37,8 @@ def geometric_offsets(src: int, dst: int) -> np.ndarray:
         return np.arange(-known, known + 1.0)
     if min(known, wanted) < 2:
         raise BeitError(
-            f"a side of {src} patches cannot become {dst}; both sides need at least 3 patches"
+            f"a side of {src} patches cannot become {dst}, both need at least 3: choose a larger "
+            "img_size"
         )
 
     from scipy.optimize import brentq  # here: few who load weights need it
@@ -126,6 +128,12 @@ SHARED_TABLE = f"rel_pos_bias.{BIAS_TABLE}"
 def check_body(own: dict, weights: dict) -> None:
     "Refuse weights whose blocks or positions this model has no place for."
 
+    there, here = depth_of(weights), depth_of(own)
+    if there != here:
+        raise BeitError(
+            f"depth is {there} in the checkpoint, but {here} in this model; set it with --depth"
+        )
+
     def body_names(names) -> set[str]:
         body = ("blocks.", "patch_embed.", "cls_token")
         return {n for n in names if n.startswith(body) and "relative_position" not in n}
@@ -134,8 +142,8 @@ def check_body(own: dict, weights: dict) -> None:
     if lone:
         owner = "model" if lone[0] in own else "checkpoint"
         raise BeitError(
-            f"{lone[0]} is only in the {owner} ({len(lone)} such names in all); depth and "
-            "init_values (LayerScale) must be the checkpoint's"
+            f"{lone[0]} is only in the {owner} ({len(lone)} such names in all); init_values "
+            "(LayerScale) must be the checkpoint's"
         )
     for part, field in ((BIAS_TABLE, "use_rel_pos_bias"), ("pos_embed", "use_abs_pos_emb")):
         if any(part in n for n in weights) and not any(part in n for n in own):
@@ -237,6 +245,8 @@ def read_preprocessing(folder: Path, img_size: int, in_chans: int = 3) -> tuple:
     usual = [0.5] * (3 if in_chans == 1 else in_chans)
     mean = _color(steps.get("image_mean", usual), path, in_chans)
     std = _color(steps.get("image_std", usual), path, in_chans)
+    if not min(std) > 0:
+        raise BeitError(f"{path} divides by an image_std of {min(std)}; mend it there")
     size = steps.get("size")  # a number in files of before 2023
     sizes = size if isinstance(size, dict) else {"height": size}
     edge = sizes.get("shortest_edge", sizes.get("height"))

@@ -270,7 +270,7 @@ def bands_first(array: np.ndarray, channels: int, name: str) -> np.ndarray:
     shape = " x ".join(map(str, array.shape))
     raise BeitError(
         f"the picture {name} is {shape} numbers, but {channels} channels must be its first or its "
-        "last axis; give pictures of as many bands, or another --in-chans"
+        "last axis; give pictures of as many bands, or a network of theirs (finetune --in-chans)"
     )
 
 # %% ../../nbs/18_engine_decoding.ipynb #decode-bands

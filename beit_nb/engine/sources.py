@@ -277,7 +277,11 @@ class BandFolder(ImageFolder):
         labels: bool = False,
         classes: Sequence[str] | None = None,
     ):
-        super().__init__(root, labels, classes, list_pictures(root, BAND_EXTENSIONS))
+        try:
+            files = list_pictures(root, BAND_EXTENSIONS)
+        except BeitError as e:
+            raise BeitError(f"{e}; a network of {channels} channels is asked for") from None
+        super().__init__(root, labels, classes, files)
         self.channels = channels
 
     def decode(self, data: bytes, i: int) -> Tensor:
