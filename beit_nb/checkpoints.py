@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['BODY_ARGS', 'HUB_NAME', 'HEAD_ARGS', 'Network', 'load_official', 'from_timm', 'from_hf', 'to_hf', 'head_args',
-           'weights_of_tensors', 'say_left_out', 'kept_mean', 'weights_of_run', 'is_of_hugging_face', 'is_of_ours',
-           'weights_of_content', 'load_weights', 'check_channels', 'args_for', 'load_pretrained', 'check_finite',
-           'weights_for', 'known_of', 'save_pretrained', 'save_official', 'to_timm', 'load_model', 'load_backbone',
-           'resize_pos_embed', 'resize_rel_pos_bias']
+           'weights_of_tensors', 'say_left_out', 'kept_mean', 'recorded_mean_std', 'weights_of_run',
+           'is_of_hugging_face', 'is_of_ours', 'weights_of_content', 'load_weights', 'check_channels', 'args_for',
+           'load_pretrained', 'check_finite', 'weights_for', 'known_of', 'save_pretrained', 'save_official', 'to_timm',
+           'load_model', 'load_backbone', 'resize_pos_embed', 'resize_rel_pos_bias']
 
 # %% ../nbs/49_checkpoints.ipynb #imports
 import re
@@ -68,7 +68,8 @@ def weights_of_tensors(tensors: Mapping[str, Tensor], source: str, ema: bool = F
     of_imagenet = around or args["use_abs_pos_emb"]  # official segmentations, whatever their body
     in_colors = args["in_chans"] in (1, 3)
     mean_std = mean_std_for("imagenet" if of_imagenet and in_colors else "beit", args["in_chans"])
-    guessed = () if any("relative_position" in n for n in state) else ("num_heads",)
+    guessed = [] if any("relative_position" in n for n in state) else ["num_heads"]
+    guessed += [] if in_colors else ["mean_std"]
     view = ScoredView(args["img_size"], usual_crop(args["img_size"]))
     return Weights(state, args, [], mean_std, view, source, guessed, around=around)
 
@@ -93,6 +94,21 @@ def kept_mean(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
     return {name: x for name, x in mean.items() if name != "n_averaged"}
 
 
+def recorded_mean_std(config: Mapping[str, Any], channels: int) -> tuple | None:
+    """(mean, std) of every channel as a run measured and recorded them; None where it did not.
+
+    Raises BeitError for a record that is none.
+    """
+    kept = config.get("inputs", {}).get("mean_std")
+    if kept is None:
+        return None
+    rows = kept if isinstance(kept, list) else []
+    known = [[isinstance(x, float) for x in row] for row in rows if isinstance(row, list)]
+    if known != [[True] * channels] * 2 or not min(rows[1]) > 0:
+        raise BeitError(f"the mean and std of {channels} channels in its config are damaged")
+    return tuple(map(tuple, rows))
+
+
 def weights_of_run(checkpoint: Mapping[str, Any], ema: bool = False) -> Weights:
     "`Weights` of a checkpoint of `beit pretrain`, `finetune` or `segment`, or their running mean."
     command = checkpoint["config"]["command"]
@@ -106,7 +122,8 @@ def weights_of_run(checkpoint: Mapping[str, Any], ema: bool = False) -> Weights:
     state = {name: x for name, x in state.items() if name not in around}
     args = {name: getattr(recipe, name) for name in BODY_ARGS} | head_args(state)
     args["in_chans"] = getattr(recipe, "in_chans", 3)
-    mean_std = mean_std_for(recipe.mean_std, args["in_chans"])
+    measured = recorded_mean_std(checkpoint["config"], args["in_chans"])
+    mean_std = measured or mean_std_for(recipe.mean_std, args["in_chans"])
     classes = checkpoint.get("classes", [])
     told = {}
     if command == "segment":
@@ -206,6 +223,11 @@ def args_for(kind: type[VisionTransformer], weights: Weights, **changes) -> dict
         warn_once(
             f"the weights of {weights.source} do not tell the number of heads; taken for "
             f"{args['num_heads']}, of {args['embed_dim'] // args['num_heads']} numbers each"
+        )
+    if "mean_std" in weights.guessed and rank() == 0:
+        warn_once(
+            f"the weights of {weights.source} do not tell how {args['in_chans']} channels are "
+            "normalised; taken for (x - 0.5) / 0.5"
         )
     args |= changes
     for name in ("num_classes", "vocab_size"):
