@@ -447,6 +447,29 @@ def test_links_say_the_right_number():
             assert not found or found[1] == target, f"{path.name}: [{words}] leads to {target}"
 
 
+PLOTTED = [path for path in NBS if path.name not in lessons.PAGES]
+LARGER = ("04_dvae", "06_tokens", "16_beit_on_one_page", "58_own_pictures")  # 14 pixels, as yet
+
+
+@pytest.mark.parametrize("path", PLOTTED, ids=lambda p: p.stem)
+def test_letters_of_figures_have_one_size(path):
+    "Eleven pixels, also at 100 dots an inch; what is asked for smaller has six and a half."
+    nb = nbformat.read(path, as_version=4)
+    code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
+
+    def setting(name, otherwise):
+        found = re.findall(rf'rcParams\["{name}"\] = ([\d.]+)', code)
+        return float(found[0]) if found else otherwise
+
+    point = setting("figure.dpi", 100) / 72  # in pixels
+    asked = re.findall(r"(?:fontsize|labelsize)=([\d.]+)", code)
+    small = [points for points in asked if float(points) * point < 6.5]
+
+    assert small == [], "letters that cannot be read"
+    if "plt.subplots(" in code:
+        assert (round(setting("font.size", 10) * point) == 11) == (path.stem not in LARGER)
+
+
 def test_next_and_previous_agree():
     "The lesson that one leads to leads back to it."
     around = {}
