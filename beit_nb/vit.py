@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WEIGHT_INITS', 'Embeddings', 'Encoder', 'trunc_normal_one_std_', 'xavier_', 'sincos_pos_embed', 'init_vit_weights',
-           'build_blocks', 'VisionTransformer', 'backbone_args']
+           'stack_blocks', 'VisionTransformer', 'backbone_args']
 
 # %% ../nbs/13_vit.ipynb #imports
 from functools import partial
@@ -199,7 +199,7 @@ def init_vit_weights(
         block.mlp.fc2.weight.div_(sqrt(2 * number))
 
 # %% ../nbs/13_vit.ipynb #build-blocks
-def build_blocks(depth: int, drop_path_rate: float, *args, **kwargs) -> nn.ModuleList:
+def stack_blocks(depth: int, drop_path_rate: float, *args, **kwargs) -> nn.ModuleList:
     "Blocks in a row, with rates of DropPath from 0 to `drop_path_rate`; the rest is `Block`'s."
     blocks = nn.ModuleList()
     for i in range(depth):
@@ -250,7 +250,7 @@ class VisionTransformer(Encoder):
         window_size = grid if use_rel_pos_bias else None
         form = dict(init_values=init_values, window_size=window_size, layer_norm_eps=layer_norm_eps)
         shape = embed_dim, num_heads, mlp_ratio, qkv_bias
-        self.blocks = build_blocks(depth, drop_path_rate, *shape, **form)
+        self.blocks = stack_blocks(depth, drop_path_rate, *shape, **form)
         self.init_weights()
 
     def init_weights(self) -> None:
