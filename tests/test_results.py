@@ -119,6 +119,11 @@ def test_the_study_in_the_readme():
     for row in rows:
         assert row["verdict"] == told[row["arm"]]
         assert summary_cells(row)["difference [95 %]"] in readme
+    [labels] = [r for r in kept_studies() if r["study"]["name"] == "labels"]
+    asked = ("20, pre-trained, 4 x", "20, scratch, 16 x")
+    tuned = {r["arm"]: r for r in labels["summary"] if r["measure"] == "fine-tuning"}
+    quoted = " / ".join(summary_cells(tuned[arm])["fine-tuning"] for arm in asked)
+    assert f"| {quoted} % |" in readme
     [heads] = [r for r in kept_studies() if r["study"]["name"] == "heads"]
     rows = [r for r in heads["summary"] if r["arm"].endswith("400, pre-trained")]
     quoted = " / ".join(summary_cells(row)["difference [95 %]"] for row in rows)
