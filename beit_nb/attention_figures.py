@@ -303,7 +303,7 @@ class AttentionPages:
     def finish(self) -> list[str]:
         target = next(iter(self.targets.values())).with_name("distance.png")
         mean = torch.stack(self.distances).mean(0)
-        self.save(draw_distances({"a head": mean}, self.viewer.even), target)
+        self.save(draw_distances({"heads, and their mean": mean}, self.viewer.even), target)
         near, far = mean.min(), mean.max()
         said = [f"{target}: heads look {near:.1f} to {far:.1f} pixels far, block by block"]
         if self.grid:
