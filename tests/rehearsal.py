@@ -153,7 +153,7 @@ class Memory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.ran += 1
-        if self.collect and self.ran % 100 == 0:
+        if self.collect and self.ran % 30 == 0:
             gc.collect()
         out = func(*args, **(kwargs or {}))
         self.note(out)

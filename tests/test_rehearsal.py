@@ -205,10 +205,9 @@ def test_memory_with_checkpointing_is_the_planned(preset):
     training = pretraining(preset, batch_size=64, precision="bf16", grad_checkpointing=True)
     r = replace(training.recipe, tokens="a table")
 
-    peak, flops, _ = measured(training)
+    peak = measured(training).peak
 
     assert sum(training_memory(r, 64).values()) == pytest.approx(peak, rel=0.1)
-    assert 1 < 64 * sum(flops_per_image(r)) / flops < 1.05  # the blocks a second time, too
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -274,6 +273,7 @@ def test_the_script_for_a_gpu_says_where_there_is_none(monkeypatch):
         gpu.main()
 
 
+@pytest.mark.slow
 def test_the_script_for_a_gpu_measures_and_keeps_it(monkeypatch, tmp_path, precision_restored):
     "All of it on a CPU, with tiny networks: its lines are right, its figures mean nothing."
     file = tmp_path / "gpu.json"
