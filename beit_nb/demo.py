@@ -27,12 +27,13 @@ from .engine.files import make_folder, write_json
 from .engine.log import write_metrics
 from .engine.processes import memory_mb
 from .engine.sources import Digits
-from .experiments import finished_metrics, run_study, worker_places
+from .experiments import run_study
 from .finetuning import evaluate_classifier, load_classifier
 from .images import to_float
 from .pretraining import evaluate_mim, pretrain
 from .probing import probe
 from .recipes import recipe_named
+from .running import finished_metrics, worker_places
 from .studies import DIGITS
 from .targets import tokenize_dataset
 from .tokenizer import evaluate_tokenizer, load_tokenizer, train_tokenizer

@@ -156,7 +156,7 @@ def test_a_fine_tuning_that_fails_stops_the_demo_by_name(tmp_path, monkeypatch):
 
     with pytest.raises(BeitError, match="finetune-.* failed: .*/pretrain.*the same command"):
         finetune_stage(plan)  # there is no network to start from
-    monkeypatch.setattr("beit_nb.experiments.run_here", None)  # nothing is left to run
+    monkeypatch.setattr("beit_nb.running.run_here", None)  # nothing is left to run
     kept = run_arms(plan, scratch | {"pretrained": ()}, [0])
 
     assert [len(runs) for runs in kept.values()] == [1, 1]
