@@ -184,7 +184,8 @@ class ScoredMapTransform:
         image, labels = labelled_pair(self.maps, picture, number)
         height, width = labels.shape
         h, w = fitted_size(height, width, self.scale or (height, width), self.min_side)
-        check_scored(self.maps.path(number), (h, w))
+        name = self.maps.path(number) or f"number {number}"
+        check_scored(name, (h, w))
         if (h, w) != (height, width):
             image = resize_pair(image, labels, (h, w))[0]
         return LabelledBatch(image, labels, number)

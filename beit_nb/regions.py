@@ -9,7 +9,7 @@ __all__ = ['patch_cover', 'mask_iou', 'top_patches', 'fitting_patches', 'Subject
 
 # %% ../nbs/66_regions.ipynb #imports
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -187,7 +187,7 @@ def draw_distances(networks: dict[str, Tensor], even: float) -> Figure:
     looks = [("blue", "o", "-"), ("orange", "s", "--"), ("green", "^", "-."), ("purple", "D", ":")]
     for k, ((name, distances), (color, mark, line)) in enumerate(zip(networks.items(), looks)):
         depth, heads = distances.shape
-        look = dict(color=PALETTE[color], ms=5)
+        look: Any = dict(color=PALETTE[color], ms=5)
         at = [i + 0.14 * (k - (len(networks) - 1) / 2) for i in range(depth)]  # side by side
         every = [x for x in at for _ in range(heads)]
         ax.plot(every, distances.flatten().tolist(), mark, mfc="none", **look)
