@@ -32,7 +32,7 @@ COLORS = (24, 32, 48, 64, 96, 128, 192, 256)  # sizes of palette for saved pictu
 NOISE = 12  # of 255: colors nearer than this are noise where there are few
 COLLAPSED = "jp-MarkdownHeadingCollapsed"  # what JupyterLab calls a section out of sight
 KEPT = ["jupyter", COLLAPSED]  # of a cell's metadata; settings.ini says so to nbdev_clean
-END = {  # the last two cells of a page that holds explorers, by their ids
+END = {  # the last two cells of a lesson, by their ids
     "end": "### The end",
     "end-words": "Run All Cells of JupyterLab goes to the last cell. This one is folded away, so "
     "the page goes to where reading begins.",
@@ -178,7 +178,7 @@ def fold(nb, name: str):
             c.metadata.pop(key, None)
         if machine:
             c.metadata["jupyter"] = {"source_hidden": True}
-    return end_out_of_sight(nb) if name.startswith("explorers") else nb
+    return nb if name in ("glossary.ipynb", "index.ipynb") else end_out_of_sight(nb)
 
 
 UNSAFE = re.compile(r"<svg|<style|\bstyle=")  # what JupyterLab takes out of pages of others

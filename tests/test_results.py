@@ -119,6 +119,10 @@ def test_the_study_in_the_readme():
     for row in rows:
         assert row["verdict"] == told[row["arm"]]
         assert summary_cells(row)["difference [95 %]"] in readme
+    [table5] = [r for r in kept_studies() if r["study"]["name"] == "table5"]
+    both = next(r for r in table5["summary"] if r["arm"] == "+ LayerScale + relative bias")
+    assert both["verdict"] == "contradicted"
+    assert f"| {summary_cells(both)['difference [95 %]']} (the paper: +0.4) |" in readme
     [labels] = [r for r in kept_studies() if r["study"]["name"] == "labels"]
     asked = ("20, pre-trained, 4 x", "20, scratch, 16 x")
     tuned = {r["arm"]: r for r in labels["summary"] if r["measure"] == "fine-tuning"}
