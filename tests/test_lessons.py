@@ -449,6 +449,8 @@ def test_links_say_the_right_number():
 
 
 PLOTTED = [path for path in NBS if path.name not in lessons.PAGES]
+
+
 @pytest.mark.parametrize("path", PLOTTED, ids=lambda p: p.stem)
 def test_letters_of_figures_have_one_size(path):
     "Eleven pixels, also at 100 dots an inch; what is asked for smaller has six and a half."
