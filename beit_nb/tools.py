@@ -93,13 +93,14 @@ class Tokenize:
     # pixels of the tokenizer's view; none: as it was trained (DALL-E: 112)
     token_size: Size | None = None
     batch_size: Count = 64  # pictures at once
-    workers: Workers = 0  # loader processes
+    workers: Workers | None = None  # loader processes; none: one for each core
     per_part: Count = 4096  # pictures a file
     max_damaged: Share = 0.01  # largest share of unreadable pictures; with more of them it stops
 
     def run(self) -> None:
         from beit_nb.data import open_data
         from beit_nb.engine.log import warn_unfinished
+        from beit_nb.engine.packing import own_cores
         from beit_nb.engine.processes import join_processes, rank
         from beit_nb.engine.token_files import tokenize_files
         from beit_nb.tokenizer import load_tokenizer
@@ -115,7 +116,7 @@ class Tokenize:
                 self.img_size,
                 self.token_size,
                 self.batch_size,
-                self.workers,
+                own_cores() if self.workers is None else self.workers,
                 self.per_part,
                 self.max_damaged,
             )
@@ -188,7 +189,9 @@ class Bench:
     """
 
     # which; none: all
-    names: Positional[tuple[Literal["step", "small", "loader", "masks", "tokenizer"], ...]] = ()
+    names: Positional[
+        tuple[Literal["step", "small", "loader", "masks", "shard", "tokenizer"], ...]
+    ] = ()
     threads: Size | None = None  # torch threads; none: as they are
     out: Place = "runs/bench"  # bench.json goes there
 

@@ -122,4 +122,6 @@ def test_the_quick_form_runs_everything(name, tmp_path, capsys):
         ours = result["rows"]["ours, fp32"]
         assert list(ours["stages"]) == ["tokenizer", "forward", "backward", "optimizer"]
         assert ours["memory_mb"] > 0 and 0 < ours["share_of_peak"] < 1
+        parts = ["tokenizer", "products", "attention", "rest", "between", "optimizer"]
+        assert list(ours["shares"]) == parts and sum(ours["shares"].values()) == pytest.approx(1)
         assert result["work_per_image"] == pytest.approx(160.1e9, 1e-3)

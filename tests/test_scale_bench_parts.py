@@ -1,6 +1,7 @@
 "The benchmarks of the parts. No time is asserted: the machine is not ours alone."
 
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -75,7 +76,7 @@ def test_jpegs_have_the_size_that_is_asked_for(tmp_path):
 
 
 def test_every_turn_of_the_loader_is_a_new_epoch(monkeypatch):
-    keys = []
+    keys, decoded = [], []
 
     class Samples:
         def __init__(self, pictures, transform, seed, pixels):
@@ -85,16 +86,52 @@ def test_every_turn_of_the_loader_is_a_new_epoch(monkeypatch):
             keys.append((self.place, key))
 
     monkeypatch.setattr(b, "write_jpegs", lambda folder: ["a.jpg", "b.jpg"])
-    monkeypatch.setattr(b, "ImageFolder", lambda folder: None)
+    monkeypatch.setattr(b, "ImageFolder", lambda folder: Namespace(pixels=decoded.append))
     monkeypatch.setattr(b, "OfficialViews", lambda: lambda file: None)
     monkeypatch.setattr(b, "PretrainTransform", lambda recipe: recipe.jitter_on)
     monkeypatch.setattr(b, "TransformedDataset", Samples)
 
     rows = b.bench_loader(1, quick=True)["rows"]
 
-    assert list(rows) == ["official", "ours", "ours, jitter on the device"]
+    ways = ["ours", "ours, jitter on the device"]
+    assert list(rows) == ["official", "decoding alone", *ways] and decoded == [0, 1, 0, 1]
+    floor = rows["decoding alone"]["seconds"]
+    assert all(rows[name]["share_of_peak"] == floor / rows[name]["seconds"] for name in ways)
     for place in ("loader", "device"):
         assert [key for p, key in keys if p == place] == [0, 1, 2, 3]
+
+
+def test_a_shard_is_the_same_however_many_look(tmp_path):
+    "And both sides of the benchmark pack every picture that they are divided by."
+    b.write_jpegs(tmp_path, size=(64, 48))
+    pictures = b.ImageFolder(tmp_path)
+    for threads in (1, 3):
+        b.shard_part(tmp_path / f"{threads}.tar", pictures, [4, 0, 7], threads=threads)
+
+    rows = b.bench_shard(1, quick=True)["rows"]
+
+    assert (tmp_path / "1.tar").read_bytes() == (tmp_path / "3.tar").read_bytes()
+    assert list(rows) == ["one thread", "ours, a thread a core", "decoding alone"]
+    assert all(row["per_second"] > 0 for row in rows.values())
+
+
+def test_what_the_seconds_go_to(monkeypatch):
+    "Work over peak is the floor; Winograd's products are products."
+    spent = {"products": 2.0, "attention": 1.0, "rest": 1.0, "between": 0.0}
+    monkeypatch.setattr(b, "operator_seconds", lambda run: dict(spent))
+    row, only = dict(seconds=4.0), dict(seconds=4.0)
+    cpu = torch.device("cpu")
+
+    def multiply():
+        return torch.ones(8, 9) @ torch.ones(9, 10)
+
+    b.add_roofline(row, multiply, 720.0, cpu)
+    b.add_roofline(only, multiply, 720.0, cpu, only_products=True)
+
+    assert row["floor"] == 2 and row["share_of_peak"] == 0.5
+    assert row["shares"] == {"products": 0.5, "attention": 0.25, "rest": 0.25, "between": 0.0}
+    assert only["shares"] == {"products": 0.75, "rest": 0.25, "between": 0.0}
+    assert row["at_peak"] == only["at_peak"] == 2 / 3
 
 
 # --- the tokenizer

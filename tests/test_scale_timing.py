@@ -93,6 +93,37 @@ def test_the_peak_is_the_work_over_the_best_time(monkeypatch):
     assert timing.machine_peaks(width=10) == dict(fp32=4000.0, bf16=4000.0)
 
 
+def test_operators_are_sorted_by_what_they_do():
+    "A product, an attention and a norm of one call, and Python that sleeps between them."
+    a, heads = torch.randn(200, 200), torch.randn(4, 200, 32)
+
+    def run():
+        torch.nn.functional.layer_norm(a @ a, (200,))
+        (heads @ heads.mT).softmax(2)
+        time.sleep(0.05)
+
+    run()
+    seconds = timing.operator_seconds(run)
+
+    assert list(seconds) == ["products", "attention", "rest", "between"]
+    assert all(x > 0 for x in seconds.values()) and seconds["between"] > 0.04
+    names = "mm", "bmm", "_log_softmax", "convolution_backward"
+    kinds = [timing.operator_kind(name) for name in names]
+    assert kinds == ["products", "attention", "rest", "products"]
+
+
+def test_a_row_tells_what_is_missing_to_its_floor():
+    shares = timing.as_shares({"tokenizer": 1.0, "products": 2.0, "rest": 1.0})
+
+    told = timing.roofline(8.0, 6.0, shares, of_products=3.0)
+
+    assert told["shares"] == {"tokenizer": 0.25, "products": 0.5, "rest": 0.25}
+    assert told["floor"] == 6 and told["share_of_peak"] == 0.75 and told["at_peak"] == 3 / 4
+    assert "at_peak" not in timing.roofline(8.0, 6.0, {"decoding": 1.0})
+    said = timing.shares_text(told)
+    assert said == "  tokenizer 25%, products 50%, rest 25%; products at 75% of the peak"
+
+
 def test_a_floor_adds_up_the_parts():
     assert timing.roofline_seconds([6.0, 8.0], [3.0, 2.0]) == 6
     with pytest.raises(ValueError):

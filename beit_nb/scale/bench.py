@@ -13,7 +13,13 @@ import torch
 
 from .. import BeitError, say
 from ..engine.files import atomic_write, make_folder
-from .bench_parts import bench_loader, bench_masks, bench_small, bench_tokenizer
+from beit_nb.scale.bench_parts import (
+    bench_loader,
+    bench_masks,
+    bench_shard,
+    bench_small,
+    bench_tokenizer,
+)
 from .bench_step import bench_step
 from .timing import machine, results_table
 
@@ -23,6 +29,7 @@ BENCHES = dict(
     small=bench_small,
     loader=bench_loader,
     masks=bench_masks,
+    shard=bench_shard,
     tokenizer=bench_tokenizer,
 )
 

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'OfficialStep', 'OurStep', 'HuggingFaceStep', 'masks_on_device', 'note', 'run_step', 'one_picture', 'warm_up',
-           'peak_memory', 'step_memory', 'flops_of_step', 'floor_seconds', 'build_steps', 'stage_seconds', 'bench_step']
+           'peak_memory', 'step_memory', 'flops_of_step', 'floor_seconds', 'step_shares', 'build_steps',
+           'stage_seconds', 'bench_step']
 
 # %% ../../nbs/77_scale_bench_step.ipynb #imports
 import copy
@@ -234,6 +235,29 @@ def floor_seconds(s: OfficialStep, flops: tuple[int, int], peaks: dict[str, floa
     of_model = "fp32" if s.mode == "fp32" else "bf16"
     return len(s.mask) * timing.roofline_seconds(flops, [peaks[of_tokenizer], peaks[of_model]])
 
+
+def step_shares(s: OfficialStep, stages: dict[str, float]) -> dict[str, float]:
+    """What the seconds of the `stages` of a step go to, as shares.
+
+    To the tokenizer; in the model to products, attention, the rest and what is between operators;
+    and to the optimizer.
+    """
+    s.set_precision()
+    mask, masked_index = masks_on_device(s)
+    targets = s.targets(mask, masked_index)
+
+    def there_and_back() -> None:
+        with s.autocast():
+            loss = s.loss(mask, masked_index, targets)
+        loss.backward()
+
+    kinds = timing.as_shares(timing.operator_seconds(there_and_back))
+    s.model.zero_grad(set_to_none=True)
+    seconds = stages["forward"] + stages["backward"]
+    model = {name: seconds * share for name, share in kinds.items()}
+    ends = {name: stages[name] for name in ("tokenizer", "optimizer")}
+    return timing.as_shares({"tokenizer": ends["tokenizer"], **model, **ends})
+
 # %% ../../nbs/77_scale_bench_step.ipynb #build-steps
 def build_steps(shape: dict, batch: int, device: torch.device, clock) -> dict[str, OfficialStep]:
     "All competitors that are installed, warmed up: one model each, in the modes that it runs in."
@@ -293,7 +317,11 @@ def bench_step(threads: int, quick: bool = False, turns: int = 3) -> dict:
         share = repeats * floor / rows[key]["seconds"]
         rows[key] |= dict(work=flops, floor=floor, share_of_peak=share)
         if not gpu:
-            rows[key]["stages"] = stage_seconds(step)
+            stages = stage_seconds(step)
+            shares = step_shares(step, stages)
+            of_model = floor_seconds(step, (0, flops[1]), peaks)
+            rows[key] |= timing.roofline(rows[key]["seconds"], floor, shares, of_model)
+            rows[key]["stages"] = stages
         if not quick or key == "ours, fp32":
             name, mode = key.split(", ")
             rows[key]["memory_mb"] = step_memory(name, mode, batch, shape)
