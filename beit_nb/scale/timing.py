@@ -120,7 +120,8 @@ class OperatorClock(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seconds = dict.fromkeys(("products", "attention", "rest"), 0.0)
+        kinds: tuple[str, ...] = ("products", "attention", "rest")
+        self.seconds = dict.fromkeys(kinds, 0.0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         start = time.perf_counter()
