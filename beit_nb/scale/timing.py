@@ -120,8 +120,7 @@ class OperatorClock(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        kinds: tuple[str, ...] = ("products", "attention", "rest")
-        self.seconds = dict.fromkeys(kinds, 0.0)
+        self.seconds: dict[str, float] = {"products": 0.0, "attention": 0.0, "rest": 0.0}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         start = time.perf_counter()
