@@ -124,9 +124,9 @@ def test_a_set_that_chooses_and_is_reported_is_read_once(folder, tmp_path, monke
     save_checkpoint(tmp_path / "pre.pt", state)
     opened = []
 
-    def noted(data, split, labels):
+    def noted(data, split, labels, channels):
         opened.append(split)
-        return open_data(data, split, labels=labels)
+        return open_data(data, split, labels, channels)
 
     monkeypatch.setattr(probing, "open_data", noted)
     options = dict(data=str(folder), init=str(tmp_path / "pre.pt"), labels_per_class=4)
@@ -147,7 +147,7 @@ def test_networks_without_sound_features(folder, tmp_path, capsys):
     save_official(broken, tmp_path / "nan.pth")
     common = dict(data=str(folder), labels_per_class=4, draws=1, out=f"{tmp_path}/out")
 
-    with pytest.raises(BeitError, match="two.pth reads 2 channels"):
+    with pytest.raises(BeitError, match="left out: .*; a network of 2 channels is asked for"):
         probe(ProbeRecipe(init=f"{tmp_path}/two.pth", **common))
     with pytest.raises(FloatingPointError, match="features .pretrained. are not finite"):
         probe(ProbeRecipe(init=f"{tmp_path}/nan.pth", **common))
