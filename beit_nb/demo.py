@@ -185,11 +185,12 @@ def finetune_stage(plan: DemoPlan) -> dict:
     best = best_rates(plan)
     seeds = range(plan.seed, plan.seed + plan.draws)
     ended = run_arms(plan, {arm: (lr,) for arm, lr in best.items()}, seeds)
-    peak = max(figures["peak_rss_mb"] for runs in ended.values() for figures in runs)
+    peaks = [figures["peak_rss_mb"] for runs in ended.values() for figures in runs]
+    at_once = min(len(worker_places()), len(peaks))
     result = {
         "labels_per_class": digits_recipe("finetune").labels_per_class,
         "steps": plan.finetune_steps,
-        "peak_mb": memory_mb("VmRSS") + len(worker_places()) * peak,
+        "peak_mb": memory_mb("VmRSS") + at_once * max(peaks),
     }
     for arm, (label, _) in ARMS.items():
         lr, steps = best[arm], arm_fields(plan)[arm]["steps"]
