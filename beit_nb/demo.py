@@ -113,8 +113,10 @@ def demo_study(plan: DemoPlan, rates: Mapping[str, Sequence[float]]) -> Study:
     """
     warmup = warmup_steps(digits_recipe("finetune"), plan.finetune_steps)
     usual = DIGITS | {"split": "val", "warmup_steps": warmup}
+    # what the others are compared with
+    base = next((f"scratch_equal_steps, lr {lr:g}" for lr in rates["scratch_equal_steps"]), "")
     arms = [
-        Arm(f"{arm}, lr {lr:g}", {"finetune": {**arm_fields(plan)[arm], "lr": lr}})
+        Arm(f"{arm}, lr {lr:g}", {"finetune": {**arm_fields(plan)[arm], "lr": lr}}, base=base)
         for arm in reversed(ARMS)
         for lr in rates[arm]
     ]

@@ -110,6 +110,8 @@ def test_arms_differ_in_nothing_else():
     twice = dict(steps=2 * plan.finetune_steps, eval_every=2 * scratch.eval_every)
     assert replace(scratch, **twice) == longer
     assert len({run.out for run in arms.values()}) == 3
+    study = demo_study(plan, plan.lrs)
+    assert {arm.base for arm in study.arms} == {"scratch_equal_steps, lr 0.0007"}
 
 
 def test_the_page_grows_while_the_stages_run(tmp_path, monkeypatch):

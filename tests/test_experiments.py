@@ -6,24 +6,13 @@ import signal
 from dataclasses import replace
 
 import pytest
-from helpers_studies import TINY, Pretender
+from helpers_studies import TINY, pretending
 
 from beit_nb import BeitError, experiments, running
 from beit_nb.arms import Arm, plan_run, study_graph
 from beit_nb.engine.files import read_json
 from beit_nb.experiments import run_study, summarize
 from beit_nb.running import RunProcess
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(running.time, "sleep", lambda seconds: None)
-
-
-def pretending(monkeypatch, **options):
-    boss = Pretender(**options)
-    monkeypatch.setattr(running, "RunProcess", boss)
-    return boss
 
 
 def without_seconds(record):

@@ -8,24 +8,13 @@ from pathlib import Path
 from threading import Event
 
 import pytest
-from helpers_studies import TINY, Pretender, pretend
+from helpers_studies import TINY, pretend, pretending
 
 from beit_nb import running
 from beit_nb.arms import plan_run, study_graph, with_inputs
 from beit_nb.running import RunProcess, finished_metrics, run_graph, worker_places
 
 CPU = {"OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(running.time, "sleep", lambda seconds: None)
-
-
-def pretending(monkeypatch, **options):
-    boss = Pretender(**options)
-    monkeypatch.setattr(running, "RunProcess", boss)
-    return boss
 
 
 def test_several_at_once_each_after_what_it_reads(tmp_path, monkeypatch):
