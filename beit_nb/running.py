@@ -7,6 +7,7 @@ __all__ = ['WORKER', 'finished_metrics', 'Outcome', 'RunProcess', 'worker_places
 
 # %% ../nbs/83_running.ipynb #imports
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,6 +75,9 @@ class RunProcess:
         if self.process.poll() is None:
             return None
         seconds = time.monotonic() - self.began
+        if self.process.returncode < 0:
+            killer = signal.Signals(-self.process.returncode).name
+            return Outcome("failed", f"its process was killed by {killer}", seconds)
         if self.process.returncode == 0 and finished_metrics(self.run, self.runs) is not None:
             return Outcome("finished", "", seconds)
         lines = [line.strip() for line in self.said.read_text(errors="replace").splitlines()]
