@@ -45,8 +45,10 @@ def band_edges(steps: np.ndarray, values: np.ndarray) -> Column:
     "The lower and the upper edge (n,) of curves (runs, n) over the steps (n,) of a log."
     mean = values.mean(0)
     spread = values.var(0, ddof=1)
-    windows = [spread[max(0, i - 2) : i + 3] for i in range(len(steps))]
-    around = np.sqrt([window.mean() for window in windows])
+    around = np.empty(len(steps))
+    for i in range(len(steps)):
+        window = spread[max(0, i - 2) : i + 3]
+        around[i] = np.sqrt(window.mean())
     least = 0.01 * np.abs(mean)
     half = 4 * np.maximum(around, least)
     return mean - half, mean + half
@@ -82,10 +84,11 @@ def write_band(file: str | Path, runs: list[Path], made_with: str) -> Band:
     curves = {}
     for key in CURVES:
         its = [log.get(key, NOT_LOGGED) for log in logs]
-        common = sorted(set.intersection(*(set(steps.tolist()) for steps, _ in its)))
+        logged = [set(steps.tolist()) for steps, _ in its]
+        common = sorted(set.intersection(*logged))
         if common:
-            rows = [np.interp(common, steps, values) for steps, values in its]
-            curves[key] = common, [_rounded(row) for row in rows]
+            rows = [_rounded(np.interp(common, *column)) for column in its]
+            curves[key] = common, rows
     if "loss" not in curves:
         raise BeitError(f"the logs of {runs[0]} and the others have no line in common")
     seeds = [config["seed"] for config in configs]
@@ -105,6 +108,14 @@ def recipe_fields(config: dict) -> dict[str, Any]:
     return fields | {"data": data, "from weights": bool(config.get("init"))}
 
 # %% ../nbs/91_bands.ipynb #band-files
+def _is_sound(band: Band) -> bool:
+    "Has every curve a row for each seed, and the recipe the fields that are asked of it?"
+    for steps, values in band.curves.values():
+        if values.shape != (len(band.seeds), len(steps)):
+            return False
+    return {"command", "lr", "from weights"} <= band.config.keys()
+
+
 def read_band(file: str | Path) -> Band:
     "A band that `write_band` wrote. Raises BeitError where the file is none."
     said = read_json(file)
@@ -113,9 +124,7 @@ def read_band(file: str | Path) -> Band:
         for key, (steps, values) in said["curves"].items():
             curves[key] = np.array(steps, float), np.array(values, float)
         band = Band(Path(file).stem, said["made_with"], said["config"], said["seeds"], curves)
-        runs = len(band.seeds)
-        sound = all(values.shape == (runs, len(steps)) for steps, values in curves.values())
-        if not sound or not {"command", "lr", "from weights"} <= band.config.keys():
+        if not _is_sound(band):
             raise ValueError("its curves do not fit")
         return band
     except (KeyError, TypeError, ValueError) as e:
@@ -148,9 +157,11 @@ def other_fields(config: dict, band: Band) -> list[str]:
     mine = recipe_fields(config)
     theirs = recipe_fields(band.config)
     common = mine.keys() & theirs.keys()
-    names = sorted(common - length - {"from weights"})
-    differ = [name for name in names if mine[name] != theirs[name]]
-    return [f"{name} {mine[name]!r}, there {theirs[name]!r}" for name in differ]
+    differ = []
+    for name in sorted(common - length - {"from weights"}):
+        if mine[name] != theirs[name]:
+            differ.append(f"{name} {mine[name]!r}, there {theirs[name]!r}")
+    return differ
 
 # %% ../nbs/91_bands.ipynb #check-band
 def rate_ratio(course: RunCourse, band: Band) -> float:
@@ -174,8 +185,8 @@ def comparable(course: RunCourse, band: Band, key: str) -> np.ndarray:
     there = band.curves[key][0]
     inside = (steps >= there[0]) & (steps <= there[-1])
     known = np.isfinite(values) & inside
-    same_recipe = abs(rate_ratio(course, band) - 1) <= 0.25
-    if "lr" in band.curves and "lr" in course.columns and same_recipe:
+    same_rate = abs(rate_ratio(course, band) - 1) <= 0.25
+    if same_rate and "lr" in band.curves and "lr" in course.columns:
         rates = np.interp(steps, *course.columns["lr"])
         band_steps, band_rates = band.curves["lr"]
         theirs = np.interp(steps, band_steps, band_rates.mean(0))
@@ -187,7 +198,9 @@ def compare_curve(course: RunCourse, band: Band, key: str) -> Finding:
     "One curve beside its band, at the steps that both have."
     steps, values = course.columns[key]
     there, runs = band.curves[key]
-    low, high = (np.interp(steps, there, edge) for edge in band_edges(there, runs))
+    lower, upper = band_edges(there, runs)
+    low = np.interp(steps, there, lower)
+    high = np.interp(steps, there, upper)
     known = np.flatnonzero(comparable(course, band, key))
     name = f"band of {key}"
     if len(known) < 4:
@@ -242,9 +255,10 @@ def is_base(course: RunCourse) -> bool:
     "Is it a base network on DALL-E's tokens? Of an official log only the parameters are known."
     config = course.config
     if "n_parameters" in config:
-        return BASE_PARAMETERS[0] < config["n_parameters"] < BASE_PARAMETERS[1]
-    shape = (config.get("embed_dim"), config.get("depth"), config.get("vocab_size"))
-    return shape == (768, 12, 8192) and config.get("data") == "imagenet"
+        least, most = BASE_PARAMETERS
+        return least < config["n_parameters"] < most
+    shape = [config.get(name) for name in ("embed_dim", "depth", "vocab_size")]
+    return shape == [768, 12, 8192] and config.get("data") == "imagenet"
 
 
 def check_anchors(course: RunCourse) -> list[Finding]:
@@ -256,13 +270,15 @@ def check_anchors(course: RunCourse) -> list[Finding]:
     if course.command != "pretrain" or not is_base(course) or not logged:
         return []
     ended = len(rates) > 0 and rates[-1] < 0.1 * rates.max()
-    reached = [anchor for anchor in ANCHORS if anchor.epoch <= epochs[-1] * 1.02]
-    past = [anchor for anchor in reached if anchor.ended <= ended]
-    if not past:
+    now = epochs[-1]
+    anchor = None
+    for point in ANCHORS:
+        if point.epoch <= now * 1.02 and point.ended <= ended:
+            anchor = point
+    if anchor is None:
         return [Finding("published", "unknown", f"the first figure is of epoch {ANCHORS[0].epoch}")]
-    anchor = past[-1]
     loss = float(losses[-1])
-    said = f"loss {loss:.2f} in epoch {epochs[-1]:.0f}; "
+    said = f"loss {loss:.2f} in epoch {now:.0f}; "
     said += f"{anchor.loss} and {anchor.mlm_acc:.1%} right in {anchor.source}"
     if loss > anchor.loss + 0.15:
         return [Finding("published", "look", said, blame(course, "outside-the-band"))]
@@ -282,6 +298,6 @@ def recipe_like(config: dict) -> tuple[str, float] | None:
         theirs = as_config(config["command"], recipe)
         same_shape = all(theirs.get(field) == config.get(field) for field in shape)
         if same_shape and "lr" in theirs:
-            other = [field for field, value in theirs.items() if config.get(field, value) != value]
-            like.append((len(other), name, theirs["lr"]))
+            other = sum(config.get(field, value) != value for field, value in theirs.items())
+            like.append((other, name, theirs["lr"]))
     return min(like)[1:] if like else None
