@@ -282,6 +282,39 @@ def test_the_body_is_timms(tmp_path):
         torch.testing.assert_close(x, stream, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore")
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["paper", "bias per block, LayerScale"])
+@KINDS
+def test_timms_body_at_another_size_is_ours_with_resized_positions(tmp_path, form, kind):
+    "timm's weights of 32 pixels read 48: bit for bit our network with the same weights, resized."
+    from timm.models.beit import Beit
+
+    timm_form = dict(use_abs_pos_emb=form == "paper") | FORMS[form]
+    theirs = shaken(Beit(num_classes=5, **SIZE, **timm_form))
+    torch.save(theirs.state_dict(), tmp_path / "timm.pth")
+    wide = SIZE | dict(img_size=48)
+
+    model = BeitForSemanticSegmentation.from_pretrained(
+        tmp_path / "timm.pth", num_classes=7, decode_head=kind, img_size=48, num_heads=4
+    )
+
+    ours = BeitForSemanticSegmentation(7, kind, **wide, **FORMS[form]).eval()
+    state = dict(model.state_dict())  # its fresh heads; all else comes from timm's tensors
+    body = {name: x for name, x in theirs.state_dict().items() if name in state}
+    for name, x in body.items():
+        if name == "pos_embed":
+            x = resize_pos_embed(x, (8, 8), (12, 12))
+        if name.endswith("relative_position_bias_table"):
+            x = resize_rel_pos_bias(x, (8, 8), (12, 12))
+        state[name] = x
+    around = {name.split(".")[0] for name in state.keys() - body.keys()}
+    assert around <= {"decode_head", "auxiliary_head", "fpn1", "fpn2"}
+    ours.load_state_dict(state)
+    x = pictures(48)
+    assert torch.equal(model(x), ours(x)) and model(x).shape == (2, 7, 48, 48)
+
+
 # Windows.
 
 
