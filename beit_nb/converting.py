@@ -280,18 +280,30 @@ def how_to_read(weights: Weights, out: Path, to: str) -> list[str]:
 
 # %% ../nbs/57_converting.ipynb #convert
 def convert(
-    source: str | Path, out: str | Path, to: str, overwrite: bool = False, ema: bool = False
+    source: str | Path,
+    out: str | Path,
+    to: str,
+    overwrite: bool = False,
+    ema: bool = False,
+    license_name: str | None = None,
 ) -> list[str]:
     """A trained network in another format; returns what to tell about it, in lines.
 
     `source`: whatever `load_weights` or `load_tokenizer` reads. `to`: one of FORMS, a tokenizer
-    only "safetensors". `ema`: the running mean of the weights, which lies beside them. Raises
-    BeitError for what cannot be read, what that format cannot hold, and an `out` that is there
-    already, unless `overwrite`.
+    only "safetensors". `ema`: the running mean of the weights, which lies beside them.
+    `license_name`: for the model card of "hf", as the hub spells it. Raises BeitError for what
+    cannot be read, what that format cannot hold, and an `out` that is there already, unless
+    `overwrite`.
     """
     source, out = Path(source), Path(out)
     check_place(source, out, to, overwrite)
+    if license_name and to != "hf":
+        raise BeitError(
+            f"--license goes into the model card, which --to {to} has not; leave it out"
+        )
     found = read_source(source, ema)
+    if license_name:
+        found = found._replace(about={**found.about, "license": license_name})
     if found.weights and found.weights.around:  # a segmentation: lesson 68
         return import_module("beit_nb.segmenter_files").convert_segmenter(found, source, out, to)
     if found.weights is None and ema:

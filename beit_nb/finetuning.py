@@ -74,12 +74,19 @@ BODY_FIELDS = (  # fields that must be the checkpoint's, besides depth (`check_b
 def load_init(r: FinetuneRecipe) -> Weights | None:
     """The weights that a recipe starts from, in anybody's spelling; None from scratch.
 
-    Raises BeitError where they are of another shape. Says so where they saw other colors.
+    Raises BeitError where they are of another shape. Says so where they saw other colors or another
+    number of bands.
     """
     if not r.init:
         return None
     weights = weights_for(r, BODY_FIELDS)
-    in_colors = {r.in_chans, weights.args["in_chans"]} <= {1, 3}
+    channels = weights.args["in_chans"]
+    in_colors = {r.in_chans, channels} <= {1, 3}
+    if rank() == 0 and r.in_chans != channels and not in_colors:
+        warn(
+            f"the weights in {r.init} read {channels} channels, and this recipe {r.in_chans}: its "
+            f"channel i begins with their kernels of channel i mod {channels}"
+        )
     same = in_colors and np.allclose(weights.mean_std, mean_std_for(r.mean_std, r.in_chans))
     if rank() == 0 and in_colors and not same:
         warn(

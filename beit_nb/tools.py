@@ -67,11 +67,13 @@ class Convert:
     to: Literal["official", "timm", "hf", "safetensors"]  # a tokenizer: safetensors
     overwrite: bool = False  # replace what is there
     ema: bool = False  # the running mean of the weights, which a training with --ema keeps
+    license: str | None = None  # of hf, for its model card, as the hub spells it: apache-2.0, mit
 
     def run(self) -> None:
         from beit_nb.converting import convert
 
-        say(*convert(self.source, self.out, self.to, self.overwrite, self.ema))
+        told = convert(self.source, self.out, self.to, self.overwrite, self.ema, self.license)
+        say(*told)
 
 # %% ../nbs/98_tools.ipynb #tokenize
 @dataclass

@@ -218,6 +218,15 @@ def test_a_card_tells_the_run(runs, tmp_path):
     assert "transformers.BeitForImageClassification.from_pretrained" in said
 
 
+def test_a_license_stands_in_the_card_and_nowhere_else(runs, tmp_path):
+    beit("convert", runs / "fine", tmp_path / "hub", "--to", "hf", "--license", "apache-2.0")
+    words = ("convert", runs / "fine", tmp_path / "net.pth", "--to", "timm", "--license", "mit")
+    refused(*words, says="--license goes into the model card, which --to timm has not")
+
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "\nlicense: apache-2.0\n" in card and not (tmp_path / "net.pth").exists()
+
+
 def test_a_tokenizer_of_ours_becomes_plain_numbers(runs, tmp_path):
     plain = tmp_path / "tok.safetensors"
     beit("convert", runs / "tok", plain, "--to", "safetensors")

@@ -82,6 +82,33 @@ def test_words_that_compare_still_hold():
     assert "by about as much as another seed" in cell("06_tokens", "usage-table-meaning").source
 
 
+# where else the demo's figures are told: lesson, cell of words, figures
+OF_THE_DEMO = [
+    ("50_finetuning", "real-meaning", ".890 .332"),
+    ("52_probing", "real-words", "0.686"),
+    ("58_own_pictures", "caption-pretrain", ".385 .284"),
+]
+
+
+def test_the_demo_is_quoted_as_it_ended():
+    "In other lessons, and in the README, by the figures of lesson 96."
+    ended = "".join(o.get("text", "") for o in cell("96_demo", "real-figures").outputs)
+    readme = (NBS.parent / "README.md").read_text()
+    rows = [line for line in readme.splitlines() if line.endswith("| `beit demo` |")]
+    told = re.findall(r"(?<!± )(?<![\d.])\.\d{3}", " ".join(row.split("|")[2] for row in rows))
+    assert len(told) == 8 and not_printed(with_zeros(told), ended) == []
+
+    for lesson, words, figures in OF_THE_DEMO:
+        said = cell(lesson, words).source
+        assert all(figure in said for figure in figures.split()), lesson
+        assert not_printed(with_zeros(figures.split()), ended) == [], lesson
+
+
+def with_zeros(figures: list[str]) -> str:
+    "Figures with the zero before the point that lessons print."
+    return " ".join(f"0{figure}".replace("00.", "0.") for figure in figures)
+
+
 def test_a_figure_out_of_step_is_found():
     assert not_printed("38.6 25.9 1600", "1,600 steps: right 38.6%, constant 25.94%") == []
     assert not_printed("38.6 25.9", "right 38.7%, constant 25.85%") == ["38.6"]

@@ -387,6 +387,22 @@ def test_bands_are_seen_as_init_saw_them_if_it_says_so(bands, tmp_path):
     assert np.allclose(seen["bare.pth"][0], bands.mean((0, 2, 3)), atol=1e-5)
 
 
+@pytest.mark.parametrize(("had", "wanted"), [(5, 3), (5, 1), (3, 5), (4, 5)])
+def test_weights_of_another_number_of_bands_begin_with_a_line(had, wanted, tmp_path, capfd):
+    size = dict(img_size=16, patch_size=4, embed_dim=32, depth=2, num_heads=2)
+    start = BeitForImageClassification(4, in_chans=had, **size)
+    save_official(start, tmp_path / "bands.pth")
+    plain = dict(init=str(tmp_path / "bands.pth"), in_chans=wanted, augment="none")
+    recipe = recipe_named("finetune", "nano", **plain, **size)
+
+    model = build_from_checkpoint(recipe, 4)
+
+    kernels = [x.patch_embed.proj.weight for x in (start, model)]
+    kept = [kernels[0].sum(1)] if wanted == 1 else [kernels[0][:, 0] * had / wanted]
+    assert torch.allclose(kernels[1][:, 0], kept[0])
+    assert f"bands.pth read {had} channels, and this recipe {wanted}" in capfd.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_folder_of_five_bands_from_training_to_answers(bands, tmp_path):
     "From weights that have seen three colors; the classes differ in a band that no eye sees."
