@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['timm_transform', 'FinetuneTransform', 'FinetuneLoss', 'usual_crop', 'ScoredView', 'scored_view', 'ScoredTransform',
-           'Answers', 'answers_in', 'ask_share', 'ask_classifier']
+           'Answers', 'answers_in', 'ask_share', 'ask_classifier', 'ask_aloud']
 
 # %% ../nbs/40_labelled_views.ipynb #imports
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from .configs import FinetuneRecipe
 from .device import pick_precision
 from .engine.augment import TwoViews, middle_box
 from .engine.loading import LabelledBatch, TransformedDataset, sequential_batches
+from .engine.log import Progress
 from .engine.processes import gather_over_ranks, rank, world_size
 from .engine.training import all_or_none
 from beit_nb.images import (
@@ -281,3 +283,20 @@ def ask_classifier(model: nn.Module, samples: TransformedDataset, *how, **more) 
     columns = [torch.cat(column) for column in zip(*shares)]
     order = columns[0].argsort()
     return Answers(*(column[order] for column in columns))
+
+# %% ../nbs/40_labelled_views.ipynb #ask-aloud
+def ask_aloud(model: nn.Module, samples: TransformedDataset, *how, quiet: bool) -> Answers:
+    "`ask_classifier`, with a bar or lines on how far it is; rank 0 speaks of its share."
+    share = -(-len(samples) // world_size())
+    bar = Progress(0, share, "evaluate", quiet=quiet or rank() > 0)
+    began = time.monotonic()
+
+    def told(done: int) -> None:
+        seconds = time.monotonic() - began
+        speed = {"images_per_s": done * world_size() / seconds}
+        bar.show(done, speed | {"seconds_left": seconds * (share / done - 1)})
+
+    try:
+        return ask_classifier(model, samples, *how, told=told)
+    finally:
+        bar.close()

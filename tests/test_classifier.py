@@ -1,4 +1,4 @@
-"""The classifier: pooled by hand, its quiet start, and timm's logits."""
+"""The classifier: pooled by hand, its quiet start, timm's logits, and whose class is whose."""
 
 import math
 
@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from timm.models.beit import Beit
 
-from beit_nb.classifier import BeitForImageClassification
+from beit_nb import BeitError
+from beit_nb.classifier import BeitForImageClassification, match_classes, names_known
 
 SIZE = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
 
@@ -51,3 +52,34 @@ def test_timm_says_the_same_with_our_weights(mean):
     x = torch.randn(2, 3, 32, 32)
 
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-5)
+
+
+def test_synsets_are_numbered_as_everybody_does():
+    from timm.data import ImageNetInfo
+
+    for count, name in ((1000, "imagenet-1k"), (21841, "imagenet-22k")):
+        wanted = ImageNetInfo(name).label_names()[5:8]
+        known = names_known(["tench, Tinca tinca"], count, wanted)
+        assert match_classes(known, count, wanted, "net", "data").tolist() == [5, 6, 7]
+    own = names_known(["n00000001"], 1000, ["n01440764"])
+    assert own == ["n00000001"]  # it has names of that kind itself
+
+
+def test_classes_find_their_numbers_by_name_or_in_order():
+    known = ["ant", "bee", "cat"]
+
+    assert match_classes(known, 3, ["cat", "ant"], "net", "data").tolist() == [2, 0]
+    assert match_classes([], 2, ["b", "a"], "net", "data").tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "known, wanted, said",
+    [
+        (["ant", "bee"], ["ant", "dog"], "1 of the 2 classes of data are unknown to net [(]dog[)]"),
+        ([], ["ant", "bee", "cat"], "net tells 2 classes apart, without names, but data has 3"),
+        (["crane", "crane"], ["crane"], "net has several classes called 'crane'"),
+    ],
+)
+def test_classes_that_do_not_match_are_one_line(known, wanted, said):
+    with pytest.raises(BeitError, match=said):
+        match_classes(known, 2, wanted, "net", "data")

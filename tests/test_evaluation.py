@@ -24,8 +24,6 @@ from beit_nb.evaluation import (
     confusions,
     evaluate,
     figures_of,
-    match_classes,
-    names_known,
     read_answers,
     score_folder,
     standard_error,
@@ -248,19 +246,6 @@ def test_fewer_classes_than_the_network_knows(network, pictures, tmp_path):
 
     assert [row["class"] for row in figures["per_class"]] == NAMES[4:6]
     assert figures["classes"] == 7 and figures["pictures"] == 6
-
-
-def test_synsets_are_numbered_as_everybody_does(file):
-    from timm.data import ImageNetInfo
-
-    weights = load_weights(file)
-    for count, name in ((1000, "imagenet-1k"), (21841, "imagenet-22k")):
-        of_words = weights._replace(args={"num_classes": count}, classes=["tench, Tinca tinca"])
-        wanted = ImageNetInfo(name).label_names()[5:8]
-        known = names_known(of_words, wanted)
-        assert match_classes(known, count, wanted, "net", "data").tolist() == [5, 6, 7]
-    own = weights._replace(args={"num_classes": 1000}, classes=["n00000001"])
-    assert names_known(own, ["n01440764"]) == ["n00000001"]  # it has names of that kind itself
 
 
 def test_bad_input_is_one_line(network, file, pictures, tmp_path):
