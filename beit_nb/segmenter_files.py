@@ -22,10 +22,10 @@ from .engine.runs import save_checkpoint
 from .hub import body_config, label_tables, write_parts
 from .images import IMAGENET_MEAN_STD
 from .layouts import AROUND, to_hf_names
+from .mask_views import MapView
 from .resizing import hf_preprocessing
 from .segmentation import BeitForSemanticSegmentation, head_shape, with_heads
 from .segmenters import Segmenter, read_segmenter
-from .segmenting import MapView
 
 # %% ../nbs/68_segmenter_files.ipynb #check-peer
 def check_peer(model: BeitForSemanticSegmentation, to: str) -> None:

@@ -28,6 +28,7 @@ from beit_nb.checkpoints import (
     load_weights,
     weights_of_content,
 )
+from .classifier import match_classes
 from .configs import SegmentRecipe
 from .device import default_device, pick_precision, set_matmul_precision
 from .engine.files import atomic_write, write_json
@@ -36,7 +37,7 @@ from .engine.processes import rank_0_first
 from .engine.runs import check_state, load_checkpoint
 from .engine.safeload import flatten, read_weights_file
 from .engine.trainer import build_model
-from .evaluation import check_out, match_classes
+from .evaluation import check_out
 from beit_nb.images import (
     MEAN_STD,
     normalize,
@@ -48,17 +49,17 @@ from beit_nb.images import (
 from .index_maps import IGNORED
 from .label_maps import open_label_maps
 from .layouts import around_body
-from .mask_views import check_scored, fitted_size, resize_pair
-from .recipes import from_config
-from .segmentation import BeitForSemanticSegmentation
-from beit_nb.segmenting import (
+from beit_nb.mask_views import (
     MapView,
-    build_segmenter,
-    class_scores,
+    check_scored,
+    fitted_size,
     map_view,
     most_likely,
-    score_maps,
+    resize_pair,
 )
+from .recipes import from_config
+from .segmentation import BeitForSemanticSegmentation
+from .segmenting import build_segmenter, class_scores, score_maps
 
 # %% ../nbs/65_segmenters.ipynb #segmenter
 class Segmenter(NamedTuple):
@@ -192,7 +193,7 @@ class NamedPixels(NamedTuple):
         "One line of JSON, for programs."
         return json.dumps({"image": self.path, "shares": self.shares})
 
-
+# %% ../nbs/65_segmenters.ipynb #predictor
 class PixelPredictor:
     "(path, picture) -> NamedPixels, by a `Segmenter`, with the preprocessing of its source."
 
@@ -230,7 +231,7 @@ class PixelPredictor:
         filled = {self.names[i]: counts[i].item() for i in order if counts[i]}
         return NamedPixels(path, labels, filled)
 
-
+# %% ../nbs/65_segmenters.ipynb #write-named
 def write_named(said: NamedPixels, picture: Image.Image, index: Path, colors: Path) -> None:
     "The class numbers as a PNG, and the picture in their colors. BeitError where the disk refuses."
     for file, image in ((index, index_png(said.labels)), (colors, blend(picture, said.labels))):
@@ -283,7 +284,7 @@ def evaluate_segmenter(
 
     return rank_0_first(keep)
 
-
+# %% ../nbs/65_segmenters.ipynb #score-lines
 def map_score_lines(figures: dict) -> list[str]:
     "A score in words, for people."
     worst = sorted(figures["per_class"], key=lambda row: row["IoU"])[:5]

@@ -1,4 +1,4 @@
-"""beit_nb.mask_views away from its lesson: mmsegmentation's rules, and samples from workers."""
+"""beit_nb.mask_views away from its lesson: mmsegmentation's rules, samples from workers, looks."""
 
 import colorsys
 from dataclasses import replace
@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from beit_nb import BeitError
 from beit_nb.configs import SegmentRecipe
@@ -16,6 +17,7 @@ from beit_nb.engine.sources import ImageFolder
 from beit_nb.images import preprocess, to_pil_image
 from beit_nb.index_maps import IGNORED, DigitMaps, FileMaps
 from beit_nb.mask_views import (
+    MapView,
     ScoredMapTransform,
     SegmentTransform,
     brightened,
@@ -23,11 +25,16 @@ from beit_nb.mask_views import (
     fitted_size,
     hue_turned,
     largest_share,
+    mean_shares,
+    most_likely,
     photometric_distortion,
     resize_pair,
+    same_sized,
     saturated,
     square_box,
 )
+from beit_nb.segheads import resize_maps
+from beit_nb.segmentation import BeitForSemanticSegmentation
 
 PLAIN = SegmentRecipe(
     img_size=32, scale=(60, 40), ratio_range=None, cat_max_ratio=1.0, flip=0.0, photometric=False
@@ -302,3 +309,72 @@ def test_an_endless_picture_is_refused_before_it_fills_the_memory(tmp_path):
     words = r"images/a\.png would be looked at with 2,304,000 x 512 pixels, more than 89,478,485"
     with pytest.raises(BeitError, match=words):
         ScoredMapTransform((2048, 512), maps, 512)(maps.pixels(0), 0, np.random.default_rng(0))
+
+
+# How a network looks at pictures.
+
+
+class ByHand(nn.Module):
+    "A network that answers with what it sees; it counts its pictures."
+
+    def __init__(self):
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(()))
+        self.seen = []
+
+    def forward(self, images):
+        self.seen.append(tuple(images.shape))
+        return images
+
+
+@pytest.mark.parametrize("side", [(40, 64), (33, 33), (32, 100)])
+def test_a_picture_of_any_size(side):
+    images = torch.rand(1, 3, *side)
+    net = ByHand()
+    view = MapView(32, (100, 32), ratios=(1.0, 2.0), flip=True)
+
+    shares = view(net, [images, resize_maps(images, (2 * side[0], 2 * side[1]))], side)
+
+    assert shares.shape == (1, 3, *side) and set(net.seen) == {(1, 3, 32, 32)}
+    torch.testing.assert_close(shares.sum(1), torch.ones(1, *side))
+    assert (shares - images.softmax(1)).abs().mean() < 0.03  # enlarged pictures are blurred
+
+
+def test_one_window_that_slides_is_the_whole():
+    images = torch.rand(2, 3, 32, 32)
+    slide = MapView(32, (32, 32))
+    torch.manual_seed(0)
+    body = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
+    model = BeitForSemanticSegmentation(11, "setr_pup", channels=8, **body).eval()
+
+    answers = [v(model, [images], (32, 32)) for v in (slide, slide._replace(inference="whole"))]
+
+    torch.testing.assert_close(*answers)
+
+
+@pytest.mark.parametrize("size", [(37, 21), (12, 50), (1, 7)])
+def test_some_rows_at_a_time_are_all_rows(size, monkeypatch):
+    "A large picture is named in strips; two looks of different sizes."
+    g = torch.Generator().manual_seed(0)
+    every = [torch.randn(2, 5, *side, generator=g) for side in ((9, 8), (16, 11))]
+    whole = mean_shares(every, size, range(size[0]))
+
+    monkeypatch.setattr("beit_nb.mask_views.MOST_PIXELS", 4 * size[1])  # two rows of two pictures
+    for top in range(size[0]):
+        rows = range(top, min(top + 3, size[0]))
+        if len(rows) < size[0]:
+            strip = mean_shares(every, size, rows)
+            torch.testing.assert_close(strip, whole[:, :, top : rows.stop], atol=1e-6, rtol=1e-5)
+
+    assert torch.equal(most_likely(every, size), whole.argmax(1))
+
+
+def test_pictures_of_one_size_go_together():
+    shapes = [(8, 8), (8, 8), (9, 9), (8, 8)]
+    pictures = [([torch.zeros(1, 3, *s)], torch.zeros(1, *s)) for s in shapes]
+
+    batches = list(same_sized(iter(pictures)))
+
+    assert [len(b) for b in batches] == [2, 1, 1]
+    large = [([torch.zeros(1, 3, 2, 2)], torch.zeros(1, 600, 600))] * 3
+    assert [len(b) for b in same_sized(iter(large))] == [1, 1, 1]

@@ -26,9 +26,10 @@ from beit_nb.engine.processes import (
 from beit_nb.engine.runs import load_checkpoint
 from beit_nb.images import MEAN_STD
 from beit_nb.label_maps import open_label_maps
+from beit_nb.mask_views import MapView
 from beit_nb.networks import NETS
 from beit_nb.recipes import recipe_named
-from beit_nb.segheads import resize_maps, segmentation_loss, share_norms
+from beit_nb.segheads import segmentation_loss, share_norms
 from beit_nb.segmentation import (
     BeitForSemanticSegmentation,
     confusion_table,
@@ -36,13 +37,9 @@ from beit_nb.segmentation import (
     segmentation_scores,
 )
 from beit_nb.segmenting import (
-    MapView,
     build_segmenter,
     class_scores,
     confusion_share,
-    mean_shares,
-    most_likely,
-    same_sized,
     score_maps,
     segment,
 )
@@ -131,78 +128,13 @@ def test_shares_of_two_processes_hold_other_pictures(few_digits, monkeypatch):
     how = MapView(32, (32, 32)), MEAN_STD["beit"], "fp32"
     whole = score_maps(model, maps, *how)
     shares = []
-    monkeypatch.setattr("beit_nb.segmenting.world_size", lambda: 2)
+    monkeypatch.setattr("beit_nb.mask_views.world_size", lambda: 2)
     for number in (0, 1):
-        monkeypatch.setattr("beit_nb.segmenting.rank", lambda number=number: number)
+        monkeypatch.setattr("beit_nb.mask_views.rank", lambda number=number: number)
         shares.append(confusion_share(model, maps, *how))
 
     assert torch.equal(sum(share.pictures for share in shares), whole.pictures)
     assert all(0 < share.pictures[:, 1].sum() < FEW * 32 * 32 for share in shares)
-
-
-class ByHand(nn.Module):
-    "A network that answers with what it sees; it counts its pictures."
-
-    def __init__(self):
-        super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(()))
-        self.seen = []
-
-    def forward(self, images):
-        self.seen.append(tuple(images.shape))
-        return images
-
-
-@pytest.mark.parametrize("side", [(40, 64), (33, 33), (32, 100)])
-def test_a_picture_of_any_size(side):
-    images = torch.rand(1, 3, *side)
-    net = ByHand()
-    view = MapView(32, (100, 32), ratios=(1.0, 2.0), flip=True)
-
-    shares = view(net, [images, resize_maps(images, (2 * side[0], 2 * side[1]))], side)
-
-    assert shares.shape == (1, 3, *side) and set(net.seen) == {(1, 3, 32, 32)}
-    torch.testing.assert_close(shares.sum(1), torch.ones(1, *side))
-    assert (shares - images.softmax(1)).abs().mean() < 0.03  # enlarged pictures are blurred
-
-
-def test_one_window_that_slides_is_the_whole():
-    images = torch.rand(2, 3, 32, 32)
-    slide = MapView(32, (32, 32))
-    torch.manual_seed(0)
-    model = build_segmenter(tiny("x"), 11).eval()
-
-    answers = [v(model, [images], (32, 32)) for v in (slide, slide._replace(inference="whole"))]
-
-    torch.testing.assert_close(*answers)
-
-
-@pytest.mark.parametrize("size", [(37, 21), (12, 50), (1, 7)])
-def test_some_rows_at_a_time_are_all_rows(size, monkeypatch):
-    "A large picture is named in strips; two looks of different sizes."
-    g = torch.Generator().manual_seed(0)
-    every = [torch.randn(2, 5, *side, generator=g) for side in ((9, 8), (16, 11))]
-    whole = mean_shares(every, size, range(size[0]))
-
-    monkeypatch.setattr("beit_nb.segmenting.MOST_PIXELS", 4 * size[1])  # two rows of two pictures
-    for top in range(size[0]):
-        rows = range(top, min(top + 3, size[0]))
-        if len(rows) < size[0]:
-            strip = mean_shares(every, size, rows)
-            torch.testing.assert_close(strip, whole[:, :, top : rows.stop], atol=1e-6, rtol=1e-5)
-
-    assert torch.equal(most_likely(every, size), whole.argmax(1))
-
-
-def test_pictures_of_one_size_go_together():
-    shapes = [(8, 8), (8, 8), (9, 9), (8, 8)]
-    pictures = [([torch.zeros(1, 3, *s)], torch.zeros(1, *s)) for s in shapes]
-
-    batches = list(same_sized(iter(pictures)))
-
-    assert [len(b) for b in batches] == [2, 1, 1]
-    large = [([torch.zeros(1, 3, 2, 2)], torch.zeros(1, 600, 600))] * 3
-    assert [len(b) for b in same_sized(iter(large))] == [1, 1, 1]
 
 
 # The schedule.
