@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_SIZE', 'MOST_PATCHES', 'SIDE', 'GAP', 'figure_size', 'patch_of', 'query_tokens', 'check_block', 'Seen',
-           'AttentionViewer', 'draw_heads', 'sheet_row', 'stack_rows', 'page_names', 'check_no_data', 'AttentionPages']
+           'block_colors', 'AttentionViewer', 'draw_heads', 'sheet_row', 'stack_rows', 'page_names', 'check_no_data',
+           'save_figure', 'AttentionPages']
 
 # %% ../nbs/67_attention_figures.ipynb #imports
 import os
@@ -101,6 +102,14 @@ class Seen(NamedTuple):
     colors: Tensor | None  # (depth, h, w, 3) in [0, 1]: the features of every block
 
 
+@torch.no_grad()
+def block_colors(model: VisionTransformer, x: Tensor) -> Tensor:
+    "The features of every block as colours, (depth, h, w, 3), of one picture (1, C, S, S)."
+    streams = model.forward_intermediates(x)
+    blocks = [feature_pca(stream[:, 1:]).colors[0] for stream in streams]
+    return torch.stack(blocks).unflatten(1, model.patch_embed.patch_shape)
+
+# %% ../nbs/67_attention_figures.ipynb #attention-viewer
 class AttentionViewer:
     """A picture to its `Seen`, by anybody's BEiT.
 
@@ -149,7 +158,7 @@ class AttentionViewer:
                 "take others"
             )
         maps = dict(zip(self.tokens, rows.unbind(1)))
-        colors = self.colors(x) if self.features else None
+        colors = block_colors(self.model, x) if self.features else None
         return Seen(picture, maps, torch.stack([far for _, far in seen]), colors)
 
     @property
@@ -164,12 +173,6 @@ class AttentionViewer:
         h, w = self.grid
         asked = f"asked by {' '.join(self.tokens)} of {h} x {w} patches"
         return f"{block.attn.num_heads} heads of block {self.block}, {asked}"
-
-    def colors(self, x: Tensor) -> Tensor:
-        "Features of every block as colours, (depth, h, w, 3), of a picture (1, C, S, S)."
-        streams = self.model.forward_intermediates(x)
-        blocks = [feature_pca(stream[:, 1:]).colors[0] for stream in streams]
-        return torch.stack(blocks).unflatten(1, self.grid)
 
 # %% ../nbs/67_attention_figures.ipynb #draw-heads
 def draw_heads(views: Seen, mass: float = 0.6, size: float = 1.4) -> Figure:
@@ -253,6 +256,15 @@ def check_no_data(out: str, data: str) -> None:
             "for data; choose a folder outside of it"
         )
 
+
+def save_figure(fig: Figure, path: Path) -> None:
+    "A figure as a file, whole or not at all, and off the screen. BeitError where the disk refuses."
+    import matplotlib.pyplot as plt
+
+    with atomic_write(path) as f:
+        fig.savefig(f)
+    plt.close(fig)
+
 # %% ../nbs/67_attention_figures.ipynb #pages
 class AttentionPages:
     """The files of `beit attention`: a page a picture, distance.png, and a sheet if wanted.
@@ -279,31 +291,24 @@ class AttentionPages:
         self.rows: list[Image.Image] = []
         self.distances: list[Tensor] = []
 
-    def save(self, fig: Figure, path: Path) -> None:
-        import matplotlib.pyplot as plt
-
-        with atomic_write(path) as f:
-            fig.savefig(f)
-        plt.close(fig)
-
     def add(self, path: str, image: Image.Image) -> list[str]:
         views = self.viewer(image)
         self.distances.append(views.distances)
         if self.grid:
             self.rows += [sheet_row(views, query, self.mass) for query in views.maps]
         target = self.targets[path]
-        self.save(draw_heads(views, self.mass), target)
+        save_figure(draw_heads(views, self.mass), target)
         said = [f"{target}: {self.viewer.line()}"]
         if views.colors is not None:
             features = target.with_stem(f"{target.stem}-features")
-            self.save(draw_features(views.picture, views.colors), features)
+            save_figure(draw_features(views.picture, views.colors), features)
             said.append(f"{features}: the features of every block as colours")
         return said
 
     def finish(self) -> list[str]:
         target = next(iter(self.targets.values())).with_name("distance.png")
         mean = torch.stack(self.distances).mean(0)
-        self.save(draw_distances({"heads, and their mean": mean}, self.viewer.even), target)
+        save_figure(draw_distances({"heads, and their mean": mean}, self.viewer.even), target)
         near, far = mean.min(), mean.max()
         said = [f"{target}: heads look {near:.1f} to {far:.1f} pixels far, block by block"]
         if self.grid:
