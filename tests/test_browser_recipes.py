@@ -84,7 +84,7 @@ def test_acts_are_ticked_and_the_line_of_code_makes_the_same(view):
 
 def test_a_wrong_warm_up_is_said_beside_it(view):
     view.field("recipe").select_option("finetune base-in1k-384")
-    until(lambda: view.readout("warm-up"), "1 epochs")
+    until(lambda: view.readout("warm-up"), "1 epoch")
 
     view.slider("warm-up").press("End")
 
