@@ -83,9 +83,11 @@ def load_init(r: FinetuneRecipe) -> Weights | None:
     channels = weights.args["in_chans"]
     in_colors = {r.in_chans, channels} <= {1, 3}
     if rank() == 0 and r.in_chans != channels and not in_colors:
+        how = f"channel i begins with their kernels of channel i mod {channels}"
+        if r.in_chans == 1:
+            how = "its one channel begins with the sum of their kernels"
         warn(
-            f"the weights in {r.init} read {channels} channels, and this recipe {r.in_chans}: its "
-            f"channel i begins with their kernels of channel i mod {channels}"
+            f"the weights in {r.init} read {channels} channels, and this recipe {r.in_chans}: {how}"
         )
     same = in_colors and np.allclose(weights.mean_std, mean_std_for(r.mean_std, r.in_chans))
     if rank() == 0 and in_colors and not same:
