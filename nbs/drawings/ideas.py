@@ -130,7 +130,7 @@ def dalle() -> Drawing:
         d.rectangle(x, middle - 64, 45, 128, LINE)
         d.lines(x + 22, 232, f"{channels}\n112²", 11.5)
 
-    head = "Width of a box: channels. Height: pixels a side. "
+    head = "Width of a blue box: channels. Height: pixels a side. "
     d.text(390, 32, head + "A 112-pixel view gives one id to each of BEiT's 14 × 14 patches.", 12)
     picture(24, 3)
     d.arrow(70, middle, 90, middle)
@@ -139,7 +139,7 @@ def dalle() -> Drawing:
     d.arrow(276, middle, 308, middle)
     ids = {(r, c): str((r * 37 + c * 61) % 90) for r in range(4) for c in range(4)}
     d.cells(314, 118, 4, 4, 16, {}, ids)
-    d.lines(346, 206, "14 × 14 ids\nof 8,192", 11.5)
+    d.lines(346, 206, "14 × 14 ids of 8,192\n(4 × 4 are drawn)", 11.5)
     convolutions = "1 × 1 convolution to 8,192\nlogits, argmax; back by\n1 × 1 to 128 channels"
     d.lines(346, 66, convolutions, 11.5, LINE)
     d.arrow(384, middle, 416, middle)
