@@ -63,7 +63,8 @@ class RunCourse:
     @property
     def reached(self) -> float:
         "The last step, or epoch, that the log tells of."
-        return max((steps[-1] for steps, _ in self.columns.values()), default=0)
+        last = [steps[-1] for steps, _ in self.columns.values()]
+        return max(last, default=0)
 
     @property
     def share(self) -> float:
@@ -86,8 +87,9 @@ class Finding(NamedTuple):
 def lr_ratio(course: RunCourse) -> float:
     "The peak learning rate so far over that of the recipe it is most like; 1: nobody knows."
     rates = course.values("lr")
-    known = course.recipe_lr and len(rates)
-    return float(round(rates.max() / course.recipe_lr, 2)) if known else 1.0
+    if not course.recipe_lr or not len(rates):
+        return 1.0
+    return float(round(rates.max() / course.recipe_lr, 2))
 
 
 TOO_HIGH = 3  # times the recipe's learning rate: people sweep up to that, not above
@@ -157,11 +159,14 @@ def check_masks(course: RunCourse) -> list[Finding]:
         return [Finding("masks", "look", said, "masks-differ")]
     return [Finding("masks", "fine", said)]
 
-
+# %% ../nbs/85_health.ipynb #check-alphabet
 def grade_perplexity(perplexity: float, vocab_size: int) -> Grade:
     "Of an alphabet in use. The limits are ours: 2 % of it deserve a look, half a percent is dead."
-    few = "look" if perplexity < max(3, 0.02 * vocab_size) else "fine"
-    return "broken" if perplexity < max(1.5, 0.005 * vocab_size) else few
+    if perplexity < max(1.5, 0.005 * vocab_size):
+        return "broken"
+    if perplexity < max(3, 0.02 * vocab_size):
+        return "look"
+    return "fine"
 
 
 def check_alphabet(course: RunCourse) -> list[Finding]:
@@ -179,8 +184,10 @@ def check_alphabet(course: RunCourse) -> list[Finding]:
     for key in ("token_entropy", "constant_acc") if now else ():
         there = course.late(key) or 0.0
         its = now[key]
-        chance = now[f"{key}_spread"] * math.sqrt(1 / now["batches"] + 1 / batches)
-        if abs(there - its) > 5 * chance + 0.02 * its:
+        spread = now[f"{key}_spread"]
+        chance = spread * math.sqrt(1 / now["batches"] + 1 / batches)
+        allowed = 5 * chance + 0.02 * its
+        if abs(there - its) > allowed:
             said += f"; {key} {there:.3f} in training, {its:.3f} by the tokenizer itself"
             return [Finding("tokens", "broken", said, "token-view")]
     said += ", as its tokenizer itself says" if now else "; its tokenizer was not asked"
@@ -257,10 +264,11 @@ def check_gradient(course: RunCourse) -> list[Finding]:
     if not len(norms):
         return [Finding("gradient", "unknown", "the log does not tell its norm")]
     middle = float(np.median(norms))
-    said = f"norm {middle:.3g} in the middle, {norms.max():.3g} at most"
+    largest = norms.max()
+    said = f"norm {middle:.3g} in the middle, {largest:.3g} at most"
     if middle == 0:
         return [Finding("gradient", "broken", said, "frozen-weights")]
-    if norms.max() > 10 * middle and len(norms) >= 8:
+    if largest > 10 * middle and len(norms) >= 8:
         return [Finding("gradient", "look", said, "unstable")]
     scales = course.values("loss_scale")
     if len(scales) and scales[-1] < 16:
@@ -289,6 +297,6 @@ def check_features(course: RunCourse) -> list[Finding]:
     first = scores[0]
     said = f"k-NN {first:.1%} at first, {scores[-1]:.1%} now"
     enough = len(scores) >= 3 and course.share > 0.5
-    if enough and max(scores[1:]) < first + 0.02:
+    if enough and scores[1:].max() < first + 0.02:
         return [Finding("features", "look", said, "features-stand-still")]
     return [Finding("features", "fine", said)]

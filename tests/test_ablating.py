@@ -8,9 +8,10 @@ from helpers_processes import run_python
 from helpers_studies import Pretender
 
 from beit_nb import running
-from beit_nb.ablating import depth, run_flops, study_figure, summary_lines, table_lines
+from beit_nb.ablating import depth, study_figure, summary_lines, table_lines
 from beit_nb.arms import study_graph
 from beit_nb.recipes import recipe_named
+from beit_nb.scale.hours import run_flops
 from beit_nb.scale.plan import plan_training
 from beit_nb.studies import STUDIES, study_named
 
@@ -61,7 +62,7 @@ def test_flops_are_those_of_beit_plan():
 
     run = next(iter(study_graph(study, [0]).values()))
 
-    assert run_flops(run, "runs") == pytest.approx(plan.samples * sum(plan.flops))
+    assert run_flops(run.recipe("runs")) == plan.samples * sum(plan.flops)
 
 
 def test_it_answers(tmp_path, boss):

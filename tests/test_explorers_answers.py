@@ -15,6 +15,9 @@ from beit_nb.explorers.answers import (
     percent,
     score_html,
     swatch_pictures,
+    tell_score,
+    top_tokens,
+    verdict_boxes,
 )
 from beit_nb.explorers.pad import Box
 from beit_nb.explorers.predictor import Guess
@@ -44,6 +47,28 @@ def test_score_of_nothing(guess):
     nothing = Guess(guess.mask & False, guess.truth, guess.probs)
 
     assert "Nothing is hidden" in score_html(nothing, guess.truth)
+
+
+def test_the_short_score_counts_the_rival_on_hidden_cells_only(guess):
+    assert "<b>2</b> of 4 hidden tokens" in tell_score(guess, guess.truth)
+    assert tell_score(guess, guess.truth).endswith("would get 4")  # of six cells that are equal
+
+
+def test_every_hidden_cell_has_its_verdict(guess):
+    boxes = verdict_boxes(guess)
+
+    framed = np.zeros(guess.mask.shape, bool)
+    for box in boxes:
+        framed[box.top, box.left] = True
+        right = bool(guess.right[box.top, box.left])
+        assert (box.color, box.line) == (RIGHT if right else WRONG)
+    assert (framed == guess.mask.numpy()).all() and len(boxes) == guess.mask.sum() == 4
+
+
+def test_best_tokens_are_named_with_their_odds():
+    odds = torch.tensor([0.004, 0.7, 0.296])
+
+    assert top_tokens(odds) == "1 (70%), 2 (30%), 0 (under 1%)"
 
 
 def places(html):

@@ -16,9 +16,6 @@ from beit_nb.explorers.workbench import (
     bench_legend,
     read_picture_whole,
     tell_patch,
-    tell_score,
-    top_tokens,
-    verdict_boxes,
 )
 from beit_nb.images import PALETTE
 from beit_nb.masking import blockwise_mask
@@ -56,37 +53,12 @@ def test_reading_is_what_both_networks_say(predictor, mask, reading):
     assert torch.isclose(reading.looks[10].flatten()[20], taken)
 
 
-def test_best_tokens_are_named_with_their_odds():
-    odds = torch.tensor([0.004, 0.7, 0.296])
-
-    assert top_tokens(odds) == "1 (70%), 2 (30%), 0 (under 1%)"
-
-
 def test_a_hidden_and_a_shown_patch_in_words(reading, mask):
     hidden, shown = (int(np.flatnonzero(m)[0]) for m in (mask, ~mask))
 
     assert "<b>hidden</b>" in tell_patch(reading, hidden)
     assert "nobody asked for" in tell_patch(reading, shown)
     assert f"word <b>{shown + 1}</b> of 64" in tell_patch(reading, shown)
-
-
-def test_every_hidden_cell_has_its_verdict(reading, mask):
-    boxes = verdict_boxes(reading.guess)
-
-    framed = np.zeros_like(mask)
-    for box in boxes:
-        framed[box.top, box.left] = True
-        right = bool(reading.guess.right[box.top, box.left])
-        assert (box.line, box.color) == (
-            ("solid", PALETTE["green"]) if right else ("dotted", PALETTE["red"])
-        )
-    assert (framed == mask).all() and len(boxes) == mask.sum()
-
-
-def test_score_counts_the_rival_on_hidden_cells_only(reading):
-    perfect = tell_score(reading.guess, reading.guess.truth)
-
-    assert perfect.endswith(f"would get {int(reading.guess.mask.sum())}")
 
 
 def test_one_patch_is_framed_in_all_stations():

@@ -141,16 +141,27 @@ def value_words(name: str, course: Course, percent: float) -> str:
 
 def _time_ticks(name: str, courses: Courses) -> list[tuple[float, str]]:
     "The ends of the run and of the warm-ups, the most important first."
+    ends: list[tuple[float, str]] = [(100, "100"), (0, "0")]
+    if name != "learning rate":
+        return ends
     warmups = dict.fromkeys(course.warmup for course in courses.values() if course.warmup)
-    named = [(w, f"{w:.2g}: peak") for w in warmups]
-    return [*(named if name == "learning rate" else []), (100, "100"), (0, "0")]
+    peaks = [(w, f"{w:.2g}: peak") for w in warmups]
+    return peaks + ends
+
+
+def _decade_ticks(low: int) -> list[tuple[float, str]]:
+    "At the exponents from 0 down to `low`, three at most: the powers of ten."
+    step = math.ceil(-low / 3)
+    return [(exponent, f"{10.0**exponent:g}") for exponent in range(0, low, -step)]
 
 
 def _depth_ticks(name: str, ends: set[float]) -> list[tuple[float, str]]:
     "The first and the last blocks or layers."
     if name == "drop path":
-        return [(1, "1"), *((end, f"{end:g}") for end in ends)]
-    return [(0, "0: patches"), *((end, f"{end:g}: head") for end in sorted(ends, reverse=True))]
+        blocks = [(end, f"{end:g}") for end in ends]
+        return [(1, "1"), *blocks]
+    heads = [(end, f"{end:g}: head") for end in sorted(ends, reverse=True)]
+    return [(0, "0: patches"), *heads]
 
 # %% ../../nbs/explorers_courses.ipynb #one-panel
 def _axes(name: str, courses: Courses, lines: dict[str, tuple]) -> dict:
@@ -158,14 +169,25 @@ def _axes(name: str, courses: Courses, lines: dict[str, tuple]) -> dict:
     ends = {float(x.max()) for x, *_ in lines.values()}
     over_time = PANELS[name].xlabel == TIME
     xticks = _time_ticks(name, courses) if over_time else _depth_ticks(name, ends)
-    top = max(y.max() for _, y, *_ in lines.values()) or 1
+    heights = np.concatenate([y for _, y, *_ in lines.values()])
+    top = heights.max() or 1
     ylim = (0, 1.05 * top)
     yticks = [(0, "0"), (top, f"{top:.2g}")]
     if name == "learning rate by layer":
-        low = min(-1, math.floor(min(y.min() for _, y, *_ in lines.values())))
+        low = min(-1, math.floor(heights.min()))
         ylim = (low, 0.05)
-        yticks = [(e, f"{10.0**e:g}") for e in range(0, low, -math.ceil(-low / 3))]
+        yticks = _decade_ticks(low)
     return dict(xlim=(0, max(ends)), ylim=ylim, ticks=(xticks, yticks))
+
+# %% ../../nbs/explorers_courses.ipynb #panel-svg
+def _moments(shown: Courses, looks: dict[str, tuple[str, str]], percent: float) -> str:
+    "Where each recipe stands: a dot in its color, full for the first of the two, and a moment."
+    moments = []
+    for who, course in shown.items():
+        color, line = looks[who]
+        dot = "●" if line == "solid" else "○"
+        moments.append(f'<tspan fill="{color}">{dot}</tspan> {course.at(percent)}')
+    return " ".join(moments)
 
 
 def _panel(name: str, courses: Courses, percent: float, size: tuple[int, int]) -> str:
@@ -175,12 +197,11 @@ def _panel(name: str, courses: Courses, percent: float, size: tuple[int, int]) -
     lines = {}
     for who, course in shown.items():
         x, y = course.curves[name]
-        lines[who] = (x, np.log10(y) if "by layer" in name else y, *looks[who])
+        if name == "learning rate by layer":
+            y = np.log10(y)
+        lines[who] = (x, y, *looks[who])
     words = {who: value_words(name, course, percent) for who, course in shown.items()}
-    moments = [
-        f'<tspan fill="{looks[who][0]}">{"○●"[who == next(iter(courses))]}</tspan> {c.at(percent)}'
-        for who, c in shown.items()
-    ]
+    spoken = ", ".join(f"{who} {said}" for who, said in words.items())
     first = next(iter(shown.values()))
     with_warmup = name == "learning rate" and first.warmup > 0
     over_time = PANELS[name].xlabel == TIME
@@ -189,13 +210,13 @@ def _panel(name: str, courses: Courses, percent: float, size: tuple[int, int]) -
         size=size,
         xlabel=PANELS[name].xlabel,
         mark=percent if over_time else None,
-        mark_words=" ".join(moments) if name == "learning rate" else "",
+        mark_words=_moments(shown, looks, percent) if name == "learning rate" else "",
         pointer=(first.warmup, LOOKS[0][0]) if with_warmup else None,
-        name=f"{name}: {', '.join(f'{who} {said}' for who, said in words.items())}",
+        name=f"{name}: {spoken}",
         **_axes(name, shown, lines),
     )
-    values = "<br>".join(f"{_dot(looks[who])} {said}" for who, said in words.items())
-    return f'<div><div class="title">{name}</div>{values}{svg}</div>'
+    values = [f"{_dot(looks[who])} {said}" for who, said in words.items()]
+    return f'<div><div class="title">{name}</div>{"<br>".join(values)}{svg}</div>'
 
 # %% ../../nbs/explorers_courses.ipynb #panels
 def legend(courses: Courses, percent: float) -> str:
@@ -208,9 +229,17 @@ def legend(courses: Courses, percent: float) -> str:
     return "".join(lines)
 
 
+def _panels_of(courses: Courses) -> list[str]:
+    "The panels for which one of the recipes has a curve."
+    known = set()
+    for course in courses.values():
+        known |= course.curves.keys()
+    return [name for name in PANELS if name in known]
+
+
 def schedule_panels(courses: Courses, percent: float) -> str:
     "The curves of one or two recipes as charts in HTML, with their values at a moment of the run."
-    names = [name for name in PANELS if any(name in c.curves for c in courses.values())]
+    names = _panels_of(courses)
     many = len(names) > 4
     size = (262, 140) if many else (340, 150)
     panels = "".join(_panel(name, courses, percent, size) for name in names)
@@ -221,7 +250,7 @@ def schedule_panels(courses: Courses, percent: float) -> str:
 @rc_context(figure_style(PAPER))
 def schedule_figure(courses: Courses) -> Image.Image:
     "The curves of one or two recipes as a picture."
-    names = [name for name in PANELS if any(name in c.curves for c in courses.values())]
+    names = _panels_of(courses)
     figure = Figure((8, 3.9), dpi=100, layout="constrained")
     axes = figure.subplots(2, -(-len(names) // 2)).flat
     for ax, name in zip(axes, names):

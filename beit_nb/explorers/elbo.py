@@ -8,7 +8,7 @@ __all__ = ['STAMPS', 'WORLD_PICTURES', 'FLOOR', 'world_joint', 'interpolate_post
 
 # %% ../../nbs/explorers_elbo.ipynb #imports
 from functools import cache
-from typing import Any
+
 
 import torch
 from matplotlib import rc_context
@@ -68,21 +68,32 @@ def set_share(q: Tensor, token: int, share: float) -> Tensor:
     q[q.argmax()] += 1 - q.sum()
     return q
 
-# %% ../../nbs/explorers_elbo.ipynb #belief-figure
+# %% ../../nbs/explorers_elbo.ipynb #thumbnail
 FLOOR = -10.0  # nats; below every ELBO of this world
-_COLORS = {name: PALETTE[name] for name in ("blue", "orange", "red", "purple", "green")}
+_BELIEF = PALETTE["purple"]
+_GOAL = PALETTE["green"]  # the posterior
+_EARNED = PALETTE["blue"]  # the ELBO
+_MISSED = PALETTE["orange"]  # KL(q || posterior)
+_EVIDENCE = PALETTE["red"]  # log p(x)
 
 
 def _thumbnail(ax: Axes, pixels: Tensor, x: float, bottom: float, height: float, width=0.7):
     "A picture of 2 x 2 pixels around x, in a grey frame."
-    frame = (x - width / 2, x + width / 2, bottom, bottom + height)
-    look: dict[str, Any] = dict(cmap="gray", vmin=0, vmax=1, aspect="auto", interpolation="nearest")
-    image = ax.imshow(pixels.view(2, 2).numpy(), extent=frame, **look)
-    border: dict[str, Any] = dict(fill=False, ec=PALETTE["grey"], lw=0.8)
-    ax.add_patch(Rectangle((frame[0], bottom), width, height, **border))
+    left = x - width / 2
+    image = ax.imshow(
+        pixels.view(2, 2).numpy(),
+        extent=(left, x + width / 2, bottom, bottom + height),
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        aspect="auto",
+        interpolation="nearest",
+    )
+    frame = Rectangle((left, bottom), width, height, fill=False, ec=PALETTE["grey"], lw=0.8)
+    ax.add_patch(frame)
     return image
 
-
+# %% ../../nbs/explorers_elbo.ipynb #belief-figure
 class BeliefFigure:
     "(picture, beliefs (16, 3)) -> image: one belief beside the posterior, and what it earns."
 
@@ -90,13 +101,14 @@ class BeliefFigure:
         with rc_context(figure_style(screen)):
             figure = Figure((3.3, 2.9), dpi=100 * screen.density, layout="constrained")
             self.bars_ax, earned = figure.subplots(1, 2, width_ratios=[3, 1.1])
-            moving = [*self._draw_belief(self.bars_ax), *self._draw_earnings(earned)]
+            moving = self._draw_belief(self.bars_ax)
+            moving += self._draw_earnings(earned)
             self.figure = BlittedFigure(figure, moving)
 
     def _draw_belief(self, ax: Axes) -> list:
-        self.bars = ax.bar(range(3), [1.0] * 3, 0.62, color=_COLORS["purple"])
-        look: dict[str, Any] = dict(color=_COLORS["green"], ms=9, mec="white")
-        self.goal = ax.plot(range(3), [1.0] * 3, "D", **look)[0]
+        ones = [1.0] * 3
+        self.bars = ax.bar(range(3), ones, 0.62, color=_BELIEF)
+        [self.goal] = ax.plot(range(3), ones, "D", color=_GOAL, ms=9, mec="white")
         for token, stamp in enumerate(STAMPS):
             _thumbnail(ax, stamp, token, -0.19, 0.14, 0.38)
         ax.axhline(0, color=PALETTE["grey"], lw=0.8)
@@ -108,13 +120,14 @@ class BeliefFigure:
         return [*self.bars, self.goal]
 
     def _draw_earnings(self, ax: Axes) -> list:
-        [self.low] = ax.bar([0], [1], 0.8, bottom=FLOOR, color=_COLORS["blue"])
-        [self.gap] = ax.bar([0], [1], 0.8, bottom=FLOOR, color=_COLORS["orange"])
-        self.line = ax.plot([-0.6, 0.6], [0, 0], color=_COLORS["red"], lw=2.5)[0]
+        [self.low] = ax.bar(0, 1, 0.8, bottom=FLOOR, color=_EARNED)
+        [self.gap] = ax.bar(0, 1, 0.8, bottom=FLOOR, color=_MISSED)
+        [self.line] = ax.plot([-0.6, 0.6], [0, 0], color=_EVIDENCE, lw=2.5)
         self.shown = _thumbnail(ax, WORLD_PICTURES[0], 0, FLOOR - 1.5, 1.1, 0.42)
         ax.spines.bottom.set_visible(False)
-        ax.set(xlim=(-0.65, 0.65), ylim=(FLOOR - 1.75, 0.3), xticks=[0], yticks=[0, -5, -10])
-        ax.set(xticklabels=["in nats"])
+        ax.set(xlim=(-0.65, 0.65), ylim=(FLOOR - 1.75, 0.3))
+        ax.set_xticks([0], ["in nats"])
+        ax.set_yticks([0, -5, -10])
         ax.tick_params(length=0)
         return [self.low, self.gap, self.line, self.shown]
 
@@ -144,24 +157,27 @@ class WorldFigure:
     "(picture, beliefs (16, 3)) -> image: ELBO, gap and log p(x) of all, a frame around one."
 
     def __init__(self, screen: Screen = PAPER):
-        low, gap = (x.numpy() for x in interpolate_posterior(0.0)[1:])
+        _, earned, missed = interpolate_posterior(0.0)
+        low = earned.numpy()
+        gap = missed.numpy()
         place = range(16)
         with rc_context(figure_style(screen)):
             figure = Figure((4.6, 2.9), dpi=100 * screen.density, layout="constrained")
             self.ax = ax = figure.subplots()
-            self.low = ax.bar(place, low - FLOOR, 0.7, bottom=FLOOR, color=_COLORS["blue"])
-            self.gap = ax.bar(place, gap, 0.7, bottom=low, color=_COLORS["orange"])
-            mark: dict[str, Any] = dict(ms=19, mew=2.5, color=_COLORS["red"])
-            line = ax.plot(place, low + gap, "_", **mark)
-            for i in place:
-                _thumbnail(ax, WORLD_PICTURES[i], i, FLOOR - 1.25, 0.85)
-            look: dict[str, Any] = dict(fill=False, ec=screen.ink, lw=2)
-            self.frame = Rectangle((0, FLOOR - 1.5), 0.96, 11.6, **look)
+            self.low = ax.bar(place, low - FLOOR, 0.7, bottom=FLOOR, color=_EARNED)
+            self.gap = ax.bar(place, gap, 0.7, bottom=low, color=_MISSED)
+            evidence = ax.plot(place, low + gap, "_", ms=19, mew=2.5, color=_EVIDENCE)
+            for i, pixels in enumerate(WORLD_PICTURES):
+                _thumbnail(ax, pixels, i, FLOOR - 1.25, 0.85)
+            bottom = FLOOR - 1.5
+            self.frame = Rectangle((0, bottom), 0.96, 11.6, fill=False, ec=screen.ink, lw=2)
             ax.add_patch(self.frame)
             ax.spines.bottom.set_visible(False)
-            ax.set(xlim=(-0.7, 15.7), ylim=(FLOOR - 1.75, 0.3), xticks=[], yticks=[0, -5, -10])
-            ax.set(ylabel="nats")
-            self.figure = BlittedFigure(figure, [*self.low, *self.gap, *line, self.frame])
+            ax.set(xlim=(-0.7, 15.7), ylim=(FLOOR - 1.75, 0.3), ylabel="nats")
+            ax.set_xticks([])
+            ax.set_yticks([0, -5, -10])
+            moving = [*self.low, *self.gap, *evidence, self.frame]
+            self.figure = BlittedFigure(figure, moving)
 
     def __call__(self, picture: int, beliefs: Tensor) -> Image.Image:
         low = elbo(world_joint(), beliefs).tolist()
@@ -179,7 +195,16 @@ class WorldFigure:
 
 # %% ../../nbs/explorers_elbo.ipynb #gap-words
 def _percent(shares: Tensor) -> str:
-    return " / ".join(f"{share:.0%}" for share in shares.tolist()).replace("%", " %")
+    percents = [f"{100 * share:.0f} %" for share in shares.tolist()]
+    return " / ".join(percents)
+
+
+def _dot(color: str) -> str:
+    return f'<span class="dot" style="--color:{color}"></span>'
+
+
+def _colored(text: str, color: str) -> str:
+    return f'<span style="color:{color}">{text}</span>'
 
 
 def gap_words(picture: int, beliefs: Tensor) -> str:
@@ -190,13 +215,13 @@ def gap_words(picture: int, beliefs: Tensor) -> str:
     low = elbo(log_joint, q).item()
     gap = abs(kl_categorical(q, goal).item())  # not -0.000
     price = abs(kl_uniform(q.clamp_min(1e-30).log()).item())
-    dot = {name: f'<span class="dot" style="--color:{c}"></span>' for name, c in _COLORS.items()}
-    sign = {name: f'<span style="color:{_COLORS[name]}">' for name in ("red", "green")}
+    diamond = _colored("◆", _GOAL)
+    line = _colored("<b>━</b>", _EVIDENCE)
     return (
-        f"{dot['purple']} q, your belief: {_percent(q)} &ensp; {sign['green']}◆</span> posterior "
+        f"{_dot(_BELIEF)} q, your belief: {_percent(q)} &ensp; {diamond} posterior "
         f"p(z|x): {_percent(goal)}<br>"
-        f"{dot['blue']} ELBO <b>{low:.3f}</b> + {dot['orange']} KL(q ‖ posterior) "
-        f"<b>{gap:.3f}</b> = {sign['red']}<b>━</b></span> log p(x) <b>{low + gap:.3f}</b> nats<br>"
+        f"{_dot(_EARNED)} ELBO <b>{low:.3f}</b> + {_dot(_MISSED)} KL(q ‖ posterior) "
+        f"<b>{gap:.3f}</b> = {line} log p(x) <b>{low + gap:.3f}</b> nats<br>"
         "Orange is how wrong q is; the blue can never pass the red line.<br>"
         f'<span class="quiet">The same ELBO in two terms: {low + price:.3f} for redrawing the '
         f"picture, E<sub>q</sub>[log p(x|z)], minus {price:.3f} for being specific, "

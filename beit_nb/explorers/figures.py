@@ -34,9 +34,12 @@ def heat_map(
     "A table of numbers as a picture: dark is 0, light is `top`."
     values = np.asarray(values, float)
     rows, cols = values.shape
-    scaled = np.clip(values / (top or values.max() or 1), 0, 1)
-    rgb = (colormaps[colors](scaled)[..., :3] * 255).round().astype(np.uint8)
-    return Image.fromarray(rgb).resize((size, size * rows // cols), Image.Resampling.NEAREST)
+    lightest = top or values.max() or 1
+    shares = np.clip(values / lightest, 0, 1)
+    rgb = colormaps[colors](shares)[..., :3]
+    levels = (rgb * 255).round().astype(np.uint8)
+    picture = Image.fromarray(levels)
+    return picture.resize((size, size * rows // cols), Image.Resampling.NEAREST)
 
 
 COLUMN = 848  # pixels that a lesson is wide: a wider picture is shown smaller, letters too
@@ -49,18 +52,21 @@ def side_by_side(pictures: dict[str, Image.Image], height: int = 196) -> Image.I
     places = []  # name, picture, left, row, right end
     left, row = gap, 0
     for name, picture in pictures.items():
-        size = (max(1, round(picture.width * height / picture.height)), height)
-        width = max(size[0], round(font.getlength(name)))
-        if left > gap and left + width + gap > COLUMN:
+        width = max(1, round(picture.width * height / picture.height))
+        small = picture.convert("RGB").resize((width, height))
+        taken = max(width, round(font.getlength(name))) + gap
+        if left > gap and left + taken > COLUMN:
             left, row = gap, row + 1
-        places.append((name, picture.convert("RGB").resize(size), left, row, left + width + gap))
-        left += width + gap
+        places.append((name, small, left, row, left + taken))
+        left += taken
     step = height + 40
-    page = Image.new("RGB", (max(end for *_, end in places), (row + 1) * step), "white")
+    page_width = max(end for *_, end in places)
+    page = Image.new("RGB", (page_width, (row + 1) * step), "white")
     draw = ImageDraw.Draw(page)
-    for name, picture, left, row, _ in places:
-        draw.text((left, row * step + 8), name, "#444444", font)
-        page.paste(picture, (left, row * step + 28))
+    for name, small, left, row, _ in places:
+        top = row * step
+        draw.text((left, top + 8), name, "#444444", font)
+        page.paste(small, (left, top + 28))
     return page
 
 # %% ../../nbs/explorers_figures.ipynb #mosaic
@@ -74,15 +80,18 @@ def mosaic(tiles: np.ndarray, ncols: int, size: int, gap: int = 2) -> Image.Imag
     rows = np.arange(size) * height // size  # the row of a tile that a pixel shows
     cols = np.arange(size) * width // size
     step = size + gap
+    large = tiles[:, rows][:, :, cols]
     page = np.full((nrows * ncols, step, step, 3), GROUND, np.uint8)
-    page[:n, gap:, gap:] = tiles[:, rows][:, :, cols]
+    page[:n, gap:, gap:] = large
     page = page.reshape(nrows, ncols, step, step, 3).swapaxes(1, 2)
-    return Image.fromarray(page.reshape(nrows * step, ncols * step, 3))
+    pixels = page.reshape(nrows * step, ncols * step, 3)
+    return Image.fromarray(pixels)
 
 
 def as_tiles(images: Tensor) -> np.ndarray:
     "(n, 3, h, w) in [0, 1] to (n, h, w, 3) uint8."
-    pixels = (images.detach().clamp(0, 1) * 255).round().to(torch.uint8)
+    shares = images.detach().clamp(0, 1)
+    pixels = (shares * 255).round().to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).numpy()
 
 # %% ../../nbs/explorers_figures.ipynb #words-html
@@ -106,8 +115,9 @@ def share_bars(rows: list[tuple[str, float, str, str]], width: int = 120) -> str
     "Named bars as HTML, rows of (name, share between 0 and 1, text, colour)."
     lines = []
     for name, share, text, color in rows:
+        filled = min(max(share, 0), 1)
         style = f"height:9px;border-radius:2px;background:{color}"
-        bar = f'<div style="{style};width:{min(max(share, 0), 1):.1%}"></div>'
+        bar = f'<div style="{style};width:{filled:.1%}"></div>'
         lines.append(
             f'<tr><td style="padding:0 8px 0 0">{name}</td>'
             f'<td><div style="width:min({width}px,30cqw)">{bar}</div></td>'  # of its explorer
@@ -116,6 +126,13 @@ def share_bars(rows: list[tuple[str, float, str, str]], width: int = 120) -> str
     return f'<table class="beit-words" style="border-spacing:0">{"".join(lines)}</table>'
 
 # %% ../../nbs/explorers_figures.ipynb #plane
+def _shares(values, limits: tuple[float, float]) -> np.ndarray:
+    "Which shares of the way between two limits numbers are at."
+    low, high = limits
+    span = (high - low) or 1
+    return (np.asarray(values, float) - low) / span
+
+
 class _Plane:
     "From numbers to pixels of a chart, with room for labels at the left and below."
 
@@ -139,29 +156,33 @@ class _Plane:
 
     def x(self, values) -> Any:
         "Pixels from the left of a number, or a list of them for many."
-        low, high = self.xlim
         room = self.width - self.left - self.RIGHT
-        shares = (np.asarray(values, float) - low) / ((high - low) or 1)
-        return np.round(self.left + shares * room, 1).tolist()
+        pixels = self.left + _shares(values, self.xlim) * room
+        return np.round(pixels, 1).tolist()
 
     def y(self, values) -> Any:
         "Pixels from the top of a number, or a list of them for many."
-        low, high = self.ylim
         floor = self.height - self.BOTTOM
-        shares = (np.asarray(values, float) - low) / ((high - low) or 1)
-        return np.round(floor - shares * (floor - self.top), 1).tolist()
+        room = floor - self.top
+        pixels = floor - _shares(values, self.ylim) * room
+        return np.round(pixels, 1).tolist()
+
+    def middle(self, x: float, half: float) -> float:
+        "Where near x words of twice `half` pixels can have their middle and stay on the chart."
+        return min(max(x, half), self.width - half)
 
 # %% ../../nbs/explorers_figures.ipynb #series
 def _svg_line(plane: _Plane, x, y, color: str, line: str = "solid") -> str:
-    places = [*zip(plane.x(x), plane.y(y))]
-    heights = [height for _, height in places]
-    inside = [a == b == c for a, b, c in zip(heights, heights[1:], heights[2:])]  # of a level part
-    points = " ".join(
-        f"{left},{top}" for (left, top), idle in zip(places, [False, *inside, False]) if not idle
-    )
+    tops = plane.y(y)
+    points = []
+    for i, left in enumerate(plane.x(x)):
+        top = tops[i]
+        around = tops[max(0, i - 1) : i + 2]
+        if around != [top, top, top]:  # else it lies inside a level part, and says nothing
+            points.append(f"{left},{top}")
     look = f'fill="none" stroke="{color}" stroke-width="1.8"'
     gaps = ' stroke-dasharray="6 4"' if line == "dashed" else ""
-    return f'<polyline points="{points}" {look}{gaps}/>'
+    return f'<polyline points="{" ".join(points)}" {look}{gaps}/>'
 
 
 def _svg_bars(plane: _Plane, x, y, color: str) -> str:
@@ -169,14 +190,15 @@ def _svg_bars(plane: _Plane, x, y, color: str) -> str:
     floor = plane.y(plane.ylim[0])
     middles = np.asarray(x, float)
     bars = []
-    for left, right, top, b in zip(plane.x(middles - 0.45), plane.x(middles + 0.45), plane.y(y), y):
-        if not b:
+    lefts = plane.x(middles - 0.45)
+    rights = plane.x(middles + 0.45)
+    for left, right, top, value in zip(lefts, rights, plane.y(y), y):
+        if not value:
             continue
         width = max(1, right - left)
-        bars.append(
-            f'<rect x="{left}" y="{top}" width="{width:.1f}" height="{floor - top:.1f}" '
-            f'fill="{color}"/>'
-        )
+        place = f'x="{left}" y="{top}"'
+        size = f'width="{width:.1f}" height="{floor - top:.1f}"'
+        bars.append(f'<rect {place} {size} fill="{color}"/>')
     return "".join(bars)
 
 
@@ -184,18 +206,20 @@ def _svg_pointer(plane: _Plane, x: float, color: str) -> str:
     "A triangle that stands on the axis and points down at x."
     place = plane.x(x)
     floor = plane.y(plane.ylim[0])
-    points = f"{place},{floor} {place - 6},{floor - 12} {place + 6},{floor - 12}"
+    top = floor - 12
+    points = f"{place},{floor} {place - 6},{top} {place + 6},{top}"
     return f'<polygon class="pointer" points="{points}" fill="{color}"/>'
 
-
+# %% ../../nbs/explorers_figures.ipynb #axes
 def _apart(plane: _Plane, ticks: Sequence) -> list[tuple[float, str]]:
     "Where the words of ticks at the x axis stand; without those that would touch an earlier one."
     placed: list[tuple[float, float, str]] = []
     for tick in ticks:
         value, words = tick if isinstance(tick, tuple) else (tick, f"{tick:g}")
         half = 3.4 * len(words)  # of its width in pixels
-        x = min(max(plane.x(value), half), plane.width - half)
-        if all(abs(x - other) > half + wide + 3 for other, wide, _ in placed):
+        x = plane.middle(plane.x(value), half)
+        near = [other for other, wide, _ in placed if abs(x - other) <= half + wide + 3]
+        if not near:
             placed.append((x, half, words))
     return [(round(x, 1), words) for x, _, words in placed]
 
@@ -205,12 +229,15 @@ def _label(tick, unit: str = "") -> tuple[float, str]:
     return tick if isinstance(tick, tuple) else (tick, f"{tick:.3g}{unit}")
 
 
+
 def _svg_axes(plane: _Plane, xlabel: str, xticks, labels: list[tuple[float, str]]) -> str:
     left = plane.left
     floor = plane.height - plane.BOTTOM
+    top = plane.top - 2
+    end = plane.width - 6
     middle = (left + plane.width) / 2
     out = [
-        f'<path class="axis" d="M{left} {plane.top - 2}V{floor}H{plane.width - 6}"/>',
+        f'<path class="axis" d="M{left} {top}V{floor}H{end}"/>',
         f'<text x="{middle}" y="{plane.height - 3}" text-anchor="middle">{xlabel}</text>',
     ]
     for x, words in _apart(plane, xticks):
@@ -224,9 +251,11 @@ def _svg_axes(plane: _Plane, xlabel: str, xticks, labels: list[tuple[float, str]
 def _svg_mark(plane: _Plane, value: float, words: str) -> str:
     "A dashed vertical line with words over it, which may hold coloured <tspan>."
     x = plane.x(value)
-    half = 3.4 * len(re.sub("<[^>]+>", "", words))
-    middle = min(max(x, half), plane.width - half)
-    ends = f'x1="{x}" x2="{x}" y1="{plane.y(plane.ylim[0])}" y2="{plane.top - 2}"'
+    letters = re.sub("<[^>]+>", "", words)
+    middle = plane.middle(x, 3.4 * len(letters))
+    floor = plane.y(plane.ylim[0])
+    top = plane.top - 2
+    ends = f'x1="{x}" x2="{x}" y1="{floor}" y2="{top}"'
     return (
         f'<line class="axis" stroke-dasharray="3 3" {ends}/>'
         f'<text x="{middle:.1f}" y="{plane.top - 6}" text-anchor="middle">{words}</text>'
@@ -249,8 +278,8 @@ def chart(
     name: str = "",  # for screen readers; without one: the series and the x axis
 ) -> str:
     "Lines or bars over two axes as SVG, in the colours of JupyterLab's theme."
-    xs = np.concatenate([np.asarray(x, float) for x, *_ in series.values()])
-    ys = np.concatenate([np.asarray(y, float) for _, y, *_ in series.values()])
+    xs = np.concatenate([x for x, *_ in series.values()], dtype=float)
+    ys = np.concatenate([y for _, y, *_ in series.values()], dtype=float)
     xlim = xlim or (xs.min(), xs.max())
     ylim = ylim or (min(0, ys.min()), ys.max())
     xticks, yticks = ticks or (xlim, ylim)
@@ -328,8 +357,9 @@ class BlittedFigure:
     def data_at(self, ax: Axes, x: float, y: float) -> tuple[float, float]:
         "Numbers of an axes at shares x, y of the picture's width and height, from the top left."
         width, height = self.canvas.get_width_height()
-        place = ax.transData.inverted().transform((x * width, (1 - y) * height))
-        return float(place[0]), float(place[1])
+        pixel = (x * width, (1 - y) * height)
+        a, b = ax.transData.inverted().transform(pixel)
+        return float(a), float(b)
 
     def share_of(self, ax: Axes, a: float, b: float) -> tuple[float, float]:
         "The way back: where the numbers a, b of an axes lie, as shares of width and height."

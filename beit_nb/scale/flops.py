@@ -152,7 +152,8 @@ def dalle_block(side: int, n_in: int, n_out: int, kernels: tuple[int, ...]) -> l
 def dalle_encoder_products(r: TokenizerRecipe) -> list[MatMul]:
     "DALL-E's encoder with its scores (DALL-E, App. A.1)."
     grid = r.img_size // r.downsample
-    widths = [r.width, *(r.width << k for k in range(r.downsample.bit_length()))]
+    groups = r.downsample.bit_length()
+    widths = [r.width, *(r.width << k for k in range(groups))]
     products = [conv_matmul("input", r.img_size, 7, 3, r.width)]
     for k, (before, after) in enumerate(pairwise(widths)):
         for n_in in (before, after):  # two blocks; the first changes the width
@@ -283,7 +284,7 @@ def setr_products(r: SegmentRecipe, classes: int, doublings: int) -> list[MatMul
     last = side << doublings - 1
     return [*products, conv_matmul("classes", last, 1, width, classes)]
 
-
+# %% ../../nbs/70_scale_flops.ipynb #head-products
 def uper_products(r: SegmentRecipe, classes: int) -> list[MatMul]:
     "UPerNet with the pyramid before it."
     D = r.embed_dim
@@ -291,8 +292,9 @@ def uper_products(r: SegmentRecipe, classes: int) -> list[MatMul]:
     side = r.img_size // r.patch_size
     sides = (4 * side, 2 * side, side)
     ups = [
-        MatMul("up", rows**2, D, 4 * D, extra_parameters=beside - 3 * D)
-        for rows, beside in ((side, 6 * D), (2 * side, 4 * D), (side, 4 * D))  # one has a norm
+        MatMul("up", side**2, D, 4 * D, extra_parameters=3 * D),  # a bias, and a norm after it
+        MatMul("up", (2 * side) ** 2, D, 4 * D, extra_parameters=D),
+        MatMul("up", side**2, D, 4 * D, extra_parameters=D),
     ]
     pooled = [normed_conv("pool", s, 1, D, width) for s in (1, 2, 3, 6)]
     coarse = normed_conv("bottleneck", side // 2, 3, D + 4 * width, width)
@@ -310,10 +312,16 @@ def head_products(r: SegmentRecipe, classes: int) -> list[MatMul]:
     if r.head == "linear":
         return [MatMul("classes", side**2, D, classes, extra_parameters=classes + 2 * D)]
     if r.head == "setr_pup":
-        own = setr_products(r, classes, max(r.patch_size.bit_length() - 1, 1))
-        return own + (4 * setr_products(r, classes, 1) if r.auxiliary_weight else [])
-    fcn = [normed_conv("fcn", side, 3, D, 256), conv_matmul("classes", side, 1, 256, classes)]
-    return uper_products(r, classes) + (fcn if r.auxiliary_weight else [])
+        doublings = r.patch_size.bit_length() - 1
+        head = setr_products(r, classes, max(doublings, 1))
+        auxiliary = 4 * setr_products(r, classes, 1)
+    else:
+        head = uper_products(r, classes)
+        auxiliary = [
+            normed_conv("fcn", side, 3, D, 256),
+            conv_matmul("classes", side, 1, 256, classes),
+        ]
+    return head + auxiliary if r.auxiliary_weight else head
 
 # %% ../../nbs/70_scale_flops.ipynb #tokenizer-of
 def tokenizer_of(r: PretrainRecipe) -> TokenizerRecipe:
