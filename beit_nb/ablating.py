@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SLURM_TASK', 'points', 'summary_cells', 'table_lines', 'measured', 'summary_lines', 'study_figure', 'study_parts',
-           'study_page', 'run_flops', 'dry_lines', 'depth', 'write_slurm', 'study_list', 'run_task', 'Ablate']
+           'study_page', 'dry_lines', 'depth', 'write_slurm', 'study_list', 'run_task', 'Ablate']
 
 # %% ../nbs/87_ablating.ipynb #imports
 import shlex
@@ -45,10 +45,14 @@ def summary_cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 def table_lines(rows: Sequence[Mapping[str, str]]) -> list[str]:
     "Rows with the same keys as lines of columns, the keys above."
-    table = [list(rows[0]), *(list(row.values()) for row in rows)]
+    table = [list(rows[0])]
+    table += [list(row.values()) for row in rows]
     widths = [max(map(len, column)) for column in zip(*table)]
-    padded = [[cell.ljust(width) for cell, width in zip(cells, widths)] for cells in table]
-    return ["  ".join(cells).rstrip() for cells in padded]
+    lines = []
+    for cells in table:
+        padded = [cell.ljust(width) for cell, width in zip(cells, widths)]
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 # %% ../nbs/87_ablating.ipynb #summary-lines
 def measured(record: Mapping[str, Any]) -> dict[str, list[dict]]:
@@ -145,30 +149,16 @@ def study_page(record: Mapping[str, Any], out: Path) -> Path:
     return write_page(out / "report.html", question, lead, study_parts(record), foot)
 
 # %% ../nbs/87_ablating.ipynb #dry-lines
-def run_flops(run: StudyRun, runs: str | Path) -> float:
-    "Operations of a run, forward and back, as `beit plan` counts; 0 where it trains no network."
-    from beit_nb.configs import Run
-    from beit_nb.scale.flops import flops_per_image, model_products
-    from beit_nb.scale.hours import dataset_size, num_steps
-
-    recipe = run.recipe(runs)
-    if not isinstance(recipe, Run) or not model_products(recipe):
-        return 0.0
-    pictures, classes = dataset_size(recipe)
-    samples = num_steps(recipe, pictures) * recipe.batch_size
-    return samples * float(sum(flops_per_image(recipe, classes)))
-
-
 def dry_lines(graph: Mapping[str, StudyRun], out: str | Path) -> list[str]:
     "Every run of a study with its number, its price and its line, and the price of all."
-    from beit_nb.scale.hours import HARDWARE, hours_in_words, training_hours
+    from beit_nb.scale.hours import HARDWARE, hours_in_words, run_flops, training_hours
 
     runs = Path(out) / "runs"
-    prices = {name: run_flops(run, runs) for name, run in graph.items()}
-    lines = [
-        f"{number:4} {prices[name]:.1e} FLOP  beit {shlex.join(run_words(run, runs))}"
-        for number, (name, run) in enumerate(graph.items())
-    ]
+    prices = {name: run_flops(run.recipe(runs)) for name, run in graph.items()}
+    lines = []
+    for number, (name, run) in enumerate(graph.items()):
+        words = shlex.join(run_words(run, runs))
+        lines.append(f"{number:4} {prices[name]:.1e} FLOP  beit {words}")
     total = sum(prices.values())
     hours = hours_in_words(training_hours(total, 1, HARDWARE["a100"].half_tflops, 0.4))
     return [*lines, f"{len(graph)} runs, {total:.2g} FLOP: {hours} of one A100 at 40 % of its peak"]
@@ -307,4 +297,5 @@ class Ablate:
             record = run_study(study, out, self.seeds, 0 if self.report else self.jobs)
             if rank() == 0:
                 say("", *summary_lines(record), "", f"report: {study_page(record, out)}")
-        return int(any(run["state"] != "finished" for run in record["runs"].values()))
+        lost = [run for run in record["runs"].values() if run["state"] != "finished"]
+        return 1 if lost else 0

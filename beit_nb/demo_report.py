@@ -69,7 +69,7 @@ def attention_figure(run: str | Path, number: int = 3) -> Figure:
     attention = patch_attention(probs, patch, model.patch_embed.patch_shape)
     return show_attention(image[0], attention[0], patch)
 
-# %% ../nbs/95_demo_report.ipynb #words-section
+# %% ../nbs/95_demo_report.ipynb #headlines
 def headlines(metrics: dict) -> Html:
     "The four figures to remember, as cards."
     finetune = metrics["finetune"]
@@ -96,7 +96,7 @@ def over_seeds(figures: dict, name: str) -> str:
     mean, std = np.mean(values), np.std(values, ddof=1)
     return f" Over {len(values)} seeds: {mean:.3g} ± {std:.2g}."
 
-
+# %% ../nbs/95_demo_report.ipynb #words-section
 def words_section(out: Path, dvae: dict, tokenizer: Tokenizer) -> list[Html]:
     "1. The tokenizer: what its tokens hold, and how it was trained."
     curves = {"mse": "squared error", "perplexity": "tokens in use (perplexity)"}
@@ -188,7 +188,7 @@ def labels_section(finetune: dict) -> list[Html]:
         table_html(rows),
     ]
 
-
+# %% ../nbs/95_demo_report.ipynb #probe-section
 def probe_section(probe: dict) -> list[Html]:
     "4. The linear probe of every block."
     rows = [
@@ -214,7 +214,7 @@ def probe_section(probe: dict) -> list[Html]:
         table_html(rows),
     ]
 
-# %% ../nbs/95_demo_report.ipynb #demo-report
+# %% ../nbs/95_demo_report.ipynb #demo-lead
 def demo_lead(metrics: dict) -> str:
     "The first sentence of the page: what it is, or that more is to come."
     if "seconds" not in metrics:
@@ -234,7 +234,7 @@ def demo_lead(metrics: dict) -> str:
         lead = fill("<b>A rehearsal, too short to learn anything well.</b> {lead}", lead=lead)
     return lead
 
-
+# %% ../nbs/95_demo_report.ipynb #demo-report
 def demo_report(out: str | Path, metrics: dict) -> Path:
     """Write OUT/report.html of a demo: every figure with a sentence for a learner; its path.
 

@@ -69,7 +69,7 @@ MM_NAMES = {  # of OpenMMLab's backbone, and its head beside it -> official; the
     "head.cls_head.": "lm_head.",
 }
 
-
+# %% ../nbs/46_layouts.ipynb #rename
 def rename(name: str, table: Mapping[str, str]) -> str | None:
     "A name by a table with `{}` for the number of a block; None where the table has none."
     match = re.search(r"(?<=\.)\d+(?=\.)", name)

@@ -133,7 +133,7 @@ class PretrainLoss:
         metrics = {"mlm_acc": mim_accuracy(guesses.detach(), true)} | metrics
         return mim_loss(guesses, true), metrics | blind_guess(true, guesses.shape[-1])
 
-# %% ../nbs/44_pretraining.ipynb #evaluate-mim
+# %% ../nbs/44_pretraining.ipynb #exam
 def exam_recipe(r: PretrainRecipe) -> PretrainRecipe:
     "The recipe for examining: patches are always hidden, only these are scored, colors are final."
     masking = "blockwise" if r.masking == "none" else r.masking
@@ -155,7 +155,7 @@ def exam_sums(guesses: Tensor, true: Tensor, constant: Tensor | None) -> dict[st
         rival = {} if constant is None else {"best_constant_top1": (constant == true).sum()}
     return sums | {k: v.item() for k, v in rival.items()}
 
-
+# %% ../nbs/44_pretraining.ipynb #evaluate-mim
 @torch.no_grad()
 def evaluate_mim(
     model: nn.Module,

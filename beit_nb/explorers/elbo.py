@@ -9,7 +9,6 @@ __all__ = ['STAMPS', 'WORLD_PICTURES', 'FLOOR', 'world_joint', 'interpolate_post
 # %% ../../nbs/explorers_elbo.ipynb #imports
 from functools import cache
 
-
 import torch
 from matplotlib import rc_context
 from matplotlib.axes import Axes

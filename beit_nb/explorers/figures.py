@@ -229,7 +229,6 @@ def _label(tick, unit: str = "") -> tuple[float, str]:
     return tick if isinstance(tick, tuple) else (tick, f"{tick:.3g}{unit}")
 
 
-
 def _svg_axes(plane: _Plane, xlabel: str, xticks, labels: list[tuple[float, str]]) -> str:
     left = plane.left
     floor = plane.height - plane.BOTTOM

@@ -71,7 +71,7 @@ def small_models(shape: dict) -> dict[str, nn.Module]:
     models["ours, BEiT+"] = VisionTransformer(**shape, **BEIT_PLUS)
     return models
 
-# %% ../../nbs/78_scale_bench_parts.ipynb #bench-small
+# %% ../../nbs/78_scale_bench_parts.ipynb #forward-backward
 def forward_backward(model: nn.Module, images: Tensor, bf16: bool) -> None:
     "A training pass without an optimizer; gradients are dropped."
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
@@ -98,7 +98,7 @@ def add_roofline(
             spent["products"] += spent.pop("attention")
         row |= roofline(row["seconds"], floor, as_shares(spent))
 
-
+# %% ../../nbs/78_scale_bench_parts.ipynb #bench-small
 def bench_small(threads: int, quick: bool = False, turns: int = 5, batch: int = 64) -> dict:
     "A small model forward and backward, 64 tokens, against timm's, in fp32 and bf16."
     device = default_device()
@@ -139,7 +139,7 @@ def bench_masks(threads: int, quick: bool = False, turns: int = 7) -> dict:
     seconds = time_in_turns(candidates, 1 if quick else turns, clock)
     return dict(rows=compare(seconds, n, "official"), items="masks")
 
-# %% ../../nbs/78_scale_bench_parts.ipynb #bench-loader
+# %% ../../nbs/78_scale_bench_parts.ipynb #write-jpegs
 def write_jpegs(folder: Path, size: tuple[int, int] = (500, 375)) -> list[Path]:
     "scikit-image's photographs as JPEGs of ImageNet's usual size, cropped to (width, height)."
     width, height = size
@@ -165,7 +165,7 @@ def loader_shares(seconds: dict[str, float]) -> dict[str, dict[str, float]]:
         "ours, jitter on the device": as_shares({"decoding": data, "views, mask": views}),
     }
 
-
+# %% ../../nbs/78_scale_bench_parts.ipynb #bench-loader
 def bench_loader(threads: int, quick: bool = False, turns: int = 15) -> dict:
     """Pictures a second on one core, from JPEG to two views and a mask.
 

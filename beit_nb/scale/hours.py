@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HARDWARE', 'folder_size', 'dataset_size', 'num_steps', 'tokens_per_image', 'Gpu', 'check_machine', 'training_hours',
-           'hours_in_words', 'paper_mfu']
+           'hours_in_words', 'run_flops', 'paper_mfu']
 
 # %% ../../nbs/72_scale_hours.ipynb #imports
 from dataclasses import dataclass
@@ -15,13 +15,14 @@ from beit_nb.configs import (
     Backbone,
     FinetuneRecipe,
     PretrainRecipe,
+    Recipe,
     Run,
     SegmentRecipe,
     TokenizerRecipe,
 )
 from ..limits import no_such
 from ..recipes import DATASETS, known_set, recipe_named
-from .flops import flops_per_image
+from .flops import flops_per_image, model_products
 
 # %% ../../nbs/72_scale_hours.ipynb #dataset-size
 def folder_size(r: Run) -> tuple[int, int]:
@@ -130,6 +131,15 @@ def hours_in_words(hours: float) -> str:
         return f"{60 * hours:.2g} minutes"
     return f"{3600 * hours:.2g} seconds"
 
+# %% ../../nbs/72_scale_hours.ipynb #run-flops
+def run_flops(r: Recipe) -> int:
+    "Operations of a whole training, forward and back; 0 where it trains no network."
+    if not isinstance(r, Run) or not model_products(r):
+        return 0
+    pictures, classes = dataset_size(r)
+    samples = num_steps(r, pictures) * r.batch_size
+    return samples * sum(flops_per_image(r, classes))
+
 # %% ../../nbs/72_scale_hours.ipynb #paper-mfu
 def paper_mfu() -> float:
     """The MFU at which the paper's base model takes its five days on 16 V100.
@@ -137,8 +147,5 @@ def paper_mfu() -> float:
     Derived from them, not measured.
     """
     r = recipe_named("pretrain", "base-in1k")
-    samples = num_steps(r, dataset_size(r)[0]) * r.batch_size
-    at_the_peak = training_hours(
-        samples * sum(flops_per_image(r)), 16, HARDWARE["v100"].half_tflops, 1
-    )
+    at_the_peak = training_hours(run_flops(r), 16, HARDWARE["v100"].half_tflops, 1)
     return at_the_peak / (5 * 24)
