@@ -38,6 +38,7 @@ STDERR = '.jp-RenderedText[data-mime-type="application/vnd.jupyter.stderr"]'
 KNOWN = (  # words of JupyterLab itself, on a busy machine
     "too long to activate",
     "ms to activate",
+    "did not appear within 10000 ms",  # a cell to which it scrolls
     "Failed to execute 'removeChild'",  # its React; no line of ours removes a child
 )
 
