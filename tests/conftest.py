@@ -7,6 +7,7 @@ the browser (one of the fixtures of browser.py, itself or through another fixtur
 seconds, `@pytest.mark.gpu` where it needs CUDA.
 """
 
+import gc
 import os
 import random
 import signal
@@ -74,6 +75,12 @@ def pytest_collection_modifyitems(items):
         kinds[kind(item.nodeid)].append(item)
     kinds["other"].sort(key=lambda item: not item.path.stem.startswith(LONG_FILES))
     items[:] = [*kinds["other"], *kinds["browser"], *reversed(kinds["lessons"])]
+
+
+def pytest_collection_finish():
+    "What is imported by now stays: it need not be looked through again and again for garbage."
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_xdist_auto_num_workers(config):

@@ -8,6 +8,7 @@ Started as a program this file is that process: a line of JSON in, the number of
 """
 
 import base64
+import gc
 import importlib
 import json
 import os
@@ -97,8 +98,12 @@ def kernel_server() -> subprocess.Popen:
     return subprocess.Popen([sys.executable, __file__], env=env, **pipes)
 
 
-def be_kernel(words, cwd, env):
-    "What the kernel's own `python -m ipykernel_launcher` would do, in a session of its own."
+def be_kernel(words, cwd, env) -> int:
+    """What the kernel's own `python -m ipykernel_launcher` would do, in a session of its own.
+
+    The exit status. It ends without taking apart all that was imported, which takes two seconds:
+    after half of that a manager begins to kill.
+    """
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -108,7 +113,8 @@ def be_kernel(words, cwd, env):
     os.environ.update(env)
     sys.argv[1:] = words
     with quick_starts.forked_starts():
-        sys.modules["ipykernel.kernelapp"].launch_new_instance()
+        launch = sys.modules["ipykernel.kernelapp"].launch_new_instance
+        return quick_starts.run_to_its_end(launch)
 
 
 def paint_no_pages():
@@ -137,10 +143,15 @@ def serve():
     paint_no_pages()
     quick_starts.new_interpreter()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a kernel
+    gc.freeze()  # what is imported is nobody's to collect, again and again in each kernel
     for line in iter(sys.stdin.readline, ""):
         pid = os.fork()
         if pid == 0:
-            sys.exit(be_kernel(**json.loads(line)))
+            status = 1
+            try:
+                status = be_kernel(**json.loads(line))
+            finally:
+                os._exit(status)
         print(pid, flush=True)
 
 

@@ -7,8 +7,9 @@ multiprocessing, gets a fork of himself: a process of its own, with the folder, 
 streams and the session that were asked for. It has torch and its like but nothing of ours; that it
 reads from its files, as a new interpreter does.
 
-A program in words (`python -c ...`) still gets a new interpreter: such tests look at what it
-imports, or at how it ends. So does all on other systems than Linux, where torch bears no fork.
+A program in words (`python -c ...`) still gets a new interpreter, as such tests look at what it
+imports, or at how it ends; but for those of multiprocessing and the runs of a study. All do on
+other systems than Linux, where torch bears no fork.
 """
 
 import _posixsubprocess
@@ -37,7 +38,10 @@ from types import ModuleType
 from unittest import mock
 
 real_fork_exec = _posixsubprocess.fork_exec
-OF_MULTIPROCESSING = "from multiprocessing."  # how the words of its own programs begin
+FORKED_WORDS = (  # how programs in words begin that are forked
+    "from multiprocessing.",  # its own
+    "import signal, sys; from beit_nb.cli import main",  # beit_nb.running.WORKER
+)
 EARLY = [  # what trainings import, and not before they need it: as long again as torch itself
     "matplotlib.pyplot",
     "sklearn.linear_model",
@@ -83,7 +87,7 @@ def program_of(words: list[str]) -> tuple[str, list[str]] | None:
     rest = list(dropwhile(lambda word: word in ("-u", "-B"), words[1:]))
     if rest[:1] == ["-m"]:
         return "-m", rest[1:]
-    if rest[:1] == ["-c"] and rest[1].startswith(OF_MULTIPROCESSING):
+    if rest[:1] == ["-c"] and rest[1].startswith(FORKED_WORDS):
         return "-c", rest[1:]
     if rest and not rest[0].startswith("-"):
         return "file", rest
