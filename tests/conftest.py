@@ -13,7 +13,6 @@ import random
 import signal
 import sys
 from contextlib import nullcontext
-from functools import cache
 from zlib import crc32
 
 import pytest
@@ -186,14 +185,6 @@ def photos(tmp_path_factory):
     from helpers import mixed_photos
 
     return mixed_photos(tmp_path_factory.mktemp("photos"))
-
-
-@pytest.fixture(autouse=True)
-def digits_are_read_once():
-    "5,000 digits in text take a quarter of a second, and most small trainings open them thrice."
-    sources = sys.modules.get("beit_nb.engine.sources")
-    if sources and not hasattr(sources.read_digits, "cache_info"):
-        sources.read_digits = cache(sources.read_digits)
 
 
 @pytest.fixture

@@ -222,11 +222,11 @@ def test_the_command_scores(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr("beit_nb.segmenters.evaluate_segmenter", evaluate_and_note)
     assert main(["evaluate", r.out, "--data", "digits"]) == 0
-    more = ["--flip-test", "--scales", "1", "2", "--out", "mirrored"]
+    more = ["--flip-test", "--scales", "1", "0.5", "--out", "mirrored"]
     assert main(["evaluate", r.out, "--data", "digits", *more]) == 0
 
     assert [options["flip"] for options in asked] == [False, True]
-    assert [list(options["scales"]) for options in asked] == [[1.0], [1.0, 2.0]]
+    assert [list(options["scales"]) for options in asked] == [[1.0], [1.0, 0.5]]
     [plain] = [json.loads(f.read_text()) for f in tmp_path.glob("runs/**/metrics.json")]
     mirrored = json.loads((tmp_path / "mirrored" / "metrics.json").read_text())
     assert plain["mIoU"] == metrics["mIoU"] != mirrored["mIoU"]
