@@ -240,7 +240,7 @@ def dvae_loss(
     """The negative relaxed ELBO in nats for one pixel value, and what it is made of.
 
     images: (B, 3, H, W) in [0, 1]; tau: temperature of the soft draw; kl_weight: beta, 1 makes the
-    loss the negative ELBO; usage_weight: our small-scale aid, it multiplies how far (0 .. 1) the
+    loss the negative ELBO; usage_weight: a small-scale aid, it multiplies how far (0 .. 1) the
     batch as a whole is from using all tokens alike; noise: Gumbel noise (B, V, h, w), drawn if not
     given. A token's KL counts h*w / (3*H*W) of its nats (DALL-E: 1/192).
     Also returns nll, kl (nats for one token), mse of the relaxed picture, and the perplexity of the
