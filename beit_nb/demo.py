@@ -232,15 +232,17 @@ def demo(plan: DemoPlan | None = None) -> dict:
     """
     plan = plan or DemoPlan()
     out = make_folder(plan.out)
-    for name in ("plan", *STAGES):  # before any work
-        read_stage(plan, name)
+    # before any work
+    kept = {name: read_stage(plan, name) for name in ("plan", *STAGES)}
+    metrics: dict = {name: kept[name] for name in STAGES if kept[name] is not None}
     # from the first moment on, long before the first stage is done
     write_json(out / "plan.json", {"settings": settings_of(plan), "result": {}})
-    metrics: dict = {}
-    page = demo_report(out, metrics)
+    page = out / "report.html"
+    if len(metrics) < len(STAGES):
+        demo_report(out, metrics)
     say(f"Look at {page} in a browser: it grows as the stages end.")
-    for name, work in STAGES.items():
-        metrics[name] = stage(plan, name, work)
+    for name in [name for name in STAGES if name not in metrics]:
+        metrics[name] = stage(plan, name, STAGES[name])
         if len(metrics) < len(STAGES):
             demo_report(out, metrics)
     metrics["seconds"] = sum(figures["seconds"] for figures in metrics.values())

@@ -128,6 +128,24 @@ def test_the_page_grows_while_the_stages_run(tmp_path, monkeypatch):
     assert "seconds" in seen[-1] and seen[-1][: len(names)] == names
 
 
+def test_what_is_done_is_on_the_first_page_and_a_finished_page_is_made_once(tmp_path, monkeypatch):
+    seen = []
+    stages = {name: lambda plan, name=name: dict(STAGE_FIGURES[name]) for name in STAGES}
+    monkeypatch.setattr("beit_nb.demo.STAGES", stages)
+    monkeypatch.setattr("beit_nb.demo.demo_report", lambda _, known: seen.append(list(known)))
+    plan = DemoPlan(str(tmp_path), **QUICK)
+    demo(plan)
+    (tmp_path / "probe.json").unlink()
+    seen.clear()
+
+    demo(plan)
+    demo(plan)
+
+    first, *last = seen
+    assert first == list(STAGES)[:-1] and len(last) == 2
+    assert all("seconds" in page and set(STAGES) < set(page) for page in last)
+
+
 def test_rates_that_were_found_are_not_looked_for_again(tmp_path, monkeypatch):
     "Of one rate nothing is to be chosen; of three, the best on validation digits."
     tried = []

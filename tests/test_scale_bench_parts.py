@@ -47,11 +47,22 @@ def test_the_fastest_of_timm_is_the_peer(monkeypatch):
         return {name: [2.0 if "plain, bf16" in name else 4.0] for name in candidates}
 
     monkeypatch.setattr(b, "time_in_turns", fake)
+    monkeypatch.setattr(b, "pick_precision", lambda precision, device: torch.bfloat16)
     result = b.bench_small(1, quick=True)
 
     assert result["fastest_of_timm"] == "timm ViT, plain, bf16"
     assert result["ours_against_fastest"] == 0.5
     assert result["rows"]["timm Beit, plain, bf16"]["per_second"] == 4 / 2
+
+
+def test_bf16_is_left_out_where_it_would_be_imitated(monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.setattr(b, "pick_precision", lambda precision, device: None)
+
+    result = b.bench_small(1, quick=True)
+
+    assert result["fastest_of_timm"].endswith("fp32") and result["ours_against_fastest"] > 0
+    assert len(result["rows"]) == 6 and all(name.endswith("fp32") for name in result["rows"])
 
 
 def test_both_make_as_many_masks_as_are_divided_by(monkeypatch):
