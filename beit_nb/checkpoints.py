@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['BODY_ARGS', 'HUB_NAME', 'HEAD_ARGS', 'Network', 'load_official', 'from_timm', 'from_hf', 'to_hf', 'head_args',
            'weights_of_tensors', 'say_left_out', 'kept_mean', 'recorded_mean_std', 'weights_of_run',
-           'is_of_hugging_face', 'is_of_ours', 'weights_of_content', 'load_weights', 'check_channels', 'args_for',
-           'load_pretrained', 'check_finite', 'weights_for', 'known_of', 'save_pretrained', 'save_official', 'to_timm',
-           'load_model', 'load_backbone', 'resize_pos_embed', 'resize_rel_pos_bias']
+           'is_of_hugging_face', 'is_of_ours', 'weights_of_content', 'refuse_hub_name', 'weights_of_network',
+           'load_weights', 'check_channels', 'args_for', 'load_pretrained', 'check_finite', 'weights_for', 'known_of',
+           'save_pretrained', 'save_official', 'to_timm', 'load_model', 'load_backbone', 'resize_pos_embed',
+           'resize_rel_pos_bias']
 
 # %% ../nbs/49_checkpoints.ipynb #imports
 import re
@@ -126,6 +127,8 @@ def weights_of_run(checkpoint: Mapping[str, Any], ema: bool = False) -> Weights:
     mean_std = measured or mean_std_for(recipe.mean_std, args["in_chans"])
     classes = checkpoint.get("classes", [])
     told = {}
+    if command == "pretrain" and recipe.targets != "tokens":
+        told = {"targets": recipe.targets}
     if command == "segment":
         told = {"classes": classes, "out_indices": recipe.out_indices}
         classes = []  # of a classifier's head, which it has not
@@ -167,28 +170,52 @@ def weights_of_content(content: Any, path: str | Path, ema: bool = False) -> Wei
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")  # such as microsoft/beit-base-patch16-224
 
 
-def load_weights(
-    source: str | Path | Mapping[str, Tensor] | nn.Module | Weights, ema: bool = False
-) -> Weights:
-    """A trained BEiT from a file, a folder, a state dict or a network, in anybody's spelling.
-
-    Files: a run's folder or checkpoint of ours, .pth or .pt of the official code, timm's or
-    OpenMMLab's, safetensors, a folder of Hugging Face's. Nothing in them is run. `ema`: the running
-    mean of the weights that lies beside them. Raises BeitError in one line for what holds no BEiT,
-    or no such mean.
-    """
-    if isinstance(source, Weights):
-        return source
-    if isinstance(source, nn.Module):
-        source = source.state_dict()
-    if isinstance(source, Mapping):
-        return weights_of_tensors(source, "a state dict", ema)
+def refuse_hub_name(source: str | Path) -> None:
+    "Raise BeitError, with what to do, for a name of the hub where there is nothing on this disk."
     path = Path(source)
     if HUB_NAME.fullmatch(str(source)) and not path.parent.exists():
         raise BeitError(
             f"there is nothing at {source}; if it is called so on Hugging Face's hub, fetch it "
             f"with `hf download {source} --local-dir {path.name}` and give that folder"
         )
+
+
+def weights_of_network(network: nn.Module, ema: bool = False) -> Weights:
+    """`Weights` of a network in memory, of anybody's class.
+
+    It knows what its tensors do not tell: its heads, and the small number in its norms.
+    """
+    weights = weights_of_tensors(network.state_dict(), "a state dict", ema)
+    parts = list(network.modules())
+    names = ("num_heads", "num_attention_heads")
+    heads = [getattr(part, name, None) for part in parts for name in names]
+    known = [n for n in heads if isinstance(n, int)][:1]
+    eps = next((part.eps for part in parts if isinstance(part, nn.LayerNorm)), 1e-6)
+    args = weights.args if eps == 1e-6 else weights.args | {"layer_norm_eps": eps}
+    if "num_heads" in weights.guessed and known:
+        rest = [name for name in weights.guessed if name != "num_heads"]
+        return weights._replace(args=args | {"num_heads": known[0]}, guessed=rest)
+    return weights._replace(args=args)
+
+
+def load_weights(
+    source: str | Path | Mapping[str, Tensor] | nn.Module | Weights, ema: bool = False
+) -> Weights:
+    """A trained BEiT from a file, a folder, a state dict or a network, in anybody's spelling.
+
+    Files: a run's folder or checkpoint of ours, .pth or .pt of the official code, timm's or
+    OpenMMLab's, safetensors, a folder of Hugging Face's or timm's. Nothing in them is run. `ema`:
+    the running mean of the weights that lies beside them. Raises BeitError in one line for what
+    holds no BEiT, or no such mean.
+    """
+    if isinstance(source, Weights):
+        return source
+    if isinstance(source, nn.Module):
+        return weights_of_network(source, ema)
+    if isinstance(source, Mapping):
+        return weights_of_tensors(source, "a state dict", ema)
+    refuse_hub_name(source)
+    path = Path(source)
     if is_of_hugging_face(path):
         if ema:
             raise BeitError(f"{path} is Hugging Face's, which knows no running mean; no --ema")

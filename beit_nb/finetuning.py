@@ -329,6 +329,12 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
         loader = TrainLoader(
             samples, r, size, rank=rank(), world=world_size(), repeats=r.repeated_aug
         )
+        slowed = r.layer_decay is not None and r.layer_decay < 1
+        if slowed and not r.init and not quiet and rank() == 0:
+            warn(
+                f"no --init: the network starts from scratch, and layer_decay {r.layer_decay:g} "
+                "slows its lower layers; name a pre-training, or say --layer-decay 1"
+            )
         evaluate = EvaluateCallback(r, held_out, r.eval_every or length.per_epoch, ema, looks)
         loss = FinetuneLoss(r, len(classes), size, looks)
         fit(trainer, loader, loss, [evaluate], [evaluate.follow])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ASSUMED', 'FIELDS', 'CARDS', 'WEIGHTS', 'body_config', 'hf_config', 'label_tables', 'model_card', 'write_parts',
            'write_hf_folder', 'args_of_config', 'network_args', 'label_names', 'told_of_heads', 'is_empty_block',
-           'read_hf_folder']
+           'read_timm_folder', 'read_hf_folder']
 
 # %% ../nbs/48_hub.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,12 @@ from .engine.files import atomic_write, make_folder, read_json, write_json
 from .engine.safeload import load_tensors
 from .images import BEIT_MEAN_STD
 from .layouts import AROUND, check_whole, shape_of, to_hf_names, to_official
-from .resizing import Weights, hf_preprocessing, read_preprocessing
+from beit_nb.resizing import (
+    Weights,
+    hf_preprocessing,
+    read_preprocessing,
+    timm_preprocessing,
+)
 
 # %% ../nbs/48_hub.ipynb #hf-config
 ASSUMED = {"drop_path_rate": 0.0, "layer_norm_eps": 1e-6}  # of what no tensor tells; official
@@ -135,8 +140,14 @@ def write_parts(
     tensors: Mapping[str, Tensor],  # in Hugging Face's names
     about: Mapping[str, Any] | None = None,  # as for `model_card`
 ) -> Path:
-    "The four files of a folder, weights last. Raises BeitError where the disk refuses."
+    """The four files of a folder, weights last.
+
+    Raises BeitError for the folder of a run, and where the disk refuses.
+    """
     folder = make_folder(folder)
+    there = folder / "config.json"
+    if there.is_file() and "command" in read_json(there):
+        raise BeitError(f"{there} is that of a run, which would lose it; choose another folder")
     count = sum(x.numel() for x in tensors.values())
     write_json(folder / "config.json", config)
     write_json(folder / "preprocessor_config.json", preprocessing)
@@ -156,6 +167,7 @@ def write_hf_folder(
     crop_pct: float = 1.0,
     known: Mapping[str, Any] | None = None,  # as for `hf_config`
     about: Mapping[str, Any] | None = None,  # as for `model_card`
+    how: Sequence[str] = ("center", "bicubic"),  # as for `hf_preprocessing`
 ) -> Path:
     """A network as a folder that transformers' `from_pretrained` reads; returns the folder.
 
@@ -163,7 +175,7 @@ def write_hf_folder(
     and where the disk refuses.
     """
     config = hf_config(state, classes, known)
-    preprocessing = hf_preprocessing(config["image_size"], mean_std, crop_pct)
+    preprocessing = hf_preprocessing(config["image_size"], mean_std, crop_pct, how)
     return write_parts(folder, config, preprocessing, to_hf_names(state), about)
 
 # %% ../nbs/48_hub.ipynb #args-of-config
@@ -270,27 +282,63 @@ def _tensors_in_parts(index: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def _network_in(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    "The tensors of a folder, as they are and in the official names."
+    tensors = _tensors_in(folder)
+    try:
+        return tensors, to_official(tensors)
+    except BeitError as e:
+        raise BeitError(f"{folder}: {e}") from None
+
+
 def is_empty_block(state: Mapping[str, Tensor], number: int) -> bool:
     "Is this block there, and all zeros, as in a folder of `save_segmenter` (lesson 68)?"
     block = [x for name, x in state.items() if name.startswith(f"blocks.{number}.")]
     return bool(block) and not any(x.any() for x in block)
+
+# %% ../nbs/48_hub.ipynb #read-timm-folder
+def read_timm_folder(folder: Path, config: Mapping[str, Any]) -> Weights:
+    """A BEiT that timm saved; `config` is what its config.json holds.
+
+    Raises BeitError where it holds no BEiT, or half of one.
+    """
+    _, state = _network_in(folder)
+    args = shape_of(state)
+    told = config.get("model_args")
+    heads = told.get("num_heads") if isinstance(told, dict) else None
+    tables = any("relative_position" in name for name in state)
+    if isinstance(heads, int) and not tables:
+        args["num_heads"] = heads
+    if len(state.get("head.weight", ())):
+        pooling = "fc_norm.weight" in state
+        args |= {"num_classes": len(state["head.weight"]), "use_mean_pooling": pooling}
+    check_whole(state, args, folder)
+    where = folder / "config.json"
+    looks = timm_preprocessing(config, args["img_size"], args["in_chans"], where)
+    names = config.get("label_names") or []
+    labels = dict(enumerate(names)) if isinstance(names, list) else names
+    classes = _class_names({"id2label": labels}, args, folder)
+    guessed = () if tables or heads else ("num_heads",)
+    return Weights(state, args, classes, *looks, f"timm, in {folder}", guessed)
 
 # %% ../nbs/48_hub.ipynb #read-hf-folder
 def read_hf_folder(folder: str | Path) -> Weights:
     """A network that transformers (or `write_hf_folder`) saved; nothing in the files is run.
 
     Takes model.safetensors or pytorch_model.bin, whole or in parts with an index, in the names of
-    any version. Raises BeitError in one line where the folder holds no BEiT of ours, or half of it.
+    any version; a folder of timm's, too. Raises BeitError in one line where the folder holds no
+    BEiT of ours, or half of it.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise BeitError(f"{folder} has no config.json, so it is no folder of Hugging Face's")
     config = read_json(folder / "config.json")
+    if "architecture" in config and "model_type" not in config:
+        return read_timm_folder(folder, config)
     args_of_config(config, folder)  # before the weights, which take longer
-    tensors = _tensors_in(folder)
+    tensors, state = _network_in(folder)
     if {"layernorm.weight", "beit.layernorm.weight"} <= tensors.keys():
         raise BeitError(f"{folder} has two final norms (use_mean_pooling false); a BEiT has one")
-    state = to_official(tensors)
     args = network_args(config, state, folder)
     if is_empty_block(state, args["depth"] - 1):
         args["depth"] -= 1

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import matplotlib
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from . import BeitError, UnreadableImage, warn_once
@@ -53,7 +53,12 @@ def thumbnail(image: Image.Image | Tensor) -> Image.Image:
     "SIDE x SIDE, the whole picture on white; of bands (C, H, W) their mean, in gray."
     if isinstance(image, Tensor):
         image = to_pil(to_float(image).mean(0, keepdim=True).expand(3, -1, -1))
-    return ImageOps.pad(image.convert("RGB"), (SIDE, SIDE), color="white")
+    longest = max(image.size)
+    width, height = (max(1, round(edge * SIDE / longest)) for edge in image.size)
+    sheet = Image.new("RGB", (SIDE, SIDE), "white")
+    small = image.convert("RGB").resize((width, height))
+    sheet.paste(small, ((SIDE - width) // 2, (SIDE - height) // 2))
+    return sheet
 
 
 def unread_json(path: str, why: Exception) -> str:

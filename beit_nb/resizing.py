@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BIAS_TABLE', 'SHARED_TABLE', 'PIL_NAMES', 'geometric_offsets', 'resize_rel_pos_bias', 'resize_pos_embed',
-           'resize_patch_embed', 'check_body', 'load_backbone', 'hf_preprocessing', 'read_preprocessing', 'Weights']
+           'resize_patch_embed', 'check_body', 'load_backbone', 'hf_preprocessing', 'read_preprocessing',
+           'timm_preprocessing', 'Weights']
 
 # %% ../nbs/47_resizing.ipynb #imports
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from . import BeitError
 from .engine.files import read_json
-from .images import BEIT_MEAN_STD
+from .images import BEIT_MEAN_STD, mean_std_for
 from .labelled_views import ScoredView
 from .layouts import depth_of
 from .vit import VisionTransformer
@@ -203,15 +204,18 @@ def hf_preprocessing(
     img_size: int,  # pixels a side that the network reads
     mean_std: Sequence[Sequence[float]] = BEIT_MEAN_STD,  # as for `normalize`
     crop_pct: float = 1.0,  # share of the resized edge that the network sees
+    how: Sequence[str] = ("center", "bicubic"),  # crop_mode and interpolation of a `ScoredView`
 ) -> dict:
-    "preprocessor_config.json: shortest edge to img_size / crop_pct, the centre of it, normalise."
+    "preprocessor_config.json: resize to img_size / crop_pct, cut the centre out, normalise."
     mean, std = mean_std
     edge = round(img_size / crop_pct)
+    mode, interpolation = how
+    numbers = {name: number for number, name in PIL_NAMES.items()}
     return {
         "image_processor_type": "BeitImageProcessor",
         "do_resize": True,
-        "size": {"shortest_edge": edge},
-        "resample": 3,  # bicubic
+        "size": dict(height=edge, width=edge) if mode == "squash" else {"shortest_edge": edge},
+        "resample": numbers.get(interpolation, 3),
         "do_center_crop": True,
         "crop_size": {"height": img_size, "width": img_size},
         "do_rescale": True,
@@ -226,12 +230,33 @@ def hf_preprocessing(
 def _color(levels: Any, where: str | Path, channels: int) -> tuple[float, ...]:
     "A number for red, green and blue, or for each of other channels. Raises BeitError otherwise."
     wanted = 3 if channels == 1 else channels
+    if isinstance(levels, list) and len(levels) == channels == 1:
+        levels = 3 * levels
     numbers = isinstance(levels, list) and [isinstance(x, (int, float)) for x in levels]
     if numbers != [True] * wanted:
         raise BeitError(
             f"{where} normalises by {levels!r}; a number for each of {wanted} colors is needed"
         )
     return tuple(levels)
+
+
+def _mean_std(steps: Mapping[str, Any], path: Path, in_chans: int) -> tuple:
+    "Mean and std for values from 0 to 1, of steps that may scale otherwise, or not normalise."
+    count = 3 if in_chans == 1 else in_chans
+    mean = _color(steps.get("image_mean", [0.5] * count), path, in_chans)
+    std = _color(steps.get("image_std", [0.5] * count), path, in_chans)
+    if steps.get("do_normalize") is False:
+        mean, std = (0.0,) * count, (1.0,) * count
+    factor = steps.get("rescale_factor", 1 / 255) if steps.get("do_rescale", True) else 1
+    if not isinstance(factor, (int, float)) or not factor > 0 or not min(std) > 0:
+        raise BeitError(
+            f"{path} divides by an image_std of {min(std)}, with a rescale_factor of {factor!r}; "
+            "mend it there"
+        )
+    white = factor * 255  # what becomes of a white pixel before the mean is taken from it
+    if abs(white - 1) < 1e-6:
+        return mean, std
+    return tuple(x / white for x in mean), tuple(x / white for x in std)
 
 
 def read_preprocessing(folder: Path, img_size: int, in_chans: int = 3) -> tuple:
@@ -242,11 +267,7 @@ def read_preprocessing(folder: Path, img_size: int, in_chans: int = 3) -> tuple:
     """
     path = folder / "preprocessor_config.json"
     steps = read_json(path) if path.is_file() else {}
-    usual = [0.5] * (3 if in_chans == 1 else in_chans)
-    mean = _color(steps.get("image_mean", usual), path, in_chans)
-    std = _color(steps.get("image_std", usual), path, in_chans)
-    if not min(std) > 0:
-        raise BeitError(f"{path} divides by an image_std of {min(std)}; mend it there")
+    mean_std = _mean_std(steps, path, in_chans)
     size = steps.get("size")  # a number in files of before 2023
     sizes = size if isinstance(size, dict) else {"height": size}
     edge = sizes.get("shortest_edge", sizes.get("height"))
@@ -260,6 +281,31 @@ def read_preprocessing(folder: Path, img_size: int, in_chans: int = 3) -> tuple:
     crop_pct = img_size / edge
     if int(img_size / crop_pct) < edge:  # 224 / (224 / 375) is less than 375
         crop_pct = nextafter(crop_pct, 0)
+    return mean_std, ScoredView(img_size, crop_pct, mode, how)
+
+# %% ../nbs/47_resizing.ipynb #timm-preprocessing
+def timm_preprocessing(config: Mapping[str, Any], img_size: int, in_chans: int, where) -> tuple:
+    """`mean_std` and the `ScoredView` in a config.json of timm's.
+
+    `img_size` and `in_chans` are the network's, `where` is for people. Raises BeitError for what is
+    no such preparation, or one that we do not have.
+    """
+    steps = config.get("pretrained_cfg", config)  # older ones say it outside
+    if not isinstance(steps, Mapping):
+        raise BeitError(f"{where} holds no settings under pretrained_cfg, but {steps!r}")
+    usual = mean_std_for("imagenet" if in_chans in (1, 3) else "beit", in_chans)
+    mean = _color(steps.get("mean", [*usual[0]]), where, in_chans)
+    std = _color(steps.get("std", [*usual[1]]), where, in_chans)
+    crop_pct = steps.get("crop_pct", 0.875)
+    mode = steps.get("crop_mode", "center")
+    share = isinstance(crop_pct, (int, float)) and 0.05 <= crop_pct <= 1
+    if not (share and mode in ("center", "squash") and min(std) > 0):
+        raise BeitError(
+            f"{where} prepares pictures with crop_pct {crop_pct!r}, crop_mode {mode!r} and std "
+            f"{std}; a share from 0.05 to 1, center or squash, and stds above 0 are needed"
+        )
+    how = steps.get("interpolation", "bicubic")
+    how = how if how in PIL_NAMES.values() else "bicubic"
     return (mean, std), ScoredView(img_size, crop_pct, mode, how)
 
 # %% ../nbs/47_resizing.ipynb #weights
@@ -276,7 +322,7 @@ class Weights(NamedTuple):
     precision: str = "auto"  # in which its training scored it
     data: str = ""  # on which pictures, where that is told
     around: Mapping[str, Tensor] = {}  # what a segmentation has around its BEiT, in its own names
-    told: Mapping[str, Any] = {}  # of a segmentation, if told: classes, out_indices
+    told: Mapping[str, Any] = {}  # if told: classes, out_indices, targets
 
     @property
     def grid(self) -> tuple[int, int]:

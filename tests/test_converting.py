@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 import timm
@@ -15,8 +16,12 @@ from beit_nb.checkpoints import load_model, load_weights, save_official
 from beit_nb.classifier import BeitForImageClassification
 from beit_nb.converting import convert, timm_arguments, timm_state
 from beit_nb.engine.files import safetensors_notes
+from beit_nb.engine.runs import save_checkpoint
+from beit_nb.limits import as_config
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.networks import NETS
+from beit_nb.pretraining import build_mim
+from beit_nb.recipes import recipe_named
 from beit_nb.tokenizer import load_dalle, load_tokenizer
 from beit_nb.vit import VisionTransformer
 
@@ -261,6 +266,8 @@ def test_the_command_says_what_it_needs(tmp_path):
     refused("convert", tmp_path / "a.pth", out, says="needs --to")
     refused("convert", tmp_path / "a.pth", out, "--to", "keras", says=["--to", "official"])
     refused("convert", tmp_path / "none.pth", out, "--to", "timm", says="is no file")
+    on_hub = "microsoft/beit-base-patch16-224"
+    refused("convert", on_hub, out, "--to", "timm", says=f"`hf download {on_hub} --local-dir")
     out.write_text("mine")
     refused("convert", tmp_path / "a.pth", out, "--to", "timm", says="exists; choose another name")
     assert out.read_text() == "mine"
@@ -333,3 +340,74 @@ def test_a_stop_leaves_no_half_folder(start, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         convert(path, tmp_path / "hub", "hf")
     assert [p.name for p in tmp_path.iterdir()] == ["start.pth"]
+
+
+def test_no_run_is_replaced(runs, start, tmp_path):
+    "Not its folder, nor a checkpoint of it: both hold more than weights."
+    path = start(network("classifier", "paper"))
+    run = tmp_path / "run"
+    shutil.copytree(runs / "fine", run)
+    before = {f: f.read_bytes() for f in run.rglob("*") if f.is_file()}
+
+    for out, to in ((run, "hf"), (run / "checkpoints" / "last.pt", "official")):
+        refused(
+            "convert", path, out, "--to", to, "--overwrite", says=f"belongs to the run in {run}"
+        )
+    with pytest.raises(BeitError, match="is that of a run"):
+        load_model(path).save_pretrained(run)
+
+    assert {f: f.read_bytes() for f in run.rglob("*") if f.is_file()} == before
+
+
+def test_no_network_is_written_over_itself(start, tmp_path):
+    hub = load_model(start(network("classifier", "paper"))).save_pretrained(tmp_path / "hub")
+    lone = tmp_path / "lone" / "model.safetensors"
+    lone.parent.mkdir()
+    shutil.copy(hub / "model.safetensors", lone)
+    before = lone.read_bytes()
+
+    for source, out, to in ((hub, hub / lone.name, "safetensors"), (lone, lone.parent, "hf")):
+        refused("convert", source, out, "--to", to, "--overwrite", says="what shall be converted")
+
+    assert lone.read_bytes() == (hub / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("there", (".", "./", "../here"))
+def test_into_the_folder_where_one_stands(there, start, tmp_path, monkeypatch):
+    path = start(network("classifier", "paper"))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+    beit("convert", path, there, "--to", "hf")
+
+    assert load_weights(tmp_path / "here").args["num_classes"] == 7
+    assert {f.name for f in tmp_path.iterdir()} == {"here", "start.pth"}
+
+
+def test_pixels_are_no_tokens(tmp_path):
+    "A network that guesses pixels has a head of 48 numbers, which are no visual tokens."
+    recipe = recipe_named("pretrain", "nano", targets="pixels")
+    content = {"model": build_mim(recipe).state_dict(), "config": as_config("pretrain", recipe)}
+    save_checkpoint(tmp_path / "run.pt", content)
+
+    with pytest.raises(BeitError, match="transformers has no BEiT that guesses pixels"):
+        convert(tmp_path / "run.pt", tmp_path / "hub", "hf")
+    told, gone = convert(tmp_path / "run.pt", tmp_path / "b.pth", "official")
+
+    assert "a BEiT in pre-training that guesses pixels, " in told
+    assert "that its head guesses pixels and no tokens" in gone
+    assert [*convert(tmp_path / "run.pt", tmp_path / "b.safetensors", "safetensors")][1:] == []
+    assert not (tmp_path / "hub").exists()
+
+
+def test_how_pictures_are_prepared_goes_from_folder_to_folder(tmp_path):
+    "Squashed and bilinear, as in the published folders of Hugging Face's."
+    network("classifier", "paper").save_pretrained(tmp_path / "a")
+    steps = json.loads((tmp_path / "a" / "preprocessor_config.json").read_text())
+    theirs = steps | {"size": 32, "resample": 2, "do_center_crop": False}
+    (tmp_path / "a" / "preprocessor_config.json").write_text(json.dumps(theirs))
+
+    assert len(convert(tmp_path / "a", tmp_path / "b", "hf")) == 2  # nothing is lost
+
+    before, after = load_weights(tmp_path / "a").view, load_weights(tmp_path / "b").view
+    assert before == after and (after.crop_mode, after.interpolation) == ("squash", "bilinear")

@@ -359,3 +359,16 @@ def test_a_damaged_recipe_is_one_line(tmp_path):
     (tmp_path / "config.json").write_bytes(b"\xff\xff")
     with pytest.raises(BeitError, match="config.json is damaged; choose another --out, or delete"):
         run_config(tmp_path)
+
+
+def test_a_folder_of_somebody_else_keeps_its_config(recipe, tmp_path):
+    "Such as transformers', whose network could not be read any more."
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "config.json").write_text('{"model_type": "beit", "patch_size": 16}')
+
+    with pytest.raises(BeitError, match="config.json is of no run of `beit`; choose another fold"):
+        enter(replace(recipe, out=str(theirs)))
+
+    assert [path.name for path in theirs.iterdir()] == ["config.json"]
+    assert json.loads((theirs / "config.json").read_text())["model_type"] == "beit"

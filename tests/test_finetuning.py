@@ -8,7 +8,7 @@ import pytest
 import tifffile
 import torch
 import torch.nn.functional as F
-from helpers import beit, lay_out_bands, red_and_blue, refused, save_gray
+from helpers import beit, lay_out_bands, red_and_blue, refused, save_gray, unpainted
 from helpers_models import SIZE, shaken
 from PIL import Image
 from safetensors.torch import save_file
@@ -443,3 +443,22 @@ def test_bands_and_colors_do_not_pass_for_each_other(tmp_path, folder):
         BeitError, match="no pictures in .*looked for .npy.*; a network of 5 channels is asked"
     ):
         finetune(recipe, quiet=True)
+
+
+def test_a_forgotten_init_is_said(folder, tmp_path):
+    "Whoever has no pre-training and holds no layers back means it."
+    shape = "--img-size 16 --embed-dim 32 --depth 2 --num-heads 2 --steps 1 --batch-size 4".split()
+    words = ("finetune", "nano", "--data", folder, "--labels-per-class", 4, *shape)
+    line = "no --init: the network starts from scratch, and layer_decay 0.75 slows its lower"
+
+    with unpainted():
+        said = [
+            beit(*words, "--out", tmp_path / name, *more).stderr
+            for name, more in (
+                ("a", ()),
+                ("b", ("--layer-decay", 1)),
+                ("c", ("--init", tmp_path / "a")),
+            )
+        ]
+
+    assert [line in text for text in said] == [True, False, False]

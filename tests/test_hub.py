@@ -13,6 +13,7 @@ from beit_nb import SAID, BeitError
 from beit_nb.classifier import BeitForImageClassification
 from beit_nb.hub import hf_config, model_card, read_hf_folder, write_hf_folder
 from beit_nb.images import IMAGENET_MEAN_STD
+from beit_nb.layouts import to_official
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.resizing import hf_preprocessing
 from beit_nb.vit import VisionTransformer
@@ -543,3 +544,97 @@ def test_odd_settings_are_one_line(file, content, words, tmp_path):
     with pytest.raises(BeitError, match=words) as e:
         read_hf_folder(tmp_path)
     assert "\n" not in str(e.value)
+
+
+# --- traps on their side
+
+
+def test_their_body_alone_brings_a_norm_that_nobody_trained(tmp_path):
+    "BeitModel of a pre-training draws a pooler; its hidden states come before the final norm."
+    transformers = pytest.importorskip("transformers")
+    ours = mim(**SMALL, **POSITIONS["shared"])
+    write_hf_folder(tmp_path, ours.state_dict())
+
+    body, report = transformers.BeitModel.from_pretrained(tmp_path, output_loading_info=True)
+
+    assert set(report["missing_keys"]) == {"pooler.layernorm.weight", "pooler.layernorm.bias"}
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        stream = ours.forward_features(images)
+        states = body.eval()(images).last_hidden_state
+        assert relative_error(stream, states) < 1e-5 < relative_error(ours.norm(stream), states)
+
+
+def test_a_fresh_network_of_theirs_begins_otherwise(tmp_path):
+    "Zeros for [S], mask and positions, and deep blocks as strong as the first: not BEiT's start."
+    transformers = pytest.importorskip("transformers")
+    ours = BeitForMaskedImageModeling(vocab_size=50, **SMALL)
+    config = hf_config(ours.state_dict())
+
+    fresh = transformers.BeitForMaskedImageModeling(transformers.BeitConfig(**config))
+    begun = to_official(fresh.state_dict())
+
+    own = ours.state_dict()
+    for name in ("cls_token", "mask_token", "pos_embed"):
+        assert own[name].any() and not begun[name].any()
+
+    def strength(state):
+        "Of the last block's way out, over that of its way in; its layer divides by sqrt(2 * 2)."
+        mlp = (state[f"blocks.1.mlp.{part}.weight"].std() for part in ("fc2", "fc1"))
+        return float(next(mlp) / next(mlp))
+
+    assert strength(begun) == pytest.approx(1, rel=0.05)
+    assert strength(own) == pytest.approx(0.5, rel=0.05)
+
+
+# --- folders of timm's
+
+
+def timms(folder, **changes):
+    "A folder that timm saved, with changes of its config.json."
+    from timm.models import create_model, save_for_hf
+
+    size = dict(img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=2, num_classes=5)
+    save_for_hf(create_model("beit_base_patch16_224", **size), folder)
+    edit(folder, **changes)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"pretrained_cfg": {"crop_pct": 90}}, "crop_pct 90"),
+        ({"pretrained_cfg": {"crop_mode": "border"}}, "crop_mode 'border'"),
+        ({"pretrained_cfg": {"mean": 0.5}}, "normalises by 0.5"),
+        ({"pretrained_cfg": {"std": [0.5, 0, 0.5]}}, "and std"),
+        ({"pretrained_cfg": [1]}, "holds no"),
+        ({"label_names": ["cat", "dog"]}, "names 2 classes, but its head has 5"),
+        ({"label_names": "cat"}, "does not map numbers to names"),
+        ({"model_type": "vit"}, "type 'vit'"),
+    ],
+)
+def test_odd_folders_of_timms_are_one_line(changes, words, tmp_path):
+    timms(tmp_path, **changes)
+
+    with pytest.raises(BeitError, match=words) as e:
+        read_hf_folder(tmp_path)
+    assert "\n" not in str(e.value) and str(tmp_path) in str(e.value)
+
+
+def test_timms_folders_of_other_networks(tmp_path):
+    import timm
+    from timm.models import save_for_hf
+
+    save_for_hf(timm.create_model("vit_tiny_patch16_224", depth=1), tmp_path)
+
+    with pytest.raises(BeitError, match=f"{tmp_path}: this is a plain ViT and no BEiT"):
+        read_hf_folder(tmp_path)
+
+
+def test_what_timm_says_of_names_and_heads(tmp_path):
+    names = {"0": "a", "1": "b", "2": "c", "3": "d", "4": "e"}
+    timms(tmp_path, label_names=names, pretrained_cfg=None, model_args={"num_heads": 2})
+
+    found = read_hf_folder(tmp_path)
+
+    assert found.classes == [*"abcde"] and found.mean_std == IMAGENET_MEAN_STD
+    assert found.view.crop_pct == 0.875 and found.args["num_heads"] == 2 and not found.guessed

@@ -252,3 +252,15 @@ def test_a_network_that_guesses_tokens_names_nothing(runs, pictures):
     says = ["has no head for classes", f"beit finetune --init {runs / 'pre'}"]
 
     refused("predict", "--init", runs / "pre", "--images", *pictures, says=says)
+
+
+def test_a_strip_of_one_pixel_has_a_place_too(runs, tmp_path):
+    Image.new("L", (1, 2000), 90).save(tmp_path / "strip.png")
+    Image.new("RGB", (3000, 2), "red").save(tmp_path / "line.jpg")
+    files = (tmp_path / "strip.png", tmp_path / "line.jpg")
+
+    said = beit(
+        "predict", "--init", runs / "fine", "--images", *files, "--grid", tmp_path / "s.png"
+    )
+
+    assert len(said.stdout.splitlines()) == 2 and Image.open(tmp_path / "s.png").height > SIDE

@@ -441,3 +441,26 @@ def test_a_network_is_read_once(tmp_path, monkeypatch):
 
     assert same(load_official(tmp_path / "ours.pth"), model)
     assert len(read) == 1
+
+
+@pytest.mark.parametrize("whose", ("ours", "timm's", "transformers'"))
+def test_a_network_in_memory_knows_its_heads(whose, tmp_path, capfd):
+    "No tensor of the paper's form tells them; 64 numbers a head would be one head here, not four."
+    ours = BeitForImageClassification(7, **SIZE, layer_norm_eps=1e-6 if whose != "ours" else 1e-3)
+    model = shaken(ours).eval()
+    theirs = model
+    if whose == "timm's":
+        form = dict(use_abs_pos_emb=True, use_rel_pos_bias=False, init_values=None)
+        theirs = timm.models.beit.Beit(num_classes=7, **SIZE, **form).eval()
+        theirs.load_state_dict(model.state_dict())
+    if whose == "transformers'":
+        transformers = pytest.importorskip("transformers")
+        model.save_pretrained(tmp_path)
+        theirs = transformers.BeitForImageClassification.from_pretrained(tmp_path).eval()
+
+    again = BeitForImageClassification.from_pretrained(theirs)
+
+    x = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        close(again(x), model(x))
+    assert "number of heads" not in capfd.readouterr().err

@@ -182,7 +182,8 @@ def newest_sound(files: list[Path]) -> dict:
 def run_config(out: Path) -> dict | None:
     """The configuration of the run in a folder, or None where there is no run.
 
-    It stands in config.json and, should that be gone, in every checkpoint.
+    It stands in config.json and, should that be gone, in every checkpoint. Raises BeitError where
+    that file is damaged, or somebody else's, who would lose it.
     """
     file = out / "config.json"
     if not file.exists():
@@ -191,10 +192,12 @@ def run_config(out: Path) -> dict | None:
         config = read_json(file)
         if not is_config(config):
             raise BeitError("it is no recipe")
-        return config
     except BeitError as e:
         what = "that file" if run_checkpoints(out) else "that folder"
         raise BeitError(f"{file} is damaged; choose another --out, or delete {what}") from e
+    if config and not config.keys() & {"command", "inputs"}:  # a folder of Hugging Face's, say
+        raise BeitError(f"{file} is of no run of `beit`; choose another folder")
+    return config
 
 # %% ../../nbs/26_engine_runs.ipynb #take-lock
 def take_lock(lock, out: Path) -> None:
@@ -229,6 +232,8 @@ def lock_run_folder(command: str, recipe, resume: bool = True) -> Iterator[Path]
     out = Path(recipe.out or f"runs/{command}")
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     make_folder(out)
+    if (out / "config.json").exists():
+        run_config(out)  # refuses somebody else's before a lock lies in the folder
     with open(out / ".lock", "w") as lock:
         take_lock(lock, out)
         old = run_config(out) or {}
