@@ -6,7 +6,8 @@ conftest.py skips the tests that need one (`BEIT_BROWSER=required` makes that a 
 `desk` gives a page whose notebook has run, and afterwards insists that nobody complained: no error
 output, no word in the browser's console from our code, no request to anywhere but this machine.
 `lab` is the server behind it and `chrome` the browser; a test that asks for one of the three is a
-browser test.
+browser test. A script (latency.py) opens the same page with the functions behind these fixtures:
+`serve_notebooks`, `start_browser`, `open_notebook` and `run_all`.
 (PYTEST_DONT_REWRITE: the test files import helpers from here before pytest does.)
 """
 
@@ -211,22 +212,35 @@ def serve(tmp, root, *flags, program=("-m", "jupyterlab"), **environment):
             process.kill()
 
 
-@pytest.fixture(scope="session")
-def lab(tmp_path_factory):
-    "A server on a copy of the notebooks (Lab saves what it opens), with the repository's beit_nb."
-    tmp = tmp_path_factory.mktemp("lab")
+@contextlib.contextmanager
+def serve_notebooks(tmp, **how):
+    """JupyterLab on a copy of the notebooks (Lab saves what it opens) below `tmp`, with the
+    repository's beit_nb: its address, and the folder of the notebooks."""
     shutil.copytree(ROOT / "nbs", tmp / "nbs")
-    own = dict(JUPYTER_CONFIG_PATH=str(ROOT / ".jupyter"), program=("-c", WITH_FORKED_KERNELS))
-    with serve(tmp, tmp / "nbs", f"--ServerApp.root_dir={tmp}/nbs", **own) as url:
+    how |= dict(JUPYTER_CONFIG_PATH=str(ROOT / ".jupyter"))
+    with serve(tmp, tmp / "nbs", f"--ServerApp.root_dir={tmp}/nbs", **how) as url:
         yield url, tmp / "nbs"
 
 
-@pytest.fixture(scope="session")
-def chrome():
+@contextlib.contextmanager
+def start_browser():
     with sync_playwright() as pw:
         browser = pw.chromium.launch(executable_path=find_browser(), args=ARGS)
         yield browser
         browser.close()
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp("lab")
+    with serve_notebooks(tmp, program=("-c", WITH_FORKED_KERNELS)) as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def chrome():
+    with start_browser() as browser:
+        yield browser
 
 
 # --------------------------------------------------------------------------------------
@@ -292,15 +306,27 @@ def write_notebook(cells, path):
     nbformat.write(notebook, path)
 
 
-def open_notebook(chrome, url, size):
+SIZE = (1280, 900)  # of a window, wide and high
+
+
+def open_notebook(chrome, url, size=SIZE):
     "A new page with that notebook and its kernel ready, and ears that listen from the start."
-    page = chrome.new_context(viewport=size).new_page()
+    page = chrome.new_context(viewport=dict(width=size[0], height=size[1])).new_page()
     page.set_default_timeout(60_000)
     ears = Ears(page)
     page.goto(url)
     # Not the toolbar's "idle" mark: it says idle before a kernel exists.
     page.wait_for_function(READY)
     return page, ears
+
+
+def run_all(page, theme="light", size=SIZE):
+    "Run the notebook of a page, top to bottom, in a window of that size."
+    page.set_viewport_size(dict(width=size[0], height=size[1]))
+    page.evaluate(CHANGE_THEME, THEMES[theme])
+    page.wait_for_function(THEME_IS, arg=THEMES[theme])
+    page.evaluate(RUN_ALL)  # resolves when all cells ran
+    assert page.locator(STDERR).all_inner_texts() == []
 
 
 @pytest.fixture
@@ -311,8 +337,7 @@ def desk(lab, chrome, pages, request):
     url, folder = lab
     used = []
 
-    def sit(notebook, theme="light", size=(1280, 900)):
-        size = dict(width=size[0], height=size[1])
+    def sit(notebook, theme="light", size=SIZE):
         name = notebook
         if not isinstance(notebook, str):
             name = f"test-{zlib.crc32(repr(notebook).encode())}.ipynb"
@@ -322,11 +347,7 @@ def desk(lab, chrome, pages, request):
             pages[name] = open_notebook(chrome, f"{url}/lab/tree/{name}?reset", size)
         page, ears = pages[name]
         used.append((page, ears))
-        page.set_viewport_size(size)
-        page.evaluate(CHANGE_THEME, THEMES[theme])
-        page.wait_for_function(THEME_IS, arg=THEMES[theme])
-        page.evaluate(RUN_ALL)  # resolves when all cells ran
-        assert page.locator(STDERR).all_inner_texts() == []
+        run_all(page, theme, size)
         return page
 
     yield sit
@@ -365,29 +386,35 @@ def pixels(locator, size):
     return Image.open(io.BytesIO(shot)).convert("RGB").resize(size, Image.Resampling.BOX)
 
 
-REACTION = """(element, begins) => { window.reaction = new Promise((done, fail) => {
+CHANGES = "{ subtree: true, attributes: true, childList: true, characterData: true }"
+REACTION = """(elements, begins) => { window.reaction = new Promise((done, fail) => {
   let start;
   setTimeout(() => fail(Error("nothing changed in ten seconds")), 10000);
   for (const kind of begins)
     document.addEventListener(
       kind, e => { start ??= e.timeStamp; }, { capture: true, once: true });
-  const seen = new MutationObserver(() => {
+  const awaited = new Set(elements);
+  const seen = new MutationObserver((changes) => {
     if (start === undefined) return;
+    for (const element of elements)
+      if (changes.some((change) => element.contains(change.target))) awaited.delete(element);
+    if (awaited.size) return;
     seen.disconnect();
-    const pictures = element.matches("img") ? [element] : [...element.querySelectorAll("img")];
+    const pictures = elements.flatMap(
+      (element) => element.matches("img") ? [element] : [...element.querySelectorAll("img")]);
     Promise.all(pictures.map((picture) => picture.decode().catch(() => {}))).then(
-      () => requestAnimationFrame(() => done(performance.now() - start)));
+      () => requestAnimationFrame(() => setTimeout(() => done(performance.now() - start))));
   });
-  seen.observe(
-    element, { subtree: true, attributes: true, childList: true, characterData: true });
-}); return true; }"""
+  for (const element of elements) seen.observe(element, CHANGES);
+}); return true; }""".replace("CHANGES", CHANGES)
 
 
 def reactions(watched, act, n=20, begins=("keydown", "pointerdown")):
-    "Milliseconds from an event to the frame after the watched element has changed, n times."
+    """Milliseconds from an event to the moment after the frame in which all that `watched` finds
+    has changed, n times; its pictures are decoded by then."""
     out = []
     for i in range(n):
-        watched.evaluate(REACTION, begins)
+        watched.evaluate_all(REACTION, begins)
         act(i)
         out.append(watched.page.evaluate("() => window.reaction"))
     return sorted(out)
