@@ -113,7 +113,7 @@ def test_temperature_by_hand(show):
     twin = TemperatureExplorer()
     until(view.done, 0)
 
-    view.button("and ends").click()
+    view.button("DALL-E ends").click()
     until(view.done, 1)
     view.slider("temperature").press("End")
     until(lambda: view.readout("temperature"), "8")

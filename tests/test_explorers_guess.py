@@ -146,9 +146,12 @@ def test_acts(explorer):
 
 def test_an_act_needs_ink(explorer):
     explorer.controls.digit.choose(OWN)
+    assert explorer.controls.hand.disabled  # there is nothing to hide yet
     explorer.controls.hand.click()
 
     assert 2 not in explorer.guide.done
+    draw_a_bar(explorer)
+    assert not explorer.controls.hand.disabled
 
 
 @pytest.mark.parametrize("play", ("nothing", "dice", "painted", "emptied", "drawing", "drawn"))

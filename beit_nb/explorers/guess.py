@@ -219,6 +219,7 @@ class GuessExplorer(Explorer):
         self.pads.set_hand(self.hand)
         self.controls.set_hand(self.hand)
         self.controls.undo.disabled = not self.history
+        self.controls.hand.disabled = self.hand == "draws" and not self.pads.draw.marked
         picture = self.picture
         self.guess = self.predict.guess(picture, self.mask)
         paint = self.predict.paint

@@ -80,7 +80,7 @@ class TokenPads(W.HBox):
 # %% ../../nbs/explorers_spelling.ipynb #acts
 ACTS = (
     Act(
-        "Point at cells of picture 1 until one is in doubt: its best token has less than 50 %.",
+        "Click cells of picture 1 until one is in doubt: its best token has less than 50 %.",
         lambda e: e.sure < 0.5,
     ),
     Act(

@@ -196,7 +196,7 @@ class TemperatureExplorer(Explorer):
     )
     ACTS = (
         Act(
-            "Cool to 1/16 ('and ends' under the slider) or below, and watch the counts.",
+            "Click 'DALL-E ends' under the slider, which cools to 1/16, and watch the counts.",
             lambda e: e.tau.value <= 1 / 16,
         ),
         Act(
@@ -222,7 +222,7 @@ class TemperatureExplorer(Explorer):
         seed: int = 0,  # of the noise
         dot: int = 5,  # the one that is followed, of 500
     ):
-        marks = {1.0: "DALL-E starts", 1 / 16: "and ends"}
+        marks = {1.0: "DALL-E starts", 1 / 16: "DALL-E ends"}
         self.tau = Slider("temperature", TAUS, tau, _tau_text, marks, "cold left, hot right")
         steps = [i / 4 for i in range(-12, 13)]
         self.logits = [
