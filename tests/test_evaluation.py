@@ -267,6 +267,7 @@ def test_bad_input_is_one_line(network, file, pictures, tmp_path):
     refuse(tmp_path / "body.pth", pictures, "no head for classes; fine-tune it first")
     refuse(tmp_path / "half.pth", pictures, "missing")
     refuse(file, pictures, "img_size 50 is not divisible by patch_size", "--img-size", "50")
+    refuse(file, pictures, "lower --img-size or --batch-size", "--img-size", "65536")
     refuse(file, pictures, "--crop-pct 1.5 must be", "--crop-pct", "1.5")
     refuse(file, pictures, "--crop-pct 0.0001 must be from 0.05", "--crop-pct", "0.0001")
     refuse(file, tmp_path / "nowhere", "no data at")
@@ -383,6 +384,16 @@ def test_a_score_replaces_no_folder_of_hugging_face(network, pictures, tmp_path)
     refused("probe", "nano", "--init", folder, "--data", "digits", "--out", folder, says=said)
 
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_names_of_classes_are_no_formulas(file, tmp_path):
+    "matplotlib takes what stands between two $ for one."
+    data = lay_out(tmp_path / "data", [*NAMES[:-1], "$\\x^$"])
+
+    beit("evaluate", file, "--data", data, "--out", tmp_path / "out")
+
+    assert (tmp_path / "out" / "confusion.png").stat().st_size > 1000
+    assert read_answers(tmp_path / "out").names[0] == "$\\x^$"
 
 
 def test_a_folder_of_timms_is_scored_as_timm_scores_it(network, pictures, tmp_path):
