@@ -314,12 +314,12 @@ def read_timm_folder(folder: Path, config: Mapping[str, Any]) -> Weights:
         args |= {"num_classes": len(state["head.weight"]), "use_mean_pooling": pooling}
     check_whole(state, args, folder)
     where = folder / "config.json"
-    looks = timm_preprocessing(config, args["img_size"], args["in_chans"], where)
+    mean_std, view = timm_preprocessing(config, args["img_size"], args["in_chans"], where)
     names = config.get("label_names") or []
     labels = dict(enumerate(names)) if isinstance(names, list) else names
     classes = _class_names({"id2label": labels}, args, folder)
     guessed = () if tables or heads else ("num_heads",)
-    return Weights(state, args, classes, *looks, f"timm, in {folder}", guessed)
+    return Weights(state, args, classes, mean_std, view, f"timm, in {folder}", guessed)
 
 # %% ../nbs/48_hub.ipynb #read-hf-folder
 def read_hf_folder(folder: str | Path) -> Weights:
