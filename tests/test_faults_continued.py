@@ -181,9 +181,9 @@ def test_killed_and_continued_is_never_killed(tmp_path, ground, name):
 
 
 def tuner_of(demo):
-    "The number of a process that fine-tunes for a demo."
-    words = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children_of(demo.pid)}
-    return next(pid for pid, line in words.items() if "\0finetune\0" in line)
+    "The number of a process that fine-tunes for a demo: what it says goes to its run's file."
+    says_to = {pid: os.readlink(f"/proc/{pid}/fd/1") for pid in children_of(demo.pid)}
+    return next(pid for pid, file in says_to.items() if Path(file).name.startswith("finetune-"))
 
 
 def demo_in(out):
