@@ -179,7 +179,7 @@ def test_a_kill_between_save_and_look_leaves_no_hole(top, monkeypatch):
 def test_a_rehearsal_scores_a_part_of_val_and_writes_a_page(top):
     words = ["finetune", "nano", "--data", top / "pics", "--out", top / "fine", "--batch-size", 4]
     words += ["--labels-per-class", "None", "--steps", 6, "--eval-every", 6]
-    words += ["--warmup-steps", 0]
+    words += ["--warmup-steps", 0, "--layer-decay", 1]
     beit(*words, "--dry-run")
     assert "Not finished" in (top / "fine" / "report.html").read_text()
     assert read_metrics(top / "fine") is None
