@@ -693,7 +693,7 @@ def fails_to_score():
 def test_an_evaluation_that_fails_in_one_process(tmp_path, monkeypatch):
     "Nobody adds a sum to another's message: all save, stop, and one of them says why."
     line = "finetune nano --embed-dim 32 --depth 2 --num-heads 2 --batch-size 16 --precision fp32"
-    line += " --labels-per-class 4 --steps 6 --eval-every 3"
+    line += " --labels-per-class 4 --steps 6 --eval-every 3 --layer-decay 1"
     monkeypatch.setattr(
         sys.modules[__name__], "words", lambda out: [*line.split(), "--out", str(out)]
     )
