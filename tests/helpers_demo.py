@@ -23,7 +23,8 @@ def small_demo(out, **steps):
         return digits_recipe(command, **SMALLER.get(command, {}) | changes)
 
     demo.digits_recipe = smaller
-    demo.arm_fields = lambda plan: {arm: x | BODY for arm, x in arm_fields(plan).items()}
+    own = BODY | {"log_every": 1}  # a row is a mean since the last one, which a kill may cut in two
+    demo.arm_fields = lambda plan: {arm: x | own for arm, x in arm_fields(plan).items()}
     demo_stages.QUICK.update(STEPS | steps)
     with unpainted():
         return main(["demo", "--quick", "--out", str(out)])
