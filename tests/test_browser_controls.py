@@ -56,7 +56,7 @@ class Small(Explorer):
 @pytest.fixture
 def view(desk):
     page = desk(CELLS)
-    page.set_default_timeout(8_000)
+    page.set_default_timeout(30_000)  # ten MiB on a busy machine
     cell = page.locator(".jp-CodeCell", has_text="small = Small()").last
     return ExplorerView(cell.locator(".jp-OutputArea-output").last)
 
