@@ -330,7 +330,7 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
             samples, r, size, rank=rank(), world=world_size(), repeats=r.repeated_aug
         )
         slowed = r.layer_decay is not None and r.layer_decay < 1
-        if slowed and not r.init and not quiet and rank() == 0:
+        if slowed and not (r.init or trainer.step or quiet) and rank() == 0:
             warn(
                 f"no --init: the network starts from scratch, and layer_decay {r.layer_decay:g} "
                 "slows its lower layers; name a pre-training, or say --layer-decay 1"

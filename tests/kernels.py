@@ -101,8 +101,8 @@ def kernel_server() -> subprocess.Popen:
 def be_kernel(words, cwd, env) -> int:
     """What the kernel's own `python -m ipykernel_launcher` would do, in a session of its own.
 
-    The exit status. It ends without taking apart all that was imported, which takes two seconds:
-    after half of that a manager begins to kill.
+    The exit status. It ends without taking apart all that was imported: that takes longer than the
+    2.5 seconds after which a manager begins to kill.
     """
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)

@@ -1,10 +1,10 @@
 """How soon the explorers answer: `python tests/latency.py [--json FILE] [--acts N] [--only WORD]`.
 
 Opens nbs/explorers.ipynb in a real JupyterLab with a kernel of its own, runs it, and plays every
-explorer with mouse and keys, twenty times each act; in about eight minutes. A time begins with the
-event's own time stamp in the page, and ends after the frame in which all new pictures, decoded, and
-words are painted. If something that is watched looks as it did before an act, the row says so
-instead. Times are worth something on a quiet machine only, so the load before is told, too.
+explorer with mouse and keys, twenty times each act. A time begins with the event's own time stamp
+in the page, and ends after the frame in which all new pictures, decoded, and words are painted.
+If something that is watched looks as it did before an act, the row says so instead. Times are worth
+something on a quiet machine only, so the load before is told, too.
 """
 
 import argparse
