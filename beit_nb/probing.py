@@ -225,6 +225,11 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
         forget_metrics(out)
         arms = probe_arms(weights, r.seed)
         labels = labels_in(sets["train"])
+        if len(np.unique(labels)) < 2:
+            raise BeitError(
+                f"{r.data} has labels of one class only, so there is nothing to tell apart; a "
+                "probe needs two classes or more"
+            )
         draws = [sample_labels(labels, r.labels_per_class, r.seed + d) for d in range(r.draws)]
         used = np.unique(np.concatenate(draws))  # each picture is read once, for all draws
         rows = [np.searchsorted(used, d) for d in draws]

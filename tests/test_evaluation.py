@@ -2,28 +2,35 @@
 
 import json
 import sys
+import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from helpers import beit, red_and_blue, refused
 from helpers_models import SIZE, shaken
 from helpers_processes import run
+from matplotlib import font_manager
 from PIL import Image
 from timm.data import create_transform
 
-from beit_nb import BeitError
+from beit_nb import BeitError, evaluation
 from beit_nb.checkpoints import load_weights, save_pretrained
 from beit_nb.classifier import BeitForImageClassification
 from beit_nb.data import open_data
+from beit_nb.device import KERNELS
 from beit_nb.evaluation import (
     check_out,
+    check_scored_memory,
     confusion_figure,
     confusion_matrix,
     confusions,
     evaluate,
     figures_of,
+    fonts_for_names,
     read_answers,
     score_folder,
     standard_error,
@@ -394,6 +401,40 @@ def test_names_of_classes_are_no_formulas(file, tmp_path):
 
     assert (tmp_path / "out" / "confusion.png").stat().st_size > 1000
     assert read_answers(tmp_path / "out").names[0] == "$\\x^$"
+
+
+def test_letters_that_no_font_has_make_no_warning(file, tmp_path):
+    "matplotlib warned of each, between the lines of the score."
+    data = lay_out(tmp_path / "data", [*NAMES[:-1], "\U0001f408\u732b"])
+
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        beit("evaluate", file, "--data", data, "--out", tmp_path / "out")
+
+    assert not [w for w in warned if "Glyph" in str(w.message)]
+    assert read_answers(tmp_path / "out").names[-1] == "\U0001f408\u732b"
+
+
+def test_wide_fonts_are_taken_where_they_are(monkeypatch):
+    monkeypatch.setattr(font_manager, "get_font_names", lambda: ["NanumGothic", "Arial"])
+
+    assert fonts_for_names() == [*plt.rcParams["font.family"], "NanumGothic"]
+
+
+@pytest.mark.parametrize(("form", "fits"), [({}, True), ({"use_rel_pos_bias": True}, False)])
+def test_a_bias_larger_than_the_memory(form, fits, monkeypatch):
+    "Two copies of 12 heads x 16,385 x 16,385 floats are 26 GB; fused attention has no scores."
+    args = dict(patch_size=16, embed_dim=768, num_heads=12, mlp_ratio=4.0)
+    args |= dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=False) | form
+    monkeypatch.setattr("beit_nb.scale.memory.machine_memory", lambda: 24e9)
+    monkeypatch.setattr(evaluation, "kernels_for", lambda device: KERNELS["cuda"])
+
+    with nullcontext() if fits else pytest.raises(BeitError, match="1 pictures of 2048"):
+        check_scored_memory(args, 2048, 1)
+
+    monkeypatch.setattr(evaluation, "kernels_for", lambda device: KERNELS["cpu"])
+    with pytest.raises(BeitError, match="16 pictures of 2048"):  # 16 times their scores: 206 GB
+        check_scored_memory(args, 2048, 16)
 
 
 def test_a_folder_of_timms_is_scored_as_timm_scores_it(network, pictures, tmp_path):

@@ -1,6 +1,7 @@
 "Linear probes: the fit, the choice of a layer, and a checkpoint on a folder of pictures."
 
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -151,6 +152,20 @@ def test_networks_without_sound_features(folder, tmp_path, capsys):
         probe(ProbeRecipe(init=f"{tmp_path}/two.pth", **common))
     with pytest.raises(FloatingPointError, match="features .pretrained. are not finite"):
         probe(ProbeRecipe(init=f"{tmp_path}/nan.pth", **common))
+
+
+def test_labels_of_one_class_are_refused(tmp_path):
+    "scikit-learn's fit ended in a traceback."
+    network = BeitForMaskedImageModeling(
+        9, img_size=32, patch_size=8, embed_dim=64, depth=2, num_heads=1
+    )
+    save_official(network, tmp_path / "mim.pth")
+    data = red_and_blue(tmp_path / "pictures")
+    for split in ("train", "val"):
+        shutil.rmtree(data / split / "blue")
+
+    with pytest.raises(BeitError, match="labels of one class only, so there is nothing to tell"):
+        probe(ProbeRecipe(init=f"{tmp_path}/mim.pth", data=str(data), out=str(tmp_path / "probe")))
 
 
 def test_without_a_checkpoint_it_says_which_option(tmp_path):
