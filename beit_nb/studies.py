@@ -206,6 +206,7 @@ FEW_PIXELS = {"steps": 300, "batch_size": 16, "eval_every": 300, "split": "test"
 NANO_HEADS: dict[str, tuple[Fields, Fields]] = {  # rates: by validation digits
     "linear": ({"lr": 1e-2}, {"lr": 3e-3}),
     "setr_pup": ({"channels": 64, "lr": 2e-2}, {"channels": 64, "lr": 1e-2}),
+    "upernet": ({"channels": 128, "lr": 1e-2}, {"channels": 128, "lr": 3e-3}),
 }
 UPER: Fields = {"out_indices": None, "lr": 7e-4}
 BASE_HEADS: dict[str, tuple[Fields, Fields]] = {"setr_pup": ({}, {}), "upernet": (UPER, UPER)}
