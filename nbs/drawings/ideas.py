@@ -203,8 +203,8 @@ PARTS = [  # of a checkpoint: name, what it is, color
     ("model", "the weights, by\nthe official names", BLUE),
     ("optimizer", "two moments\na weight", BLUE),
     ("step, epoch", "where the\nschedules stand", LINE),
-    ("random states", "torch, numpy,\nPython, a rank", LINE),
-    ("data position", "the next picture,\nand damaged ones", LINE),
+    ("random state", "of torch's\ngenerator", LINE),
+    ("data position", "the next batch,\nand damaged pictures", LINE),
     ("scaler", "fp16's loss scale,\nif it is used", LINE),
 ]
 WHOLE = "Written to a temporary file, flushed to disk, renamed: "
