@@ -186,6 +186,6 @@ def preprocess(x: Tensor, mean_std: str) -> Tensor:
     """Pictures as they are stored to what a network reads.
 
     x: (..., C, H, W), uint8 levels or floats in [0, 1]; mean_std: a name in MEAN_STD. Returns
-    normalised floats of the same shape.
+    normalised floats of the same shape; one channel becomes three equal colours before.
     """
     return normalize(to_float(x), mean_std_for(mean_std, x.shape[-3]))
