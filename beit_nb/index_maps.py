@@ -231,8 +231,8 @@ def map_remarks(maps: FileMaps, seen: np.ndarray) -> list[str]:
     if not len(absent):
         return []
     some = ", ".join(maps.classes[c] for c in absent[:3])
-    of = f"{n:,}" if looked == n else f"{looked:,} (of {n:,}) looked at"
+    of = f"its {n:,} label maps" if looked == n else f"the {looked:,} of {n:,} label maps looked at"
     return [
-        f"{len(absent):,} of the {len(maps.classes):,} classes of {maps.name} have no pixel in its "
-        f"label maps, {of} ({some}{', ...' if len(absent) > 3 else ''})"
+        f"{len(absent):,} of the {len(maps.classes):,} classes of {maps.name} occur in none of "
+        f"{of}: {some}{', ...' if len(absent) > 3 else ''}"
     ]
