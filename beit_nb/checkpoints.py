@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BODY_ARGS', 'HUB_NAME', 'HEAD_ARGS', 'Network', 'load_official', 'from_timm', 'from_hf', 'to_hf', 'head_args',
            'weights_of_tensors', 'say_left_out', 'kept_mean', 'recorded_mean_std', 'weights_of_run',
-           'is_of_hugging_face', 'is_of_ours', 'weights_of_content', 'refuse_hub_name', 'weights_of_network',
+           'is_of_hugging_face', 'is_of_ours', 'weights_of_content', 'refuse_missing', 'load_run', 'weights_of_network',
            'load_weights', 'check_channels', 'args_for', 'load_pretrained', 'check_finite', 'weights_for', 'known_of',
            'save_pretrained', 'save_official', 'to_timm', 'load_model', 'load_backbone', 'resize_pos_embed',
            'resize_rel_pos_bias']
@@ -25,13 +25,20 @@ from .configs import Backbone
 from .engine.files import read_json
 from .engine.log import warn_unfinished
 from .engine.processes import rank
-from .engine.runs import check_state, is_config, load_checkpoint, save_checkpoint
+from beit_nb.engine.runs import (
+    check_state,
+    is_config,
+    load_checkpoint,
+    run_checkpoints,
+    save_checkpoint,
+)
 from .engine.safeload import flatten, read_weights_file
 from .engine.trainer import few
 from .hub import WEIGHTS, read_hf_folder, write_hf_folder
 from .images import mean_std_for
 from .labelled_views import ScoredView, scored_view, usual_crop
 from .layouts import AROUND, around_body, check_whole, class_of, shape_of, to_official
+from .limits import nearest
 from .recipes import from_config
 from beit_nb.resizing import (
     Weights,
@@ -170,14 +177,33 @@ def weights_of_content(content: Any, path: str | Path, ema: bool = False) -> Wei
 HUB_NAME = re.compile(r"[\w-]+/[\w.-]+")  # such as microsoft/beit-base-patch16-224
 
 
-def refuse_hub_name(source: str | Path) -> None:
-    "Raise BeitError, with what to do, for a name of the hub where there is nothing on this disk."
+def refuse_missing(source: str | Path) -> None:
+    "Raise BeitError, with what to do, where there is nothing: a slip, or a name of the hub."
     path = Path(source)
+    if path.exists():
+        return
     if HUB_NAME.fullmatch(str(source)) and not path.parent.exists():
         raise BeitError(
             f"there is nothing at {source}; if it is called so on Hugging Face's hub, fetch it "
             f"with `hf download {source} --local-dir {path.name}` and give that folder"
         )
+    beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise BeitError(
+        f"there is nothing at {source}{nearest(path.name, beside)}; give the --out folder of a "
+        "run, a file of weights, or a folder of Hugging Face's or timm's"
+    )
+
+
+def load_run(folder: Path) -> dict:
+    "The newest sound checkpoint of a run. Raises BeitError, with what lies there, if it is none."
+    if run_checkpoints(folder):
+        return load_checkpoint(folder)
+    files = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".pt", ".pth"))
+    hint = f"; of the files in it give one: {', '.join(files[:5])}" if files else ""
+    raise BeitError(
+        f"{folder} is neither a run nor a folder of Hugging Face's or timm's: it has no "
+        f"checkpoints/ and no config.json with weights{hint}"
+    )
 
 
 def weights_of_network(network: nn.Module, ema: bool = False) -> Weights:
@@ -214,7 +240,7 @@ def load_weights(
         return weights_of_network(source, ema)
     if isinstance(source, Mapping):
         return weights_of_tensors(source, "a state dict", ema)
-    refuse_hub_name(source)
+    refuse_missing(source)
     path = Path(source)
     if is_of_hugging_face(path):
         if ema:
@@ -222,7 +248,7 @@ def load_weights(
         return read_hf_folder(path)
     if path.is_dir():
         warn_unfinished(path)
-        return weights_of_content(load_checkpoint(path), path, ema)
+        return weights_of_content(load_run(path), path, ema)
     return weights_of_content(read_weights_file(path), path, ema)
 
 

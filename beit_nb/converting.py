@@ -28,7 +28,7 @@ from beit_nb.checkpoints import (
     is_of_hugging_face,
     is_of_ours,
     load_weights,
-    refuse_hub_name,
+    refuse_missing,
     weights_of_content,
 )
 from .engine.files import atomic_write, explain_write_errors, make_folder, read_json
@@ -139,7 +139,7 @@ def read_source(path: Path, ema: bool = False) -> Source:
 
     `ema`: the running mean of a BEiT's weights. Raises BeitError where there is none of these.
     """
-    refuse_hub_name(path)
+    refuse_missing(path)
     if path.is_dir() and is_dalle(path):
         return Source(load_dalle(path).state_dict(), {"format": "pt"}, "DALL-E's tokenizer")
     if is_of_hugging_face(path):

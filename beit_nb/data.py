@@ -40,6 +40,7 @@ from beit_nb.engine.walks import (
     refuse_runs,
     walk_files,
 )
+from .limits import nearest
 from .recipes import DATASETS, known_set
 
 # %% ../nbs/37_data.ipynb #torchvision-sets
@@ -166,6 +167,8 @@ def labelled_folder(root: Path, split: str, channels: int = 3) -> ImageDataset:
         if split == "test" and part.is_dir() and rank() == 0:
             warn_once(f"{root} has no test/; its val/ is scored")
     if not part.is_dir():
+        if root.name in ("train", "val", "test") and (root.parent / "train").is_dir():
+            raise BeitError(f"{root} is a part of labelled data; give the whole, {root.parent}")
         there = ", ".join(f"{name}/" for name in class_folders(root)[:10]) or "no folders"
         raise BeitError(
             f"{root} has no folder {part.name}/; labelled data needs {root}/train/<class>/ and "
@@ -259,8 +262,10 @@ def open_data(
         raise BeitError(f"unknown split {split!r}; there are: {', '.join(SPLITS)}")
     name = known_set(data)
     if name is None and not Path(data).is_dir():
+        folders = [p.name for p in Path(data).parent.glob("*") if p.is_dir()]
+        meant = nearest(Path(data).name, folders)
         raise BeitError(
-            f"no data at {data}: give a folder of pictures or shards, or one of "
+            f"no data at {data}{meant}: give a folder of pictures or shards, or one of "
             f"{', '.join(DATASETS)}"
         )
     if name and channels not in (1, 3):
@@ -312,7 +317,7 @@ def sample_labels(
     smallest = min(map(len, groups))
     if smallest < per_class:
         raise BeitError(
-            f"labels_per_class {per_class} asks for more than the {smallest} pictures of the "
+            f"--labels-per-class {per_class} asks for more than the {smallest} pictures of the "
             "smallest class; lower it"
         )
     return np.concatenate([rng.choice(g, per_class, replace=False) for g in groups])

@@ -50,7 +50,8 @@ def load_scored(weights: Weights, init: str, img_size: int | None = None):
     args = weights.args
     if "num_classes" not in args:
         raise BeitError(
-            f"{init} has no head for classes; fine-tune it first, with beit finetune --init {init}"
+            f"{init} has no head for classes; fine-tune it first "
+            f"(beit finetune RECIPE --init {init})"
         )
     check_whole(weights.state, args, init)
     size = img_size or args["img_size"]
@@ -318,13 +319,13 @@ def evaluate(
     del said["quiet"]
     where = out or score_folder(init, data, split)
     how_asked = {k: said[k] for k in ("split", "img_size", "crop_pct", "precision", "ema")}
-    folder = rank_0_first(lambda: check_out(where, data, init=init, **how_asked))
     weights = load_weights(init, ema)
     pictures = open_data(data, split, True, weights.args.get("in_chans", 3))
     size = img_size or weights.view.img_size
     check_scored_memory(weights.args, size, min(batch_size, len(pictures)))
     model = load_scored(weights, init, img_size)
     labels, names = labels_for(weights, pictures, init)
+    folder = rank_0_first(lambda: check_out(where, data, init=init, **how_asked))
     device = default_device()
     set_matmul_precision(device, weights.args["embed_dim"])
     view = ScoredView(size, crop_pct or weights.view.crop_pct, *weights.view[2:])

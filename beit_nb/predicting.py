@@ -79,7 +79,8 @@ class Predictor:
         weights = load_weights(init, ema)
         if "num_classes" not in weights.args:
             raise BeitError(
-                f"{init} has no head for classes; fine-tune it first (beit finetune --init {init})"
+                f"{init} has no head for classes; fine-tune it first "
+                f"(beit finetune RECIPE --init {init})"
             )
         self.init = init
         self.channels = weights.args.get("in_chans", 3)

@@ -255,7 +255,6 @@ def evaluate_segmenter(
     All processes of `torchrun` take part. Raises BeitError for bad input.
     """
     how_asked = dict(split=split, scales=list(scales), flip=flip, precision=precision)
-    folder = rank_0_first(lambda: check_out(out, data, init=init, **how_asked))
     maps = open_label_maps(data, split, net.reduce_zero_label)
     if len(maps.classes) != net.count:
         raise BeitError(
@@ -263,6 +262,7 @@ def evaluate_segmenter(
             "pixels cannot be compared"
         )
     numbers = match_classes(net.classes, net.count, maps.classes, init, maps.name)
+    folder = rank_0_first(lambda: check_out(out, data, init=init, **how_asked))
     device = default_device()
     set_matmul_precision(device, net.model.embed_dim)
     view = net.view._replace(ratios=tuple(scales), flip=flip)

@@ -132,3 +132,28 @@ def test_heads_that_no_file_tells_are_said(capsys, monkeypatch, how, told):
 def test_what_lies_in_resizing_is_handed_on(name):
     assert getattr(checkpoints, name) is getattr(resizing, name)
     assert name in checkpoints.__all__
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        (
+            "runs/per",
+            r"nothing at .*runs/per \(do you mean pre\?\); give the --out folder of a run",
+        ),
+        ("away/from/here", "nothing at .*away/from/here; give"),
+        (
+            "nets",
+            "neither a run nor .* Hugging Face's or timm's.*; of the files .*: mim.safetensors$",
+        ),
+        ("pictures", "neither a run nor .* no config.json with weights$"),
+    ],
+)
+def test_a_slip_in_a_path_gets_a_hint(source, says, tmp_path):
+    (tmp_path / "runs" / "pre").mkdir(parents=True)
+    for folder, name in (("nets", "mim.safetensors"), ("pictures", "cat.jpg")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_text("")
+
+    with pytest.raises(BeitError, match=says):
+        load_weights(tmp_path / source)

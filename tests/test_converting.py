@@ -265,7 +265,7 @@ def test_the_command_says_what_it_needs(tmp_path):
     out = tmp_path / "b.pth"
     refused("convert", tmp_path / "a.pth", out, says="needs --to")
     refused("convert", tmp_path / "a.pth", out, "--to", "keras", says=["--to", "official"])
-    refused("convert", tmp_path / "none.pth", out, "--to", "timm", says="is no file")
+    refused("convert", tmp_path / "none.pth", out, "--to", "timm", says="there is nothing at")
     on_hub = "microsoft/beit-base-patch16-224"
     refused("convert", on_hub, out, "--to", "timm", says=f"`hf download {on_hub} --local-dir")
     out.write_text("mine")

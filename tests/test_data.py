@@ -193,6 +193,8 @@ def test_layouts_that_cannot_work(tmp_path):
         ("flat", "train", "has no folder train/; labelled data needs"),
         ("set", "val", "class 'd' that the training pictures lack"),
         ("gone", "val", "no data at .*gone: give a folder of pictures or shards, or one of digits"),
+        ("sett", "val", r"no data at .*sett \(do you mean set\?\): give"),
+        ("set/train", "train", "set/train is a part of labelled data; give the whole, .*set$"),
     ):
         with pytest.raises(BeitError, match=words):
             open_data(str(tmp_path / folder), split, labels=True)

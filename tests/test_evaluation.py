@@ -280,7 +280,7 @@ def test_bad_input_is_one_line(network, file, pictures, tmp_path):
     refuse(file, tmp_path / "nowhere", "no data at")
     refuse(file, "photos", "photos has no labels")
     refuse(tmp_path / "none.pth", pictures, "none.pth")
-    assert not (tmp_path / "out" / "metrics.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_network_of_broken_numbers_has_no_score(network, pictures, tmp_path):

@@ -98,7 +98,8 @@ ATTENTION_ACTS = (
 
 _MAGMA = ", ".join(to_hex(color) for color in colormaps["magma"](np.linspace(0, 1, 9)))
 MASS_WORDS = (
-    "The fewest patches of each tile that hold this mass stay bright; the others are dimmed."
+    "Mass to keep: the fewest patches of each tile that hold this share of its attention stay "
+    "bright; the others are dimmed."
 )
 ATTENTION_LEGEND = (
     "<b>Tiles</b> are scaled each on its own. Dark: none "

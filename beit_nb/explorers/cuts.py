@@ -48,7 +48,7 @@ def cost_html(cost: ViTCost) -> str:
     "The price of a sequence in words, beside that of BEiT's ViT-B/16 at 224 pixels."
     ratio = cost.multiply_adds / vit_cost().multiply_adds
     return (
-        f"<b>{cost.tokens:,}</b> tokens, <b>{cost.pairs:,}</b> pairs a head, "
+        f"<b>{cost.tokens:,}</b> tokens, <b>{cost.pairs:,}</b> pairs a head (CLS counts too), "
         f"<b>{cost.multiply_adds / 1e9:.1f}</b> billion multiply-adds in a ViT-B "
         f"({ratio:.2f} x BEiT's), {cost.attention_share:.0%} of them for attention"
     )

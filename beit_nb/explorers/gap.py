@@ -48,7 +48,8 @@ class GapExplorer(Explorer):
             lambda e: any(e.gaps[i] < 0.02 for i in e.by_hand),
         ),
         Act(
-            "Click another picture at the right, then move 'q to posterior' to 100 %.",
+            "Click another picture at the right, then move 'q to posterior', which moves all "
+            "sixteen beliefs, to 100 %.",
             lambda e: e.choice.value != e.first and e.toward.value == 1,
         ),
     )

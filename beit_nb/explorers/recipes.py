@@ -115,7 +115,7 @@ class ScheduleExplorer(Explorer):
             lambda e: 0 < e.courses[0].warmup and abs(e.percent - e.courses[0].warmup) < 1),
         Act("Set layer decay to 1.00. How fast do the patches learn now?",
             lambda e: e.controls.decay.value == 1 and not e.controls.decay.disabled),
-        Act("Choose tokenizer dalle beside it. What does it turn that no BEiT has?",
+        Act("Choose 'tokenizer dalle' in the menu 'beside'. What does it turn that no BEiT has?",
             lambda e: "temperature" in e.courses[1].curves),
     )  # fmt: skip
     NOTICE = (

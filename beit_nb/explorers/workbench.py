@@ -61,7 +61,7 @@ def tell_patch(reading: Reading, cell: int) -> str:
     best = int(guess.probs[row, col].argmax())
     verdict = "right" if best == guess.truth[row, col] else "wrong"
     if not guess.mask[row, col]:
-        verdict = "which nobody asked for"
+        verdict = "which the loss does not count, as the patch is shown"
     taken = reading.looks[:, row, col].clone()
     taken[cell] = 0
     fan = int(taken.argmax())
