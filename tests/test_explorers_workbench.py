@@ -57,7 +57,7 @@ def test_a_hidden_and_a_shown_patch_in_words(reading, mask):
     hidden, shown = (int(np.flatnonzero(m)[0]) for m in (mask, ~mask))
 
     assert "<b>hidden</b>" in tell_patch(reading, hidden)
-    assert "nobody asked for" in tell_patch(reading, shown)
+    assert "the loss does not count" in tell_patch(reading, shown)
     assert f"word <b>{shown + 1}</b> of 64" in tell_patch(reading, shown)
 
 
