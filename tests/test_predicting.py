@@ -249,7 +249,7 @@ def test_networks_that_can_say_nothing_of_a_picture(tmp_path, pictures):
 
 
 def test_a_network_that_guesses_tokens_names_nothing(runs, pictures):
-    says = ["has no head for classes", f"beit finetune --init {runs / 'pre'}"]
+    says = ["has no head for classes", f"beit finetune RECIPE --init {runs / 'pre'}"]
 
     refused("predict", "--init", runs / "pre", "--images", *pictures, says=says)
 
