@@ -102,7 +102,7 @@ OWN = CHANGEABLE_FIELDS | {"seed", "tokenizer", "tokens", "init", "inputs", "wat
 
 
 def recipe_fields(config: dict) -> dict[str, Any]:
-    "What two runs must have in common to be of one recipe; from the name of a known set its kind."
+    "What two runs of one recipe must have in common; of `data` the name, without `embedded:`."
     fields = {k: v for k, v in config.items() if k not in OWN}
     data = str(config.get("data", "")).removeprefix("embedded:")
     return fields | {"data": data, "from weights": bool(config.get("init"))}

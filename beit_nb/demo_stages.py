@@ -27,8 +27,8 @@ ARMS = {  # of the fine-tuning: label and color
     "scratch_best": ("from scratch, longer", PALETTE["grey"]),
 }
 GRID = (3e-4, 7e-4, 1.5e-3)
-# What GRID came to for each arm, by validation digits alone, while the demo tried all of it:
-# after 1,600 steps of pre-training, with 200 steps, and with 600 for the longer arm.
+# The rate of GRID that won for each arm, by validation digits alone, when the demo still tried
+# all of them: 1,600 steps of pre-training, 200 of fine-tuning, 600 for the longer arm.
 FOUND = {"pretrained": (1.5e-3,), "scratch_equal_steps": (3e-4,), "scratch_best": (7e-4,)}
 
 

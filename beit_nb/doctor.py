@@ -140,7 +140,7 @@ def place_landmarks(ids: torch.Tensor, masks: torch.Tensor, vocab_size: int) -> 
 
     `ids`, `masks`: (n, places). `place_entropy` in nats, and `place_acc`: places weigh as often as
     they are hidden; the best token is chosen on one half of the pictures and scored on the other.
-    Nothing where the pictures are too few: a third as many as tokens at a place.
+    Empty where the pictures are too few: less than three for each token that occurs at a place.
     """
     weights = masks.double().mean(0)
     weights = weights / weights.sum()

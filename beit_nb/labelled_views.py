@@ -172,8 +172,8 @@ class ScoredView(NamedTuple):
     """What a network sees of a picture when it is scored: resized, then the middle of it.
 
     Called with a picture it gives (3, img_size, img_size) uint8, bit for bit what timm's pipeline
-    for evaluation gives before it normalises; with bands, (C, H, W) floats, floats of that size.
-    Of an endless picture only the middle is resized.
+    for evaluation gives before it normalises. With bands, (C, H, W) floats, it gives floats of
+    that size. Of a picture that is very long only the middle is resized.
     """
 
     img_size: int  # pixels a side that the network reads
