@@ -3,8 +3,8 @@ and who runs what where all tests run two at a time.
 
 Nobody marks a lesson or a browser test by hand. `test_lesson_runs` is `lessons`; a test that uses
 the browser (one of the fixtures of browser.py, itself or through another fixture) is `browser`.
-`slow` and `gpu` are written over the test: `@pytest.mark.slow` where it takes more than about eight
-seconds, `@pytest.mark.gpu` where it needs CUDA.
+`slow` and `gpu` are written over the test: `@pytest.mark.slow` where it takes more than 2.5 seconds
+on a slow machine, or six with all its cases, `@pytest.mark.gpu` where it needs CUDA.
 """
 
 import gc

@@ -59,6 +59,7 @@ def prepared(viewer, views):
     return normalize(views.picture, viewer.mean_std)[None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "setr_pup", "upernet"])
 def test_a_run_that_names_pixels_looks_by_its_body(kind, picture, tmp_path, capfd):
     "`beit attention` of a run of `beit segment`: its own maps; the heads are left out, and said."

@@ -242,6 +242,7 @@ def test_finished_run_is_left_alone(runs):
     assert last.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_stopped_early_is_not_finished(tmp_path):
     "metrics.json of a run that --max-steps or --dry-run ended does not pass for a finished run's."
     words = ["tokenizer", "nano", *FEW_STEPS, "--out", tmp_path / "run"]
@@ -273,6 +274,7 @@ def test_folder_of_pictures(photos, tmp_path):
     assert "dog" in said and "cat" in said
 
 
+@pytest.mark.slow
 def test_damaged_pictures_are_counted(photos, tmp_path):
     words = ["tokenizer", "photos", *FEW_STEPS, "--data", photos, "--batch-size", 16]
 

@@ -61,6 +61,7 @@ def start(tmp_path):
     return save
 
 
+@pytest.mark.slow
 @forms
 @pytest.mark.parametrize("job", ("classifier", "mim"))
 def test_there_and_back_in_every_direction(job, form, start, tmp_path):

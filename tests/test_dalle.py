@@ -16,6 +16,7 @@ def one_hots(ids, V):
     return F.one_hot(ids, V).permute(0, 3, 1, 2).float()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "n_hid, n_init, n_blk, V",
     [(64, 32, 2, 512), (96, 8, 1, 1000), (64, 128, 3, 2048), (128, 16, 2, 700)],
@@ -133,6 +134,7 @@ def test_it_has_the_interface_of_our_own_dvae():
     assert model.has_decoder and not DalleVAE(model.encoder).has_decoder
 
 
+@pytest.mark.slow
 def test_it_trains_with_our_loss_also_in_bf16():
     model = small_dalle()
     images = random_images(2, 32)

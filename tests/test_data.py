@@ -327,6 +327,7 @@ def test_the_set_that_was_meant_is_opened(tmp_path, monkeypatch):
         open_data("embedded:zoo")
 
 
+@pytest.mark.slow
 def test_commands_say_what_they_took(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for i in range(4):

@@ -167,6 +167,7 @@ def test_rates_that_were_found_are_not_looked_for_again(tmp_path, monkeypatch):
     assert best_rates(mixed) == found | {"pretrained": 7e-4} and len(tried) == 2
 
 
+@pytest.mark.slow
 def test_a_fine_tuning_that_fails_stops_the_demo_by_name(tmp_path, monkeypatch):
     "And the runs that did finish are kept: the next call reads them."
     plan = DemoPlan(str(tmp_path), finetune_steps=1, draws=1)

@@ -83,6 +83,7 @@ def test_every_draw_is_a_line_and_every_arm_a_bar():
     ]
 
 
+@pytest.mark.slow
 def test_where_the_inkiest_patch_looks(out):
     "The picture, and a map for every head."
     heads = load_mim(out / "pretrain")[1].num_heads
@@ -120,6 +121,7 @@ def test_tables_hold_the_figures_of_each_arm():
     assert "200 labels" in probes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rehearsal", [False, True])
 def test_the_whole_page(out, rehearsal):
     page = demo_report(out, METRICS | dict(rehearsal=rehearsal))

@@ -53,6 +53,7 @@ def diagnosed(top, run):
     return seen.status, seen.causes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [3, 4])
 def test_a_sound_run_is_called_sound(top, seed):
     "Seeds that the band has not seen."
@@ -65,10 +66,12 @@ def test_a_sound_run_is_called_sound(top, seed):
     assert judged >= {"numbers", "masks", "tokens", "loss", "weights", "band of loss"}
 
 
+@pytest.mark.slow
 def test_a_learning_rate_ten_times_too_high(top):
     assert diagnosed(top, trained(top, "rate", lr=6e-2)) == (1, ["learning-rate-too-high"])
 
 
+@pytest.mark.slow
 def test_a_collapsed_codebook(top):
     run = trained(top, "collapsed", "dead")
 
@@ -78,6 +81,7 @@ def test_a_collapsed_codebook(top):
     assert (seen.status, seen.causes) == (3, ["collapsed-codebook"])
 
 
+@pytest.mark.slow
 def test_masks_that_are_almost_empty(top, monkeypatch):
     "One patch hidden in every other picture."
 
@@ -99,6 +103,7 @@ def without_masks_in_the_log(run, to):
     return to
 
 
+@pytest.mark.slow
 def test_masks_that_are_all_empty(top, tmp_path, monkeypatch):
     "The training stops at such a step in one line; the doctor draws the masks of the recipe again."
     old = without_masks_in_the_log(top / "seed-0", tmp_path / "old")
@@ -112,6 +117,7 @@ def test_masks_that_are_all_empty(top, tmp_path, monkeypatch):
     assert diagnosed(top, old) == (0, [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("times", [1 / 3, 1 / 2, 2, 3])
 def test_a_sweep_of_the_learning_rate_is_no_fault(top, times):
     "Of the band's own rate; ten times is another matter, above."
@@ -122,6 +128,7 @@ def test_a_sweep_of_the_learning_rate_is_no_fault(top, times):
     assert (seen.status, seen.causes) == (0, []), seen.findings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "view",
     [
@@ -138,6 +145,7 @@ def test_a_token_view_normalised_otherwise(top, monkeypatch, view, request):
     assert diagnosed(top, run) == (3, ["token-view"])
 
 
+@pytest.mark.slow
 def test_shuffled_tokens(top, monkeypatch):
     hidden = TokenizerTargets.hidden
 
@@ -152,6 +160,7 @@ def test_shuffled_tokens(top, monkeypatch):
     assert diagnosed(top, run) == (3, ["shuffled-tokens"])
 
 
+@pytest.mark.slow
 def test_frozen_blocks(top, monkeypatch):
     build = pretraining.build_mim
 
@@ -167,6 +176,7 @@ def test_frozen_blocks(top, monkeypatch):
     assert diagnosed(top, run) == (3, ["frozen-weights"])
 
 
+@pytest.mark.slow
 def test_an_optimizer_that_never_steps(top, monkeypatch):
     "Seen by the log alone, as well: no checkpoint."
     with monkeypatch.context() as m:
@@ -254,6 +264,7 @@ def test_a_log_of_the_official_code(tmp_path, changes, status, cause):
     assert not cause or seen.causes[0] == cause
 
 
+@pytest.mark.slow
 def test_the_command(top):
     sick = trained(top, "rate", lr=6e-2)
     band = ["--band", top / "tiny.json"]

@@ -243,6 +243,7 @@ HOLD_UP = {  # small files that kept a decoder, or us, busy: what comes of them
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", HOLD_UP)
 def test_no_small_file_holds_us_up(what):
     data, outcome = HOLD_UP[what]
@@ -433,6 +434,7 @@ def test_a_file_is_a_file_of_at_most_a_gigabyte(tmp_path):
 PROGRAMS = "gs gswin32c gswin64c convert magick djpeg cjpeg dcraw xv ffmpeg ghostscript ppmtogif"
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_no_file_starts_a_program(tmp_path, monkeypatch):
     "Every kind that Pillow writes, and EPS by hand, under every ending: nothing is ever started."
@@ -619,6 +621,7 @@ ODD_NOTES = {  # segments, and how the picture then stands
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("junk", [b"", b"\xff\xff", b"\0rubbish"], ids=("", "filled", "rubbish"))
 @pytest.mark.parametrize("what", ODD_NOTES)
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])

@@ -55,6 +55,7 @@ def write_until_killed(file: Path) -> None:
                 f.write(bytes([k % 256]) * 4000)
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path):
     file = tmp_path / "page"
     rng = np.random.default_rng(0)

@@ -338,6 +338,7 @@ def test_training_keeps_the_list_of_damage(bad_eighth, tmp_path, capfd):
         train_tokenizer(r, quiet=True)
 
 
+@pytest.mark.slow
 def test_batches_depend_on_seed_and_step_only(tmp_path):
     for i in range(22):
         save_gray(tmp_path / "in" / f"{i}.jpg", 10 * i, (40, 30))

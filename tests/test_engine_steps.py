@@ -248,6 +248,7 @@ def start_method(request, monkeypatch):
     forkserver._forkserver._stop()  # the next test has a server of its own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 3])
 def test_loaded_ahead_is_what_is_loaded_here(start_method, workers):
     orders = [0, 1, 5, 2, 3, 1, 0, 7]
@@ -282,6 +283,7 @@ def test_a_worker_that_dies_is_one_line(start_method):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.slow
 def test_workers_killed_at_random_moments():
     "Whichever it is and whenever, it is one error, and nobody is left."
     for _ in range(10):
@@ -356,6 +358,7 @@ if __name__ == "__main__":
 RARER = [pytest.param(end, marks=pytest.mark.slow) for end in ("exit", "_exit", signal.SIGSEGV)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["raise", signal.SIGKILL, signal.SIGTERM, *RARER])
 def test_workers_end_with_their_parent(start_method, end, tmp_path):
     "However it ends. The pipe of its output closes when nobody holds it any more."

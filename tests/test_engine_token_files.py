@@ -59,6 +59,7 @@ def stamps(out):
     return [f.stat().st_mtime_ns for f in sorted(out.glob("part-*.npz"))]
 
 
+@pytest.mark.slow
 def test_tokens_on_disk_are_the_tokens(tokenizer, tmp_path):
     digits = Digits("test")
     network = load_tokenizer(tokenizer)
@@ -124,6 +125,7 @@ def four_processes(said, *words):
     return [process.exitcode for process in family]
 
 
+@pytest.mark.slow
 def test_four_processes_tokenize_together(tokenizer, tmp_path):
     "Three times from nothing: all begin at one moment, with one tokens.json to write."
     data = noisy_pictures(tmp_path / "in", n=40)
@@ -141,6 +143,7 @@ def test_four_processes_tokenize_together(tokenizer, tmp_path):
         assert len(list(out.iterdir())) == 1 + 14, "tokens.json and the parts, nothing else"
 
 
+@pytest.mark.slow
 def test_four_processes_refuse_with_one_voice(tokenizer, tmp_path):
     data = noisy_pictures(tmp_path / "in")
     said = tmp_path / "said.txt"

@@ -91,6 +91,7 @@ def whole(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_kill_and_resume(whole, tmp_path):
     """SIGKILL at a random moment after a random step.
 
@@ -113,6 +114,7 @@ def test_kill_and_resume(whole, tmp_path):
     assert not list(tmp_path.rglob("*.part")), "nothing half-written stays"
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(whole, tmp_path):
     tokenizer_run(tmp_path, workers=2)
     assert equal(weights(tmp_path), weights(whole))
@@ -143,6 +145,7 @@ def toy(out, compute_loss=squared_error, callbacks=(), updates=(), **changes):
         return {k: v.clone() for k, v in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_stopped_at_every_step(tmp_path):
     straight = toy(tmp_path / "straight")
     for stop in range(1, 30, 4):
@@ -378,6 +381,7 @@ def test_a_warm_up_longer_than_the_run_is_said_and_cut(tmp_path, capsys):
     assert [r["lr"] for r in read_log(tmp_path)] == pytest.approx([1e-4 * n for n in range(8)])
 
 
+@pytest.mark.slow
 def test_two_quick_sigterms_save(tmp_path):
     """A cluster signals torchrun and its workers, and torchrun passes it on.
 

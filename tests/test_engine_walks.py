@@ -100,6 +100,7 @@ def left_out_of(folder, pictures: list[str]) -> dict[str, list]:
     return dict(left_out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("long", ["d", "d" * 200])
 def test_twelve_hundred_nested_folders(tmp_path, long):
     "Some are too deep for a path that the system takes; these are counted."

@@ -117,6 +117,7 @@ SQUASH = {"size": {"height": 40, "width": 40}, "resample": 2}
 BYTES = {"do_rescale": False, "image_mean": [90.0] * 3, "image_std": [70.0] * 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, SQUASH, {"do_normalize": False}, BYTES], ids=str)
 def test_hugging_faces_own_pipeline_and_network_guess_the_same(network, tmp_path, changes):
     from transformers import BeitForImageClassification as Theirs
@@ -164,6 +165,7 @@ def test_neither_processes_nor_workers_change_a_figure(file, tmp_path):
         assert figures["unreadable"] == 1 and figures["pictures"] == 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "augment, crop, changes",
     [
@@ -295,6 +297,7 @@ def test_a_network_of_broken_numbers_has_no_score(network, pictures, tmp_path):
     assert not said.stdout.count("top-1") and not (tmp_path / "o" / "metrics.json").exists()
 
 
+@pytest.mark.slow
 def test_the_running_mean_has_a_score_of_its_own(tmp_path):
     data = red_and_blue(tmp_path / "data")
     r = recipe_named("finetune", "nano", data=str(data), out=str(tmp_path / "run"), steps=3)
@@ -318,6 +321,7 @@ def test_a_score_replaces_no_run_and_lies_in_no_data(pictures, tmp_path):
     assert check_out(str(tmp_path / "new"), "digits").is_dir()
 
 
+@pytest.mark.slow
 def test_a_score_replaces_only_itself(file, pictures, tmp_path):
     asked = ("evaluate", file, "--data", pictures, "--out", tmp_path / "out")
     beit(*asked)
@@ -332,6 +336,7 @@ def test_a_score_replaces_only_itself(file, pictures, tmp_path):
     assert (tmp_path / "out" / "metrics.json").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_the_command_leaves_figures_a_picture_and_a_page(file, pictures, tmp_path):
     said = beit("evaluate", file, "--data", pictures, "--out", tmp_path / "out").stdout
 
@@ -349,6 +354,7 @@ def test_the_command_leaves_figures_a_picture_and_a_page(file, pictures, tmp_pat
     assert "damaged" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_every_checkpoint_set_and_split_has_a_folder_of_its_own(
     network, file, pictures, tmp_path, monkeypatch
 ):
@@ -393,6 +399,7 @@ def test_a_score_replaces_no_folder_of_hugging_face(network, pictures, tmp_path)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
+@pytest.mark.slow
 def test_names_of_classes_are_no_formulas(file, tmp_path):
     "matplotlib takes what stands between two $ for one."
     data = lay_out(tmp_path / "data", [*NAMES[:-1], "$\\x^$"])

@@ -53,6 +53,7 @@ def test_unknown_name_is_an_attribute_error():
         explorers.Explorers  # noqa: B018
 
 
+@pytest.mark.slow
 def test_library_needs_no_widgets_and_explorers_say_what_they_need():
     code = (
         "import importlib, sys; sys.modules['anywidget'] = sys.modules['ipywidgets'] = None\n"
@@ -101,6 +102,7 @@ def family():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", "masks patches gap temperature alphabet tokens attention recipes".split()
 )
@@ -129,6 +131,7 @@ def page():
     return names, shown
 
 
+@pytest.mark.slow
 def test_a_line_that_was_copied_makes_the_same_on_the_page(page):
     names, shown = page
     masks = next(e for e in shown if isinstance(e, explorers.MaskExplorer))

@@ -84,6 +84,7 @@ def test_the_acts():
     assert explorer.fit.codes.std(0).max() < 1 / 255
 
 
+@pytest.mark.slow
 def test_link_makes_the_same_state():
     explorer = AlphabetExplorer("rocket", weight=2**4.25)
 

@@ -117,6 +117,7 @@ def pair():
     }
 
 
+@pytest.mark.slow
 def test_panels_show_what_either_recipe_has(pair):
     first = {"finetune nano": pair["finetune nano"]}
 

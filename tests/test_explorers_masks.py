@@ -107,6 +107,7 @@ def other_settings(explorer):
     explorer.controls.ratio.value = 0.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("act", (lambda e: None, paint, scrub, scrub_and_paint, other_settings))
 def test_the_link_makes_the_same_screen(explorer, act):
     act(explorer)

@@ -370,6 +370,7 @@ def break_the_loss():
     pretraining.PretrainLoss = BrokenLoss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_loss_that_is_no_number(tmp_path, n):
     "The step is named, its pictures are listed, the weights before it are kept, status 1."
@@ -390,6 +391,7 @@ def test_a_loss_that_is_no_number(tmp_path, n):
     assert all(v.isfinite().all() for v in state["model"].values())
 
 
+@pytest.mark.slow
 def test_full_disk(tmp_path, whole):
     """The disk is full at a save: one line, status 2, the checkpoint before is intact.
 
@@ -431,6 +433,7 @@ def test_read_only_folder(tmp_path):
     assert load_checkpoint(out)["step"] == 6
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint(tmp_path, whole):
     """The run goes on from the one before, says so with both names, and ends the same.
 
@@ -624,6 +627,7 @@ def small_finetuning(out, **changes):
 TRAININGS = [small_tokenizer, small_pretraining, small_finetuning]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", TRAININGS)
 @pytest.mark.parametrize("change", [{"max_steps": 3}, {"dry_run": True}])
 def test_a_part_of_a_run_is_no_finished_run(tmp_path, train, change):

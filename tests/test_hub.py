@@ -91,6 +91,7 @@ def edit(folder, **changes):
 # --- what transformers reads from us
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "shape, form, pooling",
     [(BASE, form, True) for form in POSITIONS]
@@ -107,6 +108,7 @@ def test_transformers_reads_a_classifier(shape, form, pooling, tmp_path):
     assert_same_state(read_hf_folder(tmp_path).state, ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape, form", [(BASE, form) for form in POSITIONS] + [(LARGE, "shared")])
 def test_transformers_reads_a_pretrained_network(shape, form, tmp_path):
     ours = mim(**shape, **POSITIONS[form])

@@ -101,6 +101,7 @@ NOT_OURS = "import sys; raise Exception([m for m in sys.modules if 'beit_nb' in 
 ENDS = {"1 / 0": "ZeroDivisionError", "import os; os._exit(1)": "Kernel died", NOT_OURS: "nothing"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", ENDS)
 def test_a_lesson_that_fails_is_noticed(tmp_path, line):
     "An error, a kernel that dies; and none begins with modules of ours."
@@ -111,6 +112,7 @@ def test_a_lesson_that_fails_is_noticed(tmp_path, line):
         lessons.run(tmp_path / "lesson.ipynb", kernels=ForkedKernelManager)
 
 
+@pytest.mark.slow
 def test_imports_go_down():
     """An import only ever goes down to a lesson with a smaller number.
 
@@ -220,6 +222,7 @@ def test_every_module_imports_alone():
     run_python(code, cwd="/")
 
 
+@pytest.mark.slow
 def test_names_from_the_top():
     """The contract's names lie at the top, and asking for none of them loads no torch.
 
@@ -311,6 +314,7 @@ def png(image) -> str:
     return base64.b64encode(out.getvalue()).decode()
 
 
+@pytest.mark.slow
 def test_saved_pictures_get_small_palettes():
     "A drawing gets few colors, a photograph more, and both look as before."
     drawing = Image.new("RGB", (160, 120), "white")
@@ -356,6 +360,7 @@ def test_saved_lines_are_broken_as_a_narrow_terminal_would():
     assert lessons.narrow(text) == text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NBS, ids=lambda p: p.stem)
 def test_what_nobody_reads_is_folded(path):
     "And all else is open; `tests/lessons.py` sees to it whenever it saves a lesson."
@@ -499,6 +504,7 @@ def test_the_glossarys_words_stand_in_their_lessons():
     assert len(rows) > 40 and missing == []
 
 
+@pytest.mark.slow
 def test_the_map_is_the_book():
     "index.ipynb and README have the table that the lessons themselves make (lessons.py --map)."
     index = nbformat.read(ROOT / "nbs" / "index.ipynb", as_version=4)

@@ -47,6 +47,7 @@ def small(top, out, **changes):
     return LinearRecipe(**fields | changes)
 
 
+@pytest.mark.slow
 def test_steps_reach_what_a_fit_reaches(tmp_path):
     "On 200 labels of the digits: the best block within two standard errors of 1,000 pictures."
     init = str(NETS / "mim.safetensors")

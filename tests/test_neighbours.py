@@ -162,6 +162,7 @@ def alphabet(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_the_training_does_not_feel_that_it_is_asked(tmp_path, alphabet):
     """Weights and log are those of a run that nobody asks, and of one that was stopped.
 

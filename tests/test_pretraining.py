@@ -432,6 +432,7 @@ def as_run_of_ours(model, path):
     return path / "ours.pt"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved", [as_official_file, as_hf_folder, as_run_of_ours])
 def test_a_run_begins_with_anybodys_weights(saved, tok, few, tmp_path, capfd):
     model = shaken(build_mim(wide()))

@@ -88,6 +88,7 @@ def test_probe_of_a_folder(folder, tmp_path, capsys):
     assert all(len(ranks) == 2 for ranks in m["pretrained"]["rank"]["cls"].values())
 
 
+@pytest.mark.slow
 def test_anybodys_weights_are_probed(folder, tmp_path, capsys):
     "One network in five spellings has one score; a page of a web site has none."
     r = recipe_named(

@@ -43,6 +43,7 @@ def runs(tmp_path_factory):
     return top
 
 
+@pytest.mark.slow
 def test_a_look_is_a_picture(runs):
     "OUT/watch/STEP.png shows what the model saw, its guess and the truth: three different rows."
     watch = runs / "pre" / "watch"
@@ -65,6 +66,7 @@ def test_a_look_is_a_picture(runs):
         assert torch.equal(kept, (tokenizer.decode(ids) * 255).round().to(torch.uint8))
 
 
+@pytest.mark.slow
 def test_a_page_after_a_run_loads_no_tokenizer(runs, monkeypatch):
     "What the decoder made of the tokens is kept; an older run, without, asks the tokenizer."
     asked = []

@@ -48,6 +48,7 @@ def count(calls, name):
     return sum(name_of(call).startswith(name) for call in calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_step_on_a_gpu_neither_waits_nor_strays(name, precision):
@@ -60,6 +61,7 @@ def test_a_step_on_a_gpu_neither_waits_nor_strays(name, precision):
     assert count(calls, "_amp_update_scale") == (precision == "fp16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRAININGS)
 def test_a_step_with_its_backward_pass_keeps_to_its_types(name):
     training = TRAININGS[name](precision="bf16")
@@ -164,6 +166,7 @@ def test_plain_attention_runs_as_flash_attention(where, kernel):
     assert count(calls, kernel) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp32"])
 def test_a_relative_bias_has_the_type_of_the_queries(precision):
     calls = rehearsed("finetune, BEiT+, mean of weights", on_paper, precision)
@@ -185,6 +188,7 @@ def test_the_operators_of_a_step_are_the_known_ones(name):
     assert operator_list(name) == known[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("preset", ["base-in1k", "base-plus-in1k", LARGE])
 def test_memory_and_work_of_a_step_are_the_planned(preset, precision):
@@ -210,6 +214,7 @@ def test_memory_with_checkpointing_is_the_planned(preset):
     assert sum(training_memory(r, 64).values()) == pytest.approx(peak, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 @pytest.mark.parametrize("preset", ["base-in1k", "base-plus-in1k"])
 def test_memory_with_checkpointing_of_a_small_network(preset, precision, monkeypatch):
@@ -236,6 +241,7 @@ def test_memory_with_checkpointing_of_a_small_network(preset, precision, monkeyp
     assert sum(training_memory(r, 16).values()) == pytest.approx(memory.peak, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_step_is_traced_once_for_any_number_of_hidden_patches(
     checkpointing, monkeypatch
@@ -294,6 +300,7 @@ def test_the_script_for_a_gpu_measures_and_keeps_it(monkeypatch, tmp_path, preci
     assert fast["images_per_second"] > 0 and fast["planned_gb"] > 0
 
 
+@pytest.mark.slow
 def test_the_script_for_a_gpu_on_a_pretended_one(monkeypatch):
     "The lines that only a machine with CUDA takes; autograd alone is left out, as everywhere here."
     told = []
@@ -336,6 +343,7 @@ def sixteen():
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["base-plus-in1k", LARGE])
 def test_one_of_sixteen_shards_holds_and_sends_its_part(preset, sixteen, monkeypatch, tmp_path):
     "The mesh is made before, since it tells the others its numbers."
@@ -367,6 +375,7 @@ def test_one_of_sixteen_shards_holds_and_sends_its_part(preset, sixteen, monkeyp
     assert sent.bytes["_reduce_scatter_base_"] == pytest.approx(whole, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["base-plus-in1k", LARGE])
 def test_one_of_sixteen_copies_holds_and_sends_what_is_planned(preset, sixteen, monkeypatch):
     "The whole model in every process; its gradients leave once, bucket by bucket."

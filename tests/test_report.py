@@ -65,6 +65,7 @@ def run(runs, tmp_path):
     return Path(shutil.copytree(runs / "pre", tmp_path / "pre"))
 
 
+@pytest.mark.slow
 def test_stopped_run(runs):
     "Not finished though there is a metrics.json; its film, and three groups of curves."
     html = report(runs / "pre")
@@ -77,6 +78,7 @@ def test_stopped_run(runs):
         assert heading in html
 
 
+@pytest.mark.slow
 def test_finished_run(runs):
     with unpainted():
         pretrain(pretrain_recipe(runs, "whole"), quiet=True)
@@ -160,6 +162,7 @@ def test_without_the_tokenizer(run):
     assert html.count("<img") == 4 and "one colour a token" in html and "(decoded)" not in html
 
 
+@pytest.mark.slow
 def test_tokenizer(runs, tmp_path):
     "It paints; where its pictures have moved, the page says so in their place."
     assert report(runs / "tok").count("<img") == 4
@@ -202,6 +205,7 @@ def test_probe(runs):
         assert f"<td>{features}</td>" in html
 
 
+@pytest.mark.slow
 def test_finetune(runs):
     recipe = recipe_named(
         "finetune", "nano", init=f"{runs}/pre", out=f"{runs}/fine", eval_every=4, **SMALL | BODY

@@ -148,6 +148,7 @@ def test_what_the_seconds_go_to(monkeypatch):
 # --- the tokenizer
 
 
+@pytest.mark.slow
 def test_bench_compares_and_counts_equal_tokens(monkeypatch):
     small = published()[0]
     monkeypatch.setattr("dall_e.Encoder", lambda: small)
@@ -161,6 +162,7 @@ def test_bench_compares_and_counts_equal_tokens(monkeypatch):
     assert torch.get_num_threads() == threads and result["threads"] == 1
 
 
+@pytest.mark.slow
 def test_other_tokens_would_be_noticed(monkeypatch):
     "The share of equal ids is measured, and not taken for granted."
     small = published()[0]

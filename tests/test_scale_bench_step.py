@@ -34,6 +34,7 @@ def made(name, mode="fp32", batch=4, clock=None):
     return step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name,mode",
     [

@@ -114,6 +114,7 @@ def test_a_convolution_is_a_product(kernel, stride):
     assert product.parameters == count(layer) and product.inputs == images.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command,name", PRESETS)
 def test_parameters_of_every_preset_are_the_networks(command, name):
     r = recipe_named(command, name)
@@ -246,6 +247,7 @@ def test_of_an_unknown_network_there_are_no_products():
     assert model_products(Toy()) == [] and total_flops([]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS["segment"].presets)
 @pytest.mark.parametrize("auxiliary_weight", [0.4, 0.0])
 def test_segmentations_counted_two_ways(name, auxiliary_weight):

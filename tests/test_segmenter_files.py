@@ -47,6 +47,7 @@ def run(tmp_path_factory):
     return r.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("paper", [True, False])
 @pytest.mark.parametrize("blocks", [None, (0, 1, 3, 4), (1, 2, 3, 5)])
 @pytest.mark.parametrize("auxiliary", [True, False])
@@ -153,6 +154,7 @@ def test_what_has_no_form_elsewhere(tmp_path, capsys, form, to, words):
     )
 
 
+@pytest.mark.slow
 def test_a_run_by_the_command(run, tmp_path, capsys):
     "A run to each form and back: the same answers, and what is not told is said."
     ours = read_segmenter(run)

@@ -104,6 +104,7 @@ def test_what_is_no_segmentation(tmp_path):
         segmenter_of(load_weights(NETS / "mim.safetensors"))
 
 
+@pytest.mark.slow
 def test_scored_as_its_training_did(run, tmp_path):
     r, metrics = run
 
@@ -123,6 +124,7 @@ def test_scored_as_its_training_did(run, tmp_path):
         evaluate_segmenter(other, "x", "digits", str(tmp_path / "other"))
 
 
+@pytest.mark.slow
 def test_what_zero_means_is_what_it_meant_in_training(run, tmp_path):
     "A network of digits that never learnt paper is scored where there is ink."
     r, _ = run
@@ -140,6 +142,7 @@ def test_what_zero_means_is_what_it_meant_in_training(run, tmp_path):
         evaluate_segmenter(net, "ten", "digits", str(tmp_path / "eleven"))
 
 
+@pytest.mark.slow
 def test_classes_in_another_order(run, tmp_path):
     "A network that numbers its classes otherwise has the same score, found by the names."
     r, metrics = run
@@ -209,6 +212,7 @@ def test_the_command_refuses(run, tmp_path, capsys, words, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_command_scores(run, tmp_path, monkeypatch):
     "The options of `beit evaluate` arrive: mirrored pictures too, in a folder of its own."
     monkeypatch.chdir(tmp_path)

@@ -179,6 +179,7 @@ def in_one_of_two(recipe, env):
         segment(recipe, quiet=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_two_processes_are_one(few_digits, tmp_path, norm):
     "Batch norms see the pictures of both. Where nothing is dropped by chance, as in each process."
@@ -252,6 +253,7 @@ def one_of_two(out, env):
             torch.save(seen, out)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*broadcast_buffers")
 def test_a_step_of_two_processes_is_that_of_one(tmp_path):
     """Loss, gradients and running statistics within 1e-6 in single precision, 1e-13 in double.

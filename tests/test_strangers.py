@@ -133,6 +133,7 @@ EDITS = [
 ]
 
 
+@pytest.mark.slow
 @uses
 @pytest.mark.parametrize("edit", EDITS, ids=[f.__name__ for f in EDITS])
 def test_weights_that_do_not_fit(one_copied, run, use, edit):
@@ -197,6 +198,7 @@ def test_loaders_name_the_file_and_group_the_names(copied):
             load(file)
 
 
+@pytest.mark.slow
 def test_a_run_whose_parts_are_others_does_not_go_on(copied):
     "The optimizer, its moments, the random state, the step: one line, and the files stay."
     out = copied / "pre"
@@ -249,6 +251,7 @@ def no_script(page):
     return html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["tok", "pre", "fine"])
 @pytest.mark.parametrize("where", ["config", "values", "metrics", "log", "failure", "name", "all"])
 def test_no_script_of_a_stranger_enters_a_page(one_copied, run, where):

@@ -257,6 +257,7 @@ def a_run(tok, out, **changes):
     return recipe(out=str(out), **short | changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWITCHES)
 def test_a_resumed_run_is_the_run(tok, few, tmp_path, name):
     whole = pretrain(a_run(tok, tmp_path / "whole", **SWITCHES[name]), quiet=True)
@@ -287,6 +288,7 @@ def painted(tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_a_run_of_pixels_leaves_what_every_run_leaves(painted):
     model, r = load_mim(painted)
     look = read_look(painted / "watch" / "0000004.pt", 2**62)

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.usefixtures("pages_unpainted")
 TINY = dict(batch_size=8, precision="fp32", log_every=1, checkpoint_every=2)
 
 
+@pytest.mark.slow
 def test_dalle_recipe_trains_saves_and_loads(tmp_path):
     """DALL-E's network, likelihood and schedules, only narrower and shorter.
 
@@ -58,6 +59,7 @@ def test_dalle_recipe_trains_saves_and_loads(tmp_path):
     assert [round(e["lr"], 8) for e in log][-1] == pytest.approx(1.25e-6) and log[0]["kl"] >= 0
 
 
+@pytest.mark.slow
 def test_mean_is_the_mean(tmp_path):
     """Two roads: torch's running mean in the run, and the same mean by hand from checkpoints of
     every step.

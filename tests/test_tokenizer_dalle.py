@@ -94,6 +94,7 @@ WRAPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("zipped", [True, False])
 @pytest.mark.parametrize("half, tensors", [("encoder", 74), ("decoder", 76)])

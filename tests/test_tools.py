@@ -65,6 +65,7 @@ def test_predict_answers_all_that_it_can(runs, six):
     assert "Traceback" not in said.stderr
 
 
+@pytest.mark.slow
 def test_attention_draws_all_that_it_can(runs, six, tmp_path):
     out = tmp_path / "maps"
 
@@ -84,6 +85,7 @@ def test_none_of_the_pictures_can_be_read(runs, six, tmp_path):
         assert said[1].startswith("beit: error: ") and str(six[4]) in said[1]
 
 
+@pytest.mark.slow
 def test_pictures_of_one_name_are_all_drawn(runs, white, tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -188,6 +190,7 @@ def test_attention(runs, white, tmp_path):
         assert Image.open(tmp_path / "maps" / "white.png").size[0] > 200
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pages_unpainted")
 def test_probe(runs, tmp_path):
     few = ["--labels-per-class", 2, "--draws", 1, "--out", tmp_path]
@@ -222,6 +225,7 @@ def test_tokens_from_disk_give_the_same_training(runs, tmp_path):
     refused(*made, "--per-part", 0, says="--per-part 0 must be at least 1")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pages_unpainted")
 def test_a_substitutes_tokens_are_never_learnt(runs, photos, tmp_path):
     """A picture that could not be read when the tokens were made is passed over later, repaired or
@@ -247,6 +251,7 @@ def test_a_substitutes_tokens_are_never_learnt(runs, photos, tmp_path):
     assert damaged == [1, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("pages_unpainted")
 def test_shards_train_like_the_folder(photos, tmp_path):
     """The same pictures and labels: a training whose batches hold all of them goes the same way.

@@ -83,6 +83,7 @@ def test_a_namespace_is_skipped_and_never_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @forms
 def test_there_and_back_by_every_road(form, tmp_path):
     size = SIZE | dict(embed_dim=256)
@@ -97,6 +98,7 @@ def test_there_and_back_by_every_road(form, tmp_path):
         assert same(from_timm(model.state_dict()), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", (BASE, LARGE), ids=("B", "L"))
 @pytest.mark.parametrize("img_size", (224, 384))
 def test_timm_takes_ours_strictly_and_we_take_timms(shape, img_size):

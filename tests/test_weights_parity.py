@@ -69,6 +69,7 @@ def nothing_is_drawn(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "uniform_", lambda x, *args, **options: x.zero_())
 
 
+@pytest.mark.slow
 @in_all
 @torch.no_grad()
 def test_timm(shape, img_size, form, job):
@@ -94,6 +95,7 @@ def test_timm(shape, img_size, form, job):
         assert same(back.state_dict(), ours.state_dict())
 
 
+@pytest.mark.slow
 @in_all
 @torch.no_grad()
 def test_hugging_face(shape, img_size, form, job, tmp_path):

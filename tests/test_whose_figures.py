@@ -273,6 +273,7 @@ def test_a_class_without_pictures_that_came_later(top):
 # --- figures belong to the step that is shown
 
 
+@pytest.mark.slow
 def test_a_stop_a_kill_and_one_more_call(top, monkeypatch):
     "Killed between its last checkpoint and its last line: one more call has the right figures."
     fine(top, out=f"{top}/straight")
@@ -334,6 +335,7 @@ def test_whoever_builds_on_an_unfinished_run_is_told(top, capsys, how):
 # --- what the inputs were
 
 
+@pytest.mark.slow
 def test_new_weights_at_the_old_place_have_figures_of_their_own(top):
     train_dvae(top)
     train_body(top)
@@ -355,6 +357,7 @@ def test_a_new_tokenizer_at_the_old_place_is_refused(top):
         train_body(top)
 
 
+@pytest.mark.slow
 def test_new_token_files_at_the_old_place_are_refused(top):
     train_dvae(top)
     train_dvae(top, out="tok2", seed=1)
@@ -391,6 +394,7 @@ def test_other_pictures_to_be_scored_on_are_scored(top):
     assert (top / "fine" / "checkpoints" / "last.pt").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_a_probe_of_new_weights_is_made_again(top):
     train_dvae(top)
     train_body(top)
@@ -408,6 +412,7 @@ def test_a_probe_of_new_weights_is_made_again(top):
         probe(replace(r, init=f"{top}/third"), quiet=True)
 
 
+@pytest.mark.slow
 def test_tokens_and_tokenizer_that_contradict_each_other(top):
     train_dvae(top)
     train_dvae(top, out="tok2", seed=1)
@@ -424,6 +429,7 @@ def test_tokens_and_tokenizer_that_contradict_each_other(top):
 # --- the same things elsewhere
 
 
+@pytest.mark.slow
 def test_paths_are_not_compared_as_letters(top, monkeypatch):
     "A slash more, an absolute path, another working directory, moved inputs: the run goes on."
     monkeypatch.chdir(top)
