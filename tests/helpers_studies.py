@@ -72,7 +72,7 @@ class PretendedRun:
     def terminate(self):
         self.boss.at_work -= 1
 
-    def wait(self):
+    def join(self):
         pass
 
     def outcome(self):

@@ -8,8 +8,8 @@ streams and the session that were asked for. It has torch and its like but nothi
 reads from its files, as a new interpreter does.
 
 A program in words (`python -c ...`) still gets a new interpreter, as such tests look at what it
-imports, or at how it ends; but for those of multiprocessing and the runs of a study. All do on
-other systems than Linux, where torch bears no fork.
+imports, or at how it ends; but for those of multiprocessing. All do on other systems than Linux,
+where torch bears no fork.
 """
 
 import _posixsubprocess
@@ -38,10 +38,7 @@ from types import ModuleType
 from unittest import mock
 
 real_fork_exec = _posixsubprocess.fork_exec
-FORKED_WORDS = (  # how programs in words begin that are forked
-    "from multiprocessing.",  # its own
-    "import signal, sys; from beit_nb.cli import main",  # beit_nb.running.WORKER
-)
+FORKED_WORDS = "from multiprocessing."  # how programs in words begin that are forked
 EARLY = [  # what trainings import, and not before they need it: as long again as torch itself
     "matplotlib.pyplot",
     "sklearn.linear_model",

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -143,6 +144,11 @@ def test_another_study_is_refused_before_any_run(tmp_path, monkeypatch, changes,
     assert boss.made == [] and (tmp_path / "study.json").read_bytes() == before
 
 
+def sleep_long(words, environment, said):
+    "In the place of a run."
+    time.sleep(100)
+
+
 def test_who_is_stopped_stops_its_workers(tmp_path, monkeypatch):
     started = []
 
@@ -154,14 +160,14 @@ def test_who_is_stopped_stops_its_workers(tmp_path, monkeypatch):
     def interrupt(seconds):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(running, "WORKER", "import time; time.sleep(100)")
+    monkeypatch.setattr(running, "work", sleep_long)
     monkeypatch.setattr(running, "RunProcess", Seen)
     monkeypatch.setattr(running.time, "sleep", interrupt)
 
     with pytest.raises(KeyboardInterrupt):
         run_study(TINY, tmp_path, seeds=2, jobs=2, quiet=True)
 
-    assert [process.poll() for process in started] == 2 * [-signal.SIGTERM]
+    assert [process.exitcode for process in started] == 2 * [-signal.SIGTERM]
 
 
 @pytest.mark.slow

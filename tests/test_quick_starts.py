@@ -10,10 +10,9 @@ from contextlib import nullcontext
 
 import pytest
 from helpers_processes import PATIENCE, wait_until
-from quick_starts import forked_starts, program_of
+from quick_starts import forked_starts
 
 import beit_nb
-from beit_nb.running import WORKER
 
 WHO = """
 import atexit, json, os, random, signal, sys
@@ -110,11 +109,6 @@ def test_modules_and_words(tmp_path):
 
     assert new == fork == (0, "__main__ ['x'] sys\n", "")
     assert words[1] == "False\n"
-
-
-def test_runs_of_a_study_are_forked():
-    "Their program is one in words, which is known by its beginning."
-    assert program_of([sys.executable, "-c", WORKER, "report"]) == ("-c", [WORKER, "report"])
 
 
 def test_a_fork_is_a_process_of_its_own(program):

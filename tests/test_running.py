@@ -1,5 +1,7 @@
 "Runs of a study: each made once, several at once; what fails stays alone, the rest goes on."
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,10 +10,12 @@ from pathlib import Path
 from threading import Event
 
 import pytest
+import torch
 from helpers_studies import TINY, pretend, pretending
 
 from beit_nb import running
-from beit_nb.arms import plan_run, study_graph, with_inputs
+from beit_nb.arms import plan_run, run_words, study_graph, with_inputs
+from beit_nb.engine.runs import load_checkpoint
 from beit_nb.running import RunProcess, finished_metrics, run_graph, worker_places
 
 CPU = {"OMP_NUM_THREADS": "1"}
@@ -71,15 +75,20 @@ def test_places(monkeypatch, gpus, seen, jobs, places):
     assert worker_places(jobs) == places
 
 
-def test_a_worker_is_the_command_that_anybody_could_type(tmp_path, monkeypatch):
-    "Its words, its share of the machine, what it said last; and exit 0 without figures is no end."
-    code = "import os, sys; print(sys.argv[1:], os.environ['PLACE']); sys.exit(int({status}))"
+def tell(words, environment, said):
+    "In the place of a run: its words, its place, and the end that the environment asks for."
+    said.write_text(f"{words} {environment['PLACE']}")
+    sys.exit(int(environment["STATUS"]))
+
+
+def test_a_run_has_its_words_and_its_place(tmp_path, monkeypatch):
+    "What it said last is the reason; and status 0 without figures is no end."
     run = plan_run(TINY, TINY.arms[0], "tokenizer", 0)
+    monkeypatch.setattr(running, "work", tell)
     outcomes = []
-    for status in (0, 2):
-        monkeypatch.setattr(running, "WORKER", code.format(status=status))
-        worker = RunProcess(run, tmp_path, {"PLACE": "here"})
-        worker.process.wait(timeout=60)
+    for status in ("0", "2"):
+        worker = RunProcess(run, tmp_path, {"PLACE": "here", "STATUS": status})
+        worker.process.join(timeout=60)
         outcomes.append(worker.outcome())
 
     assert [outcome.state for outcome in outcomes] == ["failed", "failed"]
@@ -87,24 +96,77 @@ def test_a_worker_is_the_command_that_anybody_could_type(tmp_path, monkeypatch):
     assert outcomes[0].reason.endswith("here") and run.id in outcomes[0].reason
 
 
-@pytest.mark.slow  # it imports torch
-def test_a_worker_notices_that_whoever_started_it_is_gone():
-    "As after kill -9: its own program asks who its parent is."
-    slow_main = "from beit_nb import cli; import time; cli.main = lambda words: time.sleep(300); "
-    program = (
-        "import subprocess, sys, time\n"
-        f"child = subprocess.Popen([sys.executable, '-c', {slow_main + running.WORKER!r}])\n"
-        "print(child.pid, flush=True)\n"
-        "time.sleep(300)\n"
+def test_a_killed_run_says_by_what(tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "work", wait_for_a_signal)
+    worker = RunProcess(plan_run(TINY, TINY.arms[0], "tokenizer", 0), tmp_path, CPU)
+    assert worker.outcome() is None  # at work
+    worker.process.kill()
+    worker.process.join(timeout=60)
+
+    assert worker.outcome().reason == "its process was killed by SIGKILL"
+
+
+def wait_for_a_signal(words, environment, said):
+    signal.pause()
+
+
+def test_work_is_the_command_that_anybody_could_type(tmp_path):
+    "In an environment of its own, and what it says is in its file."
+    said = tmp_path / "said.txt"
+    environment = {"OMP_NUM_THREADS": "3", "PATH": "/here", "PYTHONPATH": ""}
+    process = running.worker_context().Process(
+        target=running.work, args=(["finetune", "nonesuch"], environment, said)
     )
-    parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    process.start()
+    process.join(timeout=100)
+
+    shell = [sys.executable, "-m", "beit_nb", "finetune", "nonesuch"]
+    typed = subprocess.run(shell, capture_output=True, text=True)
+    assert process.exitcode == typed.returncode == 2
+    assert said.read_text() == typed.stdout + typed.stderr and "nonesuch" in said.read_text()
+
+
+@pytest.mark.slow
+def test_a_run_is_bit_for_bit_that_of_a_new_interpreter(tmp_path):
+    "A fork has read torch before it knew its variables; its figures must not depend on it."
+    run = plan_run(TINY, TINY.arms[0], "tokenizer", 0)
+    for place in ("fork", "new"):
+        (tmp_path / place).mkdir()
+    worker = RunProcess(run, tmp_path / "fork", CPU)
+    worker.process.join(timeout=200)
+    words = [sys.executable, "-m", "beit_nb", *run_words(run, tmp_path / "new")]
+    subprocess.run(words, env=os.environ | CPU, check=True)
+
+    assert worker.outcome().state == "finished"
+    weights = [load_checkpoint(tmp_path / place / run.id)["model"] for place in ("fork", "new")]
+    assert weights[0].keys() == weights[1].keys() and len(weights[0]) > 5
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.slow
+def test_a_worker_notices_that_whoever_started_it_is_gone(tmp_path):
+    "As after kill -9, which leaves nobody the time to tell the workers."
+    program = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from beit_nb.arms import StudyRun\n"
+        "from beit_nb.running import RunProcess\n"
+        "changes = dict(data='embedded:digits', steps=100_000, seed=0)\n"
+        "run = StudyRun('tokenizer', 'nano', changes, {})\n"
+        "worker = RunProcess(run, Path(sys.argv[1]), {'OMP_NUM_THREADS': '1'})\n"
+        "print(worker.process.pid, flush=True)\n"
+        "worker.process.join()\n"
+    )
+    words = [sys.executable, "-c", program, str(tmp_path)]
+    parent = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
     child = Path(f"/proc/{parent.stdout.readline().strip()}")
-    wait_until(lambda: len(list((child / "task").iterdir())) > 1)  # the thread that watches
+    wait_until(lambda: list(tmp_path.glob("*/log.jsonl")))  # it trains
 
     parent.kill()
     parent.wait(timeout=60)
 
     wait_until(lambda: not child.exists() or not (child / "cmdline").read_bytes())
+    assert list(tmp_path.glob("*/checkpoints/*"))  # stopped as after Ctrl-C
 
 
 def wait_until(holds, seconds=120):
