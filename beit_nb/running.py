@@ -114,7 +114,6 @@ class RunProcess:
         last = next((line for line in reversed(lines) if line), ended)
         return Outcome("failed", last.removeprefix("beit: ").removeprefix("error: "), seconds)
 
-
 # %% ../nbs/83_running.ipynb #worker-places
 def worker_places(jobs: int | None = None) -> list[dict[str, str]]:
     "Places to work, GPUs or else cores with a thread each; `jobs` None: as many as there are."
