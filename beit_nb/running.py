@@ -81,7 +81,6 @@ def worker_context() -> BaseContext:
     context.set_forkserver_preload([*sorted(modules), "torch._dynamo", "matplotlib.figure"])
     return context
 
-
 # %% ../nbs/83_running.ipynb #run-process
 class RunProcess:
     "A run at work, as a process of its own."
@@ -114,7 +113,6 @@ class RunProcess:
         ended = f"its process ended with {status}"
         last = next((line for line in reversed(lines) if line), ended)
         return Outcome("failed", last.removeprefix("beit: ").removeprefix("error: "), seconds)
-
 
 # %% ../nbs/83_running.ipynb #worker-places
 def worker_places(jobs: int | None = None) -> list[dict[str, str]]:
