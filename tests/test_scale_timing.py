@@ -175,4 +175,16 @@ def test_a_table_with_memory():
     title, a, b = timing.results_table("baking", dict(rows=rows, items="cakes")).splitlines()
 
     assert title.endswith("memory of peak")
-    assert a.endswith("nan MB     50%") and b.endswith("123 MB     25%")
+    assert a.endswith("       -     50%") and b.endswith("  123 MB     25%")
+    assert len(title) == len(a) == len(b)
+
+
+def test_a_figure_that_a_row_does_not_have_is_a_dash():
+    "Such as the share of a row that is the floor itself; nothing of it prints `nan`."
+    rows = timing.compare(dict(floor=[2.0], slow=[4.0]), 4, "floor")
+    rows["slow"] |= dict(share_of_peak=0.5)
+
+    title, floor, slow = timing.results_table("x", dict(rows=rows, items="cakes")).splitlines()
+
+    assert floor.split()[-1] == "-" and slow.split()[-1] == "50%"
+    assert len(title) == len(floor) == len(slow)

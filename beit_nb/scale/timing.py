@@ -198,14 +198,19 @@ def machine() -> dict:
 
 
 def row_text(name: str, row: dict, with_memory: bool, with_peak: bool = False) -> str:
-    "One row of a table, as `compare` makes it, with memory and share of the peak where asked for."
+    """One row of a table, as `compare` makes it, with memory and share of the peak where asked for.
+
+    A dash stands for a figure that the row does not have.
+    """
     spread = f"({row['low']:.3g} .. {row['high']:.3g})"
     ratios = f"({row['ratio_low']:.2f} .. {row['ratio_high']:.2f})"
     text = f"{name:26}{row['seconds']:9.3g}{spread:>19}{row['per_second']:11.3g}"
     text += f"{row['ratio']:14.2f}{ratios:>15}"
     if with_memory:
-        text += f"{row.get('memory_mb', float('nan')):5.0f} MB"
-    return text + (f"{row.get('share_of_peak', float('nan')):8.0%}" if with_peak else "")
+        text += f"{row['memory_mb']:5.0f} MB" if "memory_mb" in row else f"{'-':>8}"
+    if with_peak:
+        text += f"{row['share_of_peak']:8.0%}" if "share_of_peak" in row else f"{'-':>8}"
+    return text
 
 
 def shares_text(row: dict) -> str:
