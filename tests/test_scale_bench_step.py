@@ -64,7 +64,7 @@ def test_ours_and_the_official_style_have_the_same_targets_and_loss(precision_re
     found = []
     for s in (official, ours):
         s.model.eval()  # no drop path
-        mask, masked_index = b.masks_on_device(s)
+        mask, masked_index = b.masks_on_device(s.mask, s.device)
         targets = s.targets(mask, masked_index)
         found.append((targets, s.loss(mask, masked_index, targets)))
 
@@ -101,7 +101,7 @@ def test_stages_are_timed_between_two_readings():
     s.times["backward"] = [s.times["forward"][0] + 5]
 
     assert list(s.times) == ["start", *STAGES]
-    assert b.stage_seconds(s) == dict(tokenizer=1, forward=1, backward=5, optimizer=-3)
+    assert b.stage_seconds(s.times) == dict(tokenizer=1, forward=1, backward=5, optimizer=-3)
 
 
 def test_one_picture_is_given_back_also_after_an_error():

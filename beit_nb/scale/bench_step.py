@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STEPS', 'OfficialStep', 'OurStep', 'HuggingFaceStep', 'masks_on_device', 'note', 'run_step', 'one_picture', 'warm_up',
-           'peak_memory', 'step_memory', 'flops_of_step', 'floor_seconds', 'step_shares', 'build_steps',
-           'stage_seconds', 'bench_step']
+           'peak_memory', 'step_memory', 'flops_of_step', 'floor_seconds', 'model_seconds', 'step_shares',
+           'build_steps', 'stage_seconds', 'bench_step']
 
 # %% ../../nbs/77_scale_bench_step.ipynb #imports
 import copy
@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -138,12 +137,12 @@ class HuggingFaceStep(OfficialStep):
 STEPS = {"official": OfficialStep, "hf": HuggingFaceStep, "ours": OurStep}
 
 # %% ../../nbs/77_scale_bench_step.ipynb #run-step
-def masks_on_device(s: OfficialStep) -> tuple[Tensor, Tensor]:
-    "The mask (B, N) and its hidden cells (n,), on the device of the step."
-    tensors = s.mask, masked_indices(s.mask)
-    if s.device.type == "cuda":
+def masks_on_device(mask: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    "A mask (B, N) of the CPU and its hidden cells (n,), both on the device, without a wait."
+    tensors = mask, masked_indices(mask)
+    if device.type == "cuda":
         tensors = tuple(x.pin_memory() for x in tensors)
-    mask, masked_index = (x.to(s.device, non_blocking=True) for x in tensors)
+    mask, masked_index = (x.to(device, non_blocking=True) for x in tensors)
     return mask, masked_index
 
 
@@ -156,7 +155,7 @@ def note(s: OfficialStep, stage: str) -> None:
 def run_step(s: OfficialStep) -> Tensor:
     "One whole step; returns the loss, which nobody has waited for."
     s.set_precision()
-    mask, masked_index = masks_on_device(s)
+    mask, masked_index = masks_on_device(s.mask, s.device)
     note(s, "start")
     targets = s.targets(mask, masked_index)
     note(s, "tokenizer")
@@ -219,7 +218,7 @@ def flops_of_step(s: OfficialStep) -> tuple[int, int]:
     With drop path off, so that no branch is spared by chance.
     """
     with one_picture(s):
-        mask, masked_index = masks_on_device(s)
+        mask, masked_index = masks_on_device(s.mask, s.device)
         s.model.eval()
         with FlopCounterMode(display=False) as tokenizer:
             targets = s.targets(mask, masked_index)
@@ -236,14 +235,10 @@ def floor_seconds(s: OfficialStep, flops: tuple[int, int], peaks: dict[str, floa
     return len(s.mask) * timing.roofline_seconds(flops, [peaks[of_tokenizer], peaks[of_model]])
 
 
-def step_shares(s: OfficialStep, stages: dict[str, float]) -> dict[str, float]:
-    """What the seconds of the `stages` of a step go to, as shares.
-
-    To the tokenizer; in the model to products, attention, the rest and what is between operators;
-    and to the optimizer.
-    """
+def model_seconds(s: OfficialStep) -> dict[str, float]:
+    "`operator_seconds` of the model: one pass forward and backward."
     s.set_precision()
-    mask, masked_index = masks_on_device(s)
+    mask, masked_index = masks_on_device(s.mask, s.device)
     targets = s.targets(mask, masked_index)
 
     def there_and_back() -> None:
@@ -251,12 +246,21 @@ def step_shares(s: OfficialStep, stages: dict[str, float]) -> dict[str, float]:
             loss = s.loss(mask, masked_index, targets)
         loss.backward()
 
-    kinds = timing.as_shares(timing.operator_seconds(there_and_back))
+    kinds = timing.operator_seconds(there_and_back)
     s.model.zero_grad(set_to_none=True)
+    return kinds
+
+
+def step_shares(stages: dict[str, float], kinds: dict[str, float]) -> dict[str, float]:
+    """What the seconds of the `stages` of a training step go to, as shares.
+
+    The stages "forward" and "backward" are the model's: together they are divided as `kinds` are,
+    the seconds of its operators (`operator_seconds`).
+    """
     seconds = stages["forward"] + stages["backward"]
-    model = {name: seconds * share for name, share in kinds.items()}
-    ends = {name: stages[name] for name in ("tokenizer", "optimizer")}
-    return timing.as_shares({"tokenizer": ends["tokenizer"], **model, **ends})
+    model = {kind: seconds * share for kind, share in timing.as_shares(kinds).items()}
+    parts = {"tokenizer": stages["tokenizer"], **model, "optimizer": stages["optimizer"]}
+    return timing.as_shares(parts)
 
 # %% ../../nbs/77_scale_bench_step.ipynb #build-steps
 def build_steps(shape: dict, batch: int, device: torch.device, clock) -> dict[str, OfficialStep]:
@@ -278,11 +282,14 @@ def build_steps(shape: dict, batch: int, device: torch.device, clock) -> dict[st
     return steps
 
 
-def stage_seconds(s: OfficialStep) -> dict[str, float]:
-    "The median seconds of each stage."
+def stage_seconds(times: dict[str, list[float]]) -> dict[str, float]:
+    """The median seconds of each stage of a step that was run several times.
+
+    `times` holds what a clock said, once a step, at the start and when each stage was done.
+    """
     return {
-        stage: statistics.median(np.subtract(s.times[stage], s.times[before]))
-        for before, stage in pairwise(s.times)
+        stage: statistics.median(b - a for a, b in zip(times[before], times[stage], strict=True))
+        for before, stage in pairwise(times)
     }
 
 # %% ../../nbs/77_scale_bench_step.ipynb #bench-step
@@ -317,8 +324,8 @@ def bench_step(threads: int, quick: bool = False, turns: int = 3) -> dict:
         share = repeats * floor / rows[key]["seconds"]
         rows[key] |= dict(work=flops, floor=floor, share_of_peak=share)
         if not gpu:
-            stages = stage_seconds(step)
-            shares = step_shares(step, stages)
+            stages = stage_seconds(step.times)
+            shares = step_shares(stages, model_seconds(step))
             of_model = floor_seconds(step, (0, flops[1]), peaks)
             rows[key] |= timing.roofline(rows[key]["seconds"], floor, shares, of_model)
             rows[key]["stages"] = stages
