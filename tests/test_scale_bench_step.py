@@ -10,7 +10,7 @@ from beit_nb.mim import masked_indices
 from beit_nb.recipes import recipe_named
 from beit_nb.scale import bench_step as b
 from beit_nb.scale.flops import flops_per_image
-from beit_nb.scale.peers import TINY_SHAPE
+from beit_nb.scale.peers import TINY_SHAPE, masks_on_device
 
 STAGES = ["tokenizer", "forward", "backward", "optimizer"]
 
@@ -64,7 +64,7 @@ def test_ours_and_the_official_style_have_the_same_targets_and_loss(precision_re
     found = []
     for s in (official, ours):
         s.model.eval()  # no drop path
-        mask, masked_index = b.masks_on_device(s.mask, s.device)
+        mask, masked_index = masks_on_device(s.mask, s.device)
         targets = s.targets(mask, masked_index)
         found.append((targets, s.loss(mask, masked_index, targets)))
 
@@ -95,13 +95,22 @@ def test_who_is_not_installed_is_left_out(monkeypatch, capsys):
     assert capsys.readouterr().out == "without hf: no such model here\n"
 
 
-def test_stages_are_timed_between_two_readings():
+def test_the_clock_is_read_after_each_stage():
     s = made("ours", clock=Ticks())
-    b.run_step(s)
-    s.times["backward"] = [s.times["forward"][0] + 5]
 
-    assert list(s.times) == ["start", *STAGES]
-    assert b.stage_seconds(s.times) == dict(tokenizer=1, forward=1, backward=5, optimizer=-3)
+    b.run_step(s)
+
+    assert s.times == {stage: [i] for i, stage in enumerate(["start", *STAGES], 1)}
+
+
+def test_the_models_operators_are_sorted_and_leave_no_gradient():
+    s = made("ours")
+
+    kinds = b.model_seconds(s)
+
+    assert list(kinds) == ["products", "attention", "rest", "between"]
+    assert all(kinds[name] > 0 for name in ("products", "attention", "rest"))
+    assert all(p.grad is None for p in s.model.parameters())
 
 
 def test_one_picture_is_given_back_also_after_an_error():

@@ -26,6 +26,7 @@ from beit_nb.scale.peers import (
     OfficialViews,
     add_block,
     hugging_face,
+    masks_on_device,
     official_box,
     official_drop_path,
     official_mask,
@@ -79,6 +80,14 @@ def test_a_small_model_equals_the_official_style(form):
 
     assert_close(got, want, atol=2e-5, rtol=1e-5)
     assert gap.norm() <= 1e-5 * gradients(theirs).norm()
+
+
+def test_hidden_cells_are_those_of_the_flattened_mask():
+    mask = torch.tensor([[True, False, False], [False, True, True]])
+
+    moved, masked_index = masks_on_device(mask, torch.device("cpu"))
+
+    assert torch.equal(moved, mask) and masked_index.tolist() == [0, 4, 5]
 
 
 def test_the_official_drop_path_keeps_the_mean():

@@ -112,6 +112,30 @@ def test_operators_are_sorted_by_what_they_do():
     assert kinds == ["products", "attention", "rest", "products"]
 
 
+def test_stages_are_timed_between_two_readings():
+    "The median over three steps, of which one was slow."
+    times = {
+        "start": [0.0, 10.0, 20.0],
+        "forward": [1.0, 15.0, 21.0],
+        "backward": [3.0, 17.0, 23.0],
+    }
+
+    assert timing.stage_seconds(times) == dict(forward=1.0, backward=2.0)
+    with pytest.raises(ValueError):
+        timing.stage_seconds({"start": [0.0, 10.0], "forward": [1.0]})
+
+
+def test_the_models_stages_are_divided_by_kinds_of_operators():
+    stages = dict(tokenizer=2.0, forward=1.0, backward=4.0, optimizer=1.0)
+
+    shares = timing.step_shares(stages, dict(products=3.0, rest=1.0))
+
+    assert list(shares) == ["tokenizer", "products", "rest", "optimizer"]
+    assert shares == pytest.approx(
+        dict(tokenizer=2 / 8, products=3.75 / 8, rest=1.25 / 8, optimizer=1 / 8)
+    )
+
+
 def test_a_row_tells_what_is_missing_to_its_floor():
     shares = timing.as_shares({"tokenizer": 1.0, "products": 2.0, "rest": 1.0})
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPERATOR_KINDS', 'gpu_clock', 'clock_for', 'time_in_turns', 'compare', 'peak_flops', 'machine_peaks',
            'roofline_seconds', 'operator_kind', 'OperatorClock', 'operator_seconds', 'as_shares', 'roofline',
-           'run_alone', 'machine', 'row_text', 'shares_text', 'results_table']
+           'stage_seconds', 'step_shares', 'run_alone', 'machine', 'row_text', 'shares_text', 'results_table']
 
 # %% ../../nbs/75_scale_timing.ipynb #imports
 import platform
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,29 @@ def roofline(
     lowest = floor if of_products is None else of_products
     at_peak = {"at_peak": lowest / multiplying} if multiplying else {}
     return dict(floor=floor, share_of_peak=floor / seconds, shares=shares) | at_peak
+
+# %% ../../nbs/75_scale_timing.ipynb #stages
+def stage_seconds(times: dict[str, list[float]]) -> dict[str, float]:
+    """The median seconds of each stage of a step that was run several times.
+
+    `times` holds what a clock said, once a step, at the start and when each stage was done.
+    """
+    return {
+        stage: statistics.median(b - a for a, b in zip(times[before], times[stage], strict=True))
+        for before, stage in pairwise(times)
+    }
+
+
+def step_shares(stages: dict[str, float], kinds: dict[str, float]) -> dict[str, float]:
+    """What the seconds of the `stages` of a training step go to, as shares.
+
+    The stages "forward" and "backward" are the model's: together they are divided as `kinds` are,
+    the seconds of its operators (`operator_seconds`).
+    """
+    seconds = stages["forward"] + stages["backward"]
+    model = {kind: seconds * share for kind, share in as_shares(kinds).items()}
+    parts = {"tokenizer": stages["tokenizer"], **model, "optimizer": stages["optimizer"]}
+    return as_shares(parts)
 
 # %% ../../nbs/75_scale_timing.ipynb #run-alone
 def run_alone(code: str, timeout: float = 1800) -> float:
