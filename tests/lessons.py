@@ -51,9 +51,9 @@ PARTS = {  # the least place of a lesson: the part of the book
     100: "Things to touch: how the explorers are made",
 }
 EXPLORERS = (  # how they are made, beside the numbered book; each uses only those before it
-    *("pad", "figures", "controls", "shell", "mask_rules", "mask_views", "masks", "cuts"),
-    *("patches", "elbo", "gap", "temperature", "alphabet", "tokens", "spelling", "attention"),
-    *("predictor", "answers", "guess", "courses", "recipes", "workbench"),
+    *("pad", "figures", "svg", "controls", "shell", "mask_rules", "mask_views", "masks"),
+    *("cuts", "patches", "elbo", "gap", "temperature", "alphabet", "tokens", "spelling"),
+    *("attention", "predictor", "answers", "guess", "courses", "recipes", "workbench"),
 )
 
 

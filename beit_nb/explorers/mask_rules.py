@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.random import Generator as Rng, default_rng
 
-from .figures import chart, heat_map, share_bars, words_html
+from .figures import heat_map, share_bars, words_html
 from .pad import Box, png_bytes
+from .svg import chart
 from ..images import PALETTE
 from beit_nb.masking import (
     MaskBlock,
