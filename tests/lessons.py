@@ -52,8 +52,9 @@ PARTS = {  # the least place of a lesson: the part of the book
 }
 EXPLORERS = (  # how they are made, beside the numbered book; each uses only those before it
     *("pad", "figures", "svg", "controls", "shell", "mask_rules", "mask_views", "masks"),
-    *("cuts", "patches", "elbo", "gap", "temperature", "alphabet", "tokens", "spelling"),
-    *("attention", "predictor", "answers", "guess", "courses", "recipes", "workbench"),
+    *("cuts", "patches", "elbo", "gap", "price", "temperature", "alphabet", "tokens"),
+    *("spelling", "attention", "predictor", "answers", "guess", "courses", "recipes"),
+    "workbench",
 )
 
 
