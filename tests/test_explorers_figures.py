@@ -14,6 +14,7 @@ from beit_nb.explorers.figures import (
     GROUND,
     BlittedFigure,
     as_tiles,
+    count_words,
     gallery,
     heat_map,
     mosaic,
@@ -71,6 +72,11 @@ def test_as_tiles_clips_and_rounds():
     tiles = as_tiles(torch.tensor([-1.0, 0.5, 2.0]).view(1, 3, 1, 1))
 
     assert tiles.dtype == np.uint8 and tiles.tolist() == [[[[0, 128, 255]]]]
+
+
+def test_one_is_singular_and_all_else_plural():
+    assert [count_words(n, "block") for n in (0, 1, 2)] == ["0 blocks", "1 block", "2 blocks"]
+    assert count_words(3, "patch", "patches") == "3 patches"
 
 
 def test_bars_and_galleries_are_html():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['OFFICIAL', 'ALGORITHM_1', 'EXACT', 'RANDOM', 'ALGORITHMS', 'single_patches', 'MaskRule', 'python_call', 'mask_line',
-           'describe_block', 'count_words', 'tell_game', 'Frame', 'replay', 'count_html', 'sample_statistics',
-           'often_html', 'counts_html', 'chance_rate', 'clumps_html']
+           'describe_block', 'tell_game', 'Frame', 'replay', 'count_html', 'sample_statistics', 'often_html',
+           'counts_html', 'chance_rate', 'clumps_html']
 
 # %% ../../nbs/explorers_mask_rules.ipynb #imports
 import base64
@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.random import Generator as Rng, default_rng
 
-from .figures import heat_map, share_bars, words_html
+from .figures import count_words, heat_map, share_bars, words_html
 from .pad import Box, png_bytes
 from .svg import chart
 from ..images import PALETTE
@@ -143,11 +143,6 @@ def describe_block(block: MaskBlock, missing: int, grid_size: tuple[int, int]) -
     if not block.new:
         return f"{name} refused: masks nothing new"
     return f"{name} refused: would mask {block.new} more, only {missing} may be"
-
-
-def count_words(number: int, one: str, many: str = "") -> str:
-    "1 block, 2 blocks; 1 patch, 2 patches."
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def tell_game(attempts: list[MaskBlock]) -> str:

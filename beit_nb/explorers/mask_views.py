@@ -16,7 +16,7 @@ from numpy.random import default_rng
 from PIL import Image
 
 from .controls import CodeLine, Field, Menu, Slider
-from .figures import heat_map
+from .figures import count_words, heat_map
 from beit_nb.explorers.mask_rules import (
     ALGORITHMS,
     RANDOM,
@@ -24,7 +24,6 @@ from beit_nb.explorers.mask_rules import (
     MaskRule,
     clumps_html,
     count_html,
-    count_words,
     counts_html,
     mask_line,
     often_html,
