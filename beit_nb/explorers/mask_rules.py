@@ -133,9 +133,8 @@ def mask_line(rule: MaskRule, seed: int, mask: np.ndarray) -> str:
 # %% ../../nbs/explorers_mask_rules.ipynb #describe
 def describe_block(block: MaskBlock, missing: int, grid_size: tuple[int, int]) -> str:
     "An attempt in words, given how many patches were missing before it."
-    name = "a single patch"
-    if block.height * block.width > 1:
-        name = f"{block.height} × {block.width}"
+    single = block.height * block.width == 1
+    name = "a single patch" if single else f"{block.height} × {block.width}"
     if block.accepted:
         return f"{name}: masks {block.new} more"
     if block.height >= grid_size[0] or block.width >= grid_size[1]:
@@ -193,15 +192,14 @@ def replay(rule: MaskRule, blocks: Iterable[MaskBlock]) -> Iterator[Frame]:
 # %% ../../nbs/explorers_mask_rules.ipynb #count-html
 def count_html(rule: MaskRule, mask: np.ndarray, frame: Frame) -> str:
     "How many patches are masked, how the game stands, and what a hand has changed, as HTML."
-    n = mask.sum()
     story = frame.caption
     more = (mask & ~frame.hidden).sum()
     fewer = (frame.hidden & ~mask).sum()
     if more or fewer:
         story += f" · by hand: {more} more, {fewer} fewer"
     return words_html(
-        f'<span class="count">{n}</span> of {mask.size} patches masked ({n / mask.size:.1%}) '
-        f"· {rule.num_mask_patches} wanted<br>{story}"
+        f'<span class="count">{mask.sum()}</span> of {mask.size} patches masked '
+        f"({mask.mean():.1%}) · {rule.num_mask_patches} wanted<br>{story}"
     )
 
 # %% ../../nbs/explorers_mask_rules.ipynb #sample-statistics
@@ -266,7 +264,6 @@ def counts_html(stats: dict, rule: MaskRule, mask: np.ndarray) -> str:
         bars=True,
         size=(360, 160),
         xlim=(low, high),
-        ylim=(0, shares.max()),
         xlabel="patches masked",
         ticks=([target, *ends], [0, shares.max()]),  # no number over the target's
         yunit="%",

@@ -60,6 +60,7 @@ class _Plane:
 
 # %% ../../nbs/explorers_svg.ipynb #series
 def _svg_line(plane: _Plane, x, y, color: str, line: str = "solid") -> str:
+    "A line through points; of a level part only the ends are written."
     tops = plane.y(y)
     points = []
     for i, left in enumerate(plane.x(x)):
@@ -83,8 +84,9 @@ def _svg_bars(plane: _Plane, x, y, color: str) -> str:
         if not value:
             continue
         width = max(1, right - left)
+        height = floor - top
         place = f'x="{left}" y="{top}"'
-        size = f'width="{width:.1f}" height="{floor - top:.1f}"'
+        size = f'width="{width:.1f}" height="{height:.1f}"'
         bars.append(f'<rect {place} {size} fill="{color}"/>')
     return "".join(bars)
 
@@ -98,11 +100,18 @@ def _svg_pointer(plane: _Plane, x: float, color: str) -> str:
     return f'<polygon class="pointer" points="{points}" fill="{color}"/>'
 
 # %% ../../nbs/explorers_svg.ipynb #axes
+def _label(tick, form: str = "{:g}") -> tuple[float, str]:
+    "A tick, which is a number or a number and the words for it, as both."
+    if isinstance(tick, tuple):
+        return tick
+    return tick, form.format(tick)
+
+
 def _apart(plane: _Plane, ticks: Sequence) -> list[tuple[float, str]]:
     "Where the words of ticks at the x axis stand; without those that would touch an earlier one."
     placed: list[tuple[float, float, str]] = []
     for tick in ticks:
-        value, words = tick if isinstance(tick, tuple) else (tick, f"{tick:g}")
+        value, words = _label(tick)
         half = 3.4 * len(words)  # of its width in pixels
         x = plane.middle(plane.x(value), half)
         near = [other for other, wide, _ in placed if abs(x - other) <= half + wide + 3]
@@ -111,12 +120,8 @@ def _apart(plane: _Plane, ticks: Sequence) -> list[tuple[float, str]]:
     return [(round(x, 1), words) for x, _, words in placed]
 
 
-def _label(tick, unit: str = "") -> tuple[float, str]:
-    "A tick of the y axis: a number, or a number and the words for it."
-    return tick if isinstance(tick, tuple) else (tick, f"{tick:.3g}{unit}")
-
-
 def _svg_axes(plane: _Plane, xlabel: str, xticks, labels: list[tuple[float, str]]) -> str:
+    "Both axes, `labels` beside the left one, ticks and a name under the other."
     left = plane.left
     floor = plane.height - plane.BOTTOM
     top = plane.top - 2
@@ -138,7 +143,8 @@ def _svg_mark(plane: _Plane, value: float, words: str) -> str:
     "A dashed vertical line with words over it, which may hold coloured <tspan>."
     x = plane.x(value)
     letters = re.sub("<[^>]+>", "", words)
-    middle = plane.middle(x, 3.4 * len(letters))
+    half = 3.4 * len(letters)  # of their width in pixels
+    middle = plane.middle(x, half)
     floor = plane.y(plane.ylim[0])
     top = plane.top - 2
     ends = f'x1="{x}" x2="{x}" y1="{floor}" y2="{top}"'
@@ -163,18 +169,24 @@ def chart(
     yunit: str = "",  # behind the numbers at the y axis
     name: str = "",  # for screen readers; without one: the series and the x axis
 ) -> str:
-    "Lines or bars over two axes as SVG, in the colours of JupyterLab's theme."
-    xs = np.concatenate([x for x, *_ in series.values()], dtype=float)
-    ys = np.concatenate([y for _, y, *_ in series.values()], dtype=float)
+    """Lines or bars over two axes as SVG, in the colours of JupyterLab's theme.
+
+    `series` are drawn in their order, so the last one lies on top. Letters and axes take their
+    colours from `explorers.css`, each series has its own.
+    """
+    every = series.values()
+    xs = np.concatenate([x for x, *_ in every], dtype=float)
+    ys = np.concatenate([y for _, y, *_ in every], dtype=float)
     xlim = xlim or (xs.min(), xs.max())
     ylim = ylim or (min(0, ys.min()), ys.max())
     xticks, yticks = ticks or (xlim, ylim)
-    labels = [_label(tick, yunit) for tick in yticks]
+    labels = [_label(tick, f"{{:.3g}}{yunit}") for tick in yticks]
     longest = max((len(words) for _, words in labels), default=0)
-    plane = _Plane(size, xlim, ylim, 22 if mark_words else 8, longest)
+    top = 22 if mark_words else 8
+    plane = _Plane(size, xlim, ylim, top, longest)
 
     draw = _svg_bars if bars else _svg_line
-    parts = [draw(plane, *one) for one in series.values()]
+    parts = [draw(plane, *one) for one in every]
     if mark is not None:
         parts.append(_svg_mark(plane, mark, mark_words))
     if pointer:
