@@ -34,6 +34,7 @@ class DiscreteLatentModel:
     def log_likelihood(self, x: Tensor) -> Tensor:
         "Pictures (B, D) of zeros and ones to log p(x|z), (B, K)."
         x = x[:, None]  # (B, 1, D)
+        # xlogy(a, b) is a log b, and 0 where a is 0
         white = torch.xlogy(x, self.stamps)
         black = torch.xlogy(1 - x, 1 - self.stamps)
         return (white + black).sum(-1)
