@@ -16,9 +16,8 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from . import BeitError, UnreadableImage, warn_once
-from .engine.decoding import open_picture
 from .engine.files import fingerprint
-from .engine.notes import take_apart
+from .engine.notes import open_picture, take_apart
 from .engine.sources import Digits, EncodedImages
 
 # %% ../nbs/59_index_maps.ipynb #read-indices

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from . import BeitError
 from .configs import SegmentRecipe
 from .engine.augment import Box, crop
-from .engine.decoding import max_pixels
 from .engine.loading import LabelledBatch, TransformedDataset, sequential_batches
+from .engine.notes import max_pixels
 from .engine.processes import rank, world_size
 from .images import MEAN_STD, pil_to_tensor
 from .index_maps import IGNORED, LabelMaps, check_size

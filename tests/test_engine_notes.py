@@ -1,15 +1,18 @@
-"""beit_nb.engine.notes away from its lesson: notes and the rest, torn parts, too many parts."""
+"""beit_nb.engine.notes away from its lesson: notes and the rest, torn parts, what may come in."""
 
 import io
+import os
 import struct
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
+from beit_nb import UnreadableImage
 from beit_nb.engine.notes import (
+    FORMATS,
     FRAMES,
     JPEG_NOTES,
     MOST_PARTS,
@@ -17,9 +20,11 @@ from beit_nb.engine.notes import (
     PNG_NOTES,
     blank_notes,
     jpeg_segments,
+    open_picture,
     orientation,
     plain_note,
     png_chunks,
+    read_bytes,
     sort_parts,
     take_apart,
     tiff_fields,
@@ -147,3 +152,33 @@ def test_texts_of_a_png_are_unpacked_up_to_a_limit():
     assert take_apart(data).orientation == 3
     assert unpacked(b"zTXt", large) == bytes(2**18)
     assert unpacked(b"zTXt", b"\0no zlib") == b"\0no zlib"
+
+
+def test_a_file_is_a_file_of_at_most_a_gigabyte(tmp_path):
+    with open(tmp_path / "huge.png", "wb") as f:
+        f.truncate(2**40)  # holes: it takes no room
+    os.mkfifo(tmp_path / "pipe.png")
+
+    for name in ("huge.png", "pipe.png"):
+        with pytest.raises(UnreadableImage, match="no file of at most 1,073,741,824 bytes"):
+            read_bytes(tmp_path / name)
+    with pytest.raises(UnreadableImage, match="is a folder; name the picture files in it"):
+        read_bytes(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", FORMATS)
+def test_one_limit_of_pixels_for_every_format(kind, monkeypatch):
+    data = saved(kind)
+
+    with open_picture(data) as image:
+        assert image.size == GRAY.size  # 96 pixels
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 95)
+    with pytest.raises(Image.DecompressionBombError, match="96 pixels, more than 95"):
+        open_picture(data)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "TGA", "PCX", "ICNS"])
+def test_no_other_decoder_sees_a_file(kind):
+    with pytest.raises(UnidentifiedImageError):
+        open_picture(saved(kind))

@@ -10,7 +10,7 @@ import pytest
 from helpers import save_gray
 
 from beit_nb import BeitError
-from beit_nb.engine.decoding import MAX_FILE_BYTES
+from beit_nb.engine.notes import MAX_FILE_BYTES
 from beit_nb.engine.walks import (
     EXTENSIONS,
     WHY_LEFT_OUT,

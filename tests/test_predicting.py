@@ -12,7 +12,7 @@ from PIL import Image, ImageFont
 from timm.data import create_transform
 from torch.testing import assert_close
 
-from beit_nb import BeitError
+from beit_nb import BeitError, UnreadableImage
 from beit_nb.checkpoints import save_official
 from beit_nb.classifier import BeitForImageClassification
 from beit_nb.engine.decoding import load_image
@@ -26,6 +26,7 @@ from beit_nb.predicting import (
     Predictor,
     check_grid,
     draw_grid,
+    load_picture,
     shorten,
 )
 
@@ -264,3 +265,25 @@ def test_a_strip_of_one_pixel_has_a_place_too(runs, tmp_path):
     )
 
     assert len(said.stdout.splitlines()) == 2 and Image.open(tmp_path / "s.png").height > SIDE
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_array_of_colors_is_a_picture_like_others(channels, tmp_path):
+    levels = np.random.default_rng(0).integers(0, 256, (channels, 9, 7), dtype=np.uint8)
+    np.save(tmp_path / "x.npy", levels)
+
+    got = load_picture(tmp_path / "x.npy", channels)
+
+    assert got.dtype == torch.uint8 and got.shape == (3, 9, 7)
+    assert torch.equal(got, torch.from_numpy(levels).expand(3, -1, -1))
+
+
+def test_a_file_that_a_network_cannot_read_is_one_line(tmp_path):
+    (tmp_path / "torn.tif").write_bytes(b"II*\0 torn")
+    np.save(tmp_path / "five.npy", np.zeros((5, 8, 8), np.uint8))
+
+    for file, channels in (("torn.tif", 5), ("five.npy", 4), ("missing.npy", 5)):
+        with pytest.raises(UnreadableImage, match=file) as e:
+            load_picture(tmp_path / file, channels)
+
+        assert "\n" not in str(e.value)

@@ -4,17 +4,27 @@
 
 # %% auto #0
 __all__ = ['MARKER', 'SCAN', 'JPEG_NOTES', 'COLORS', 'FRAMES', 'MOST_SCANS', 'PNG_NOTES', 'TIFF_NOTES', 'TIFF_STARTS', 'SIZES',
-           'EXIF', 'XMP', 'AS_EXIF', 'PLAIN_NOTE', 'MOST_PARTS', 'jpeg_markers', 'jpeg_segments', 'frame_pixels',
-           'png_chunks', 'tiff_fields', 'blank_notes', 'unpacked', 'plain_note', 'orientation', 'PictureFile',
-           'sort_parts', 'take_apart']
+           'EXIF', 'XMP', 'AS_EXIF', 'PLAIN_NOTE', 'MOST_PARTS', 'FORMATS', 'MAX_FILE_BYTES', 'jpeg_markers',
+           'jpeg_segments', 'frame_pixels', 'png_chunks', 'tiff_fields', 'blank_notes', 'unpacked', 'plain_note',
+           'orientation', 'PictureFile', 'sort_parts', 'take_apart', 'max_pixels', 'read_bytes', 'open_picture']
 
 # %% ../../nbs/17_engine_notes.ipynb #imports
+import io
+import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice, takewhile
-from typing import NamedTuple
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from .. import UnreadableImage
 
 # %% ../../nbs/17_engine_notes.ipynb #jpeg-segments
 MARKER = re.compile(rb"\xff([^\x00\x01\xd0-\xd8\xff])")  # the kind of a JPEG segment
@@ -186,3 +196,49 @@ def take_apart(data: bytes) -> PictureFile:
     if data[:2] in (b"P1", b"P2", b"P3"):
         return PictureFile(PLAIN_NOTE.sub(b"", data), [])
     return PictureFile(data, [])
+
+# %% ../../nbs/17_engine_notes.ipynb #read-bytes
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM")  # no other decoder sees a file
+MAX_FILE_BYTES = 2**30
+
+
+def max_pixels() -> int:
+    "The most pixels that a picture may have, whoever reads it: Pillow's limit, 89,478,485."
+    return Image.MAX_IMAGE_PIXELS or 2**31  # None: no limit is wanted
+
+
+def read_bytes(file: str | Path | BinaryIO) -> bytes:
+    "A whole picture file. Raises OSError, and UnreadableImage for what cannot be one."
+    if not isinstance(file, (str, Path)):
+        file.seek(0)
+        return file.read()
+    status = os.stat(file)
+    if stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES:
+        return Path(file).read_bytes()
+    if stat.S_ISDIR(status.st_mode):
+        raise UnreadableImage(f"{file} is a folder; name the picture files in it")
+    raise UnreadableImage(
+        f"cannot read the picture {file}: it is no file of at most {MAX_FILE_BYTES:,} bytes"
+    )
+
+# %% ../../nbs/17_engine_notes.ipynb #open-picture
+def open_picture(file: bytes) -> ImageFile:
+    """The picture in a file without notes, not decoded yet.
+
+    Raises Image.DecompressionBombError if it is too large, and all that Pillow may raise.
+    """
+    image = Image.open(io.BytesIO(file), formats=FORMATS)
+    pixels = image.width * image.height
+    if isinstance(image, TiffImageFile):
+        extents = [tile[1] or (0, 0, 0, 0) for tile in image.tile]
+        covered = sum((right - left) * (low - top) for left, top, right, low in extents)
+        if covered < pixels:
+            raise ValueError("its strips or tiles are only a part of the picture")
+        pixels = max(  # a tile may be larger than the picture
+            pixels, int(image.tag_v2.get(322, 0)) * int(image.tag_v2.get(323, 0))
+        )
+    if pixels > max_pixels():
+        raise Image.DecompressionBombError(
+            f"{pixels:,} pixels, more than {max_pixels():,}: a decompression bomb?"
+        )
+    return image

@@ -19,8 +19,8 @@ from zlib import crc32
 import numpy as np
 
 from .. import BeitError, UnreadableImage
-from .decoding import MAX_FILE_BYTES
 from .files import FileReader, atomic_write, fingerprint, read_file, read_json
+from .notes import MAX_FILE_BYTES
 from .sources import EncodedImages
 from beit_nb.engine.walks import (
     SECOND,

@@ -19,14 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from .. import BeitError, UnreadableImage
-from beit_nb.engine.decoding import (
-    NamedBytes,
-    decode_bands,
-    decode_image,
-    load_image,
-    read_bytes,
-)
+from .decoding import NamedBytes, decode_bands, decode_image, load_image
 from .files import FileList, fingerprint, list_pictures
+from .notes import read_bytes
 from .walks import LeftOut, class_folders, is_picture, list_entries, walk_files
 from ..images import photos, pil_to_tensor
 

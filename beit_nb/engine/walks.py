@@ -15,7 +15,7 @@ from collections.abc import Collection, Container, Iterator
 from pathlib import Path
 
 from .. import BeitError
-from .decoding import MAX_FILE_BYTES
+from .notes import MAX_FILE_BYTES
 
 # %% ../../nbs/19_engine_walks.ipynb #extensions
 # How the names of picture files end, in small letters. Whoever lists or counts pictures asks here.

@@ -24,8 +24,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .. import UnreadableImage
-from ..engine.decoding import load_image, max_pixels, open_picture, read_bytes
-from ..engine.notes import take_apart
+from ..engine.decoding import load_image
+from ..engine.notes import max_pixels, open_picture, read_bytes, take_apart
 from ..images import PALETTE, photos, to_pil
 
 # %% ../../nbs/explorers_pad.ipynb #png
