@@ -314,7 +314,7 @@ def on_paper() -> Iterator[Stage]:
     with patched(
         *everywhere(stage),
         mock.patch.dict(KERNELS, cpu=KERNELS["cuda"]),
-        mock.patch("beit_nb.engine.trainer.pick_precision", lambda name, device: TYPES[name]),
+        mock.patch("beit_nb.engine.optim.pick_precision", lambda name, device: TYPES[name]),
         # drawn on the host, where nothing waits: `on_pretended_gpu` draws it in earnest
         mock.patch("beit_nb.labelled_views.torch.randint", lambda *args: np.int64(1)),
     ):

@@ -9,13 +9,16 @@ from torch import nn
 
 from beit_nb import BeitError
 from beit_nb.configs import Run, SegmentRecipe, TokenizerRecipe
+import beit_nb.engine.optim as optim
 from beit_nb.engine.optim import (
     Ema,
+    build_optimizer,
     cosine_schedule,
     layer_id,
     loss_weights,
     micro_batch_size,
     param_groups,
+    placement_of,
     recipe_schedule,
     warmup_length,
     warn_if_only_rising,
@@ -259,3 +262,22 @@ def test_a_schedule_has_no_table():
     assert len(long) == 10**9 and long[19] == long[20] == 2e-3 and long[-1] == pytest.approx(1e-5)
     with pytest.raises(IndexError):
         short[100]
+
+
+def test_the_optimizer_is_the_papers():
+    model = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    optimizer = build_optimizer(model, Run(beta2=0.98))
+
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.defaults["betas"] == (0.9, 0.98) and optimizer.defaults["eps"] == 1e-8
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.05, 0.0]
+
+
+def test_shards_do_not_go_with_fp16(monkeypatch):
+    monkeypatch.setattr(optim, "world_size", lambda: 2)
+    monkeypatch.setattr(optim, "pick_precision", lambda *_: torch.float16)
+
+    assert not placement_of(Run()).sharded
+    with pytest.raises(BeitError, match="does not go with fp16; set --precision bf16 or"):
+        placement_of(Run(parallel="fsdp"))

@@ -416,9 +416,9 @@ def test_milestones_are_kept_between_checkpoints(tmp_path):
 
 def test_a_dead_scaler_stops_the_run(tmp_path, monkeypatch):
     "fp16 steps that overflow are the scaler's business, but not if every step does."
-    from beit_nb.engine import trainer, training
+    from beit_nb.engine import optim, training
 
-    monkeypatch.setattr(trainer, "pick_precision", lambda precision, device: None)
+    monkeypatch.setattr(optim, "pick_precision", lambda precision, device: None)
     made = torch.amp.GradScaler
     monkeypatch.setattr(
         torch.amp,

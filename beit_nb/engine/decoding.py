@@ -60,7 +60,7 @@ def _levels_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
 
 
 def _deep_gray_to_8_bit(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    "Such a picture scaled to 8 bits (`convert` would clip it), and what one should know of it."
+    "A gray of 16 or 32 bits or of floats scaled to 8 bits, and remarks on it; `convert` would clip."
     levels, white = _levels_and_white(image)
     remarks = []
     paper = np.isnan(levels)
@@ -98,7 +98,7 @@ def _on_white(image: Image.Image, file: bytes) -> Image.Image:
 
 
 def _remark_frames(image: Image.Image, file: PictureFile) -> list[str]:
-    "What one should know of a file with more than one picture."
+    "A remark on a file with more than one page or frame."
     animated = [note[8:12] for note in file.notes if note[4:8] == b"acTL"]  # a PNG: its frames
     more = any(int.from_bytes(frames) > 1 for frames in animated)
     if image.format in ("TIFF", "WEBP", "GIF"):
@@ -108,7 +108,7 @@ def _remark_frames(image: Image.Image, file: PictureFile) -> list[str]:
 
 
 def _decode(file: PictureFile) -> tuple[Image.Image, list[str]]:
-    "The picture, upright and RGB, and what one should know of it."
+    "The picture, upright and RGB, and remarks on it."
     turn = file.orientation
     with open_picture(file.data) as image:
         if image.format == "WEBP":  # Pillow takes it apart itself
@@ -127,7 +127,7 @@ def _decode(file: PictureFile) -> tuple[Image.Image, list[str]]:
 
 # %% ../../nbs/18_engine_decoding.ipynb #load-image
 def _tell(name: object, remarks: list[str], said: set[str] | None) -> None:
-    "On stderr what one should know of a picture, but nothing that is in `said` already."
+    "Print to stderr the remarks on a picture that are not in `said` yet, and add them to it."
     said = set() if said is None else said
     for remark in remarks:
         if remark not in said:
@@ -139,7 +139,7 @@ def load_image(path: str | Path | BinaryIO, said: set[str] | None = None) -> Ima
     """The picture at `path`, upright and RGB.
 
     Obeys the orientation of EXIF, scales deep grays down, lays transparency on white and converts
-    gray, palette and CMYK files. Says on stderr what is odd, but nothing that is in `said` already.
+    gray, palette and CMYK files. Prints remarks to stderr, but none that is in `said` already.
     Raises UnreadableImage where there is no picture, a damaged one, or one of too many pixels.
     """
     try:
@@ -183,7 +183,7 @@ def turned(x: Tensor, orientation: int) -> Tensor:
 def decode_image(
     data: bytes,
     describe: Callable[[], str],  # gives the name for messages
-    said: set[str] | None = None,  # what is odd and known already, as in `load_image`
+    said: set[str] | None = None,  # remarks that were printed before, as in `load_image`
 ) -> Tensor:
     """The bytes of a picture file to its pixels, (3, H, W) uint8, upright.
 
@@ -205,7 +205,10 @@ def decode_image(
 
 # %% ../../nbs/18_engine_decoding.ipynb #read-array
 def load_array(data: bytes) -> np.ndarray:
-    "The array in the bytes of a .npy, or of a TIFF (its first series). Raises whatever they raise."
+    """The array in the bytes of a .npy, or of a TIFF (its first series).
+
+    Raises ValueError for one that is too large, and whatever numpy and tifffile raise.
+    """
     if data.startswith(b"\x93NUMPY"):
         return np.load(io.BytesIO(data), allow_pickle=False)
     from tifffile import TiffFile  # here: few have such pictures
@@ -234,7 +237,7 @@ def bands_first(array: np.ndarray, channels: int, name: str) -> np.ndarray:
 
 # %% ../../nbs/18_engine_decoding.ipynb #decode-bands
 def _in_unit_range(array: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    "Levels of 8 or 16 bits, or floats, as floats with white at 1; and what one should know of it."
+    "An array of 8 or 16 bits, or of floats, as floats with white at 1, and remarks on it."
     if array.dtype.kind == "u" and array.itemsize <= 2:
         return array.astype(np.float32) / np.iinfo(array.dtype).max, []
     if array.dtype.kind != "f":
@@ -256,7 +259,7 @@ def decode_bands(
     data: bytes,
     describe: Callable[[], str],  # gives the name for messages
     channels: int,  # how many bands there must be
-    said: set[str] | None = None,  # what is odd and known already, as in `load_image`
+    said: set[str] | None = None,  # remarks that were printed before, as in `load_image`
 ) -> Tensor:
     """The bytes of a .tif or .npy to its bands, (channels, H, W) floats with white at 1.
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DECAYS', 'cosine_values', 'warmup_length', 'cosine_schedule', 'Schedule', 'linear_values', 'recipe_schedule',
-           'warn_if_only_rising', 'layer_id', 'param_groups', 'micro_batch_size', 'check_batch', 'loss_weights', 'Ema']
+           'warn_if_only_rising', 'layer_id', 'param_groups', 'build_optimizer', 'micro_batch_size', 'check_batch',
+           'Placement', 'placement_of', 'loss_weights', 'Ema']
 
 # %% ../../nbs/28_engine_optim.ipynb #imports
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from .. import BeitError, warn
 from ..configs import Run
-from .processes import rank
+from ..device import default_device, pick_precision
+from .processes import rank, world_size
 
 # %% ../../nbs/28_engine_optim.ipynb #cosine-schedule
 def cosine_values(
@@ -153,6 +155,19 @@ def param_groups(
         group["params"].append(p)
     return list(groups.values())
 
+# %% ../../nbs/28_engine_optim.ipynb #build-optimizer
+def build_optimizer(
+    model: nn.Module, recipe: Run, layer_decay: float | None = None
+) -> torch.optim.Optimizer:
+    "AdamW on the model's parameter groups (Table 12: beta1 0.9, eps 1e-8)."
+    return torch.optim.AdamW(
+        param_groups(model, recipe.weight_decay, layer_decay),
+        lr=recipe.lr,
+        betas=(0.9, recipe.beta2),
+        eps=1e-8,
+        fused=True,
+    )
+
 # %% ../../nbs/28_engine_optim.ipynb #micro-batch-size
 def micro_batch_size(batch_size: int, device_batch_size: int | None = None, world: int = 1) -> int:
     """How many pictures a process takes at once: `device_batch_size`, or its share of the batch.
@@ -184,6 +199,28 @@ def check_batch(pictures: int, batch_size: int, world: int = 1) -> None:
             f"batch_size {batch_size} is not divisible by {world} processes; choose a multiple of "
             f"{world}"
         )
+
+# %% ../../nbs/28_engine_optim.ipynb #placement
+class Placement(NamedTuple):
+    "Where and in which pieces a recipe trains."
+
+    device: torch.device
+    dtype: torch.dtype | None  # of autocast; None: fp32, without it
+    micro_batch_size: int  # pictures at once
+    sharded: bool  # do processes hold shards of the model?
+
+
+def placement_of(recipe: Run) -> Placement:
+    "What this machine and its processes make of a recipe; BeitError where they cannot."
+    device = default_device()
+    dtype = pick_precision(recipe.precision, device)
+    size = micro_batch_size(recipe.batch_size, recipe.device_batch_size, world_size())
+    sharded = recipe.parallel == "fsdp" and world_size() > 1
+    if sharded and dtype == torch.float16:
+        raise BeitError(
+            "parallel 'fsdp' does not go with fp16; set --precision bf16 or --parallel ddp"
+        )
+    return Placement(device, dtype, size, sharded)
 
 # %% ../../nbs/28_engine_optim.ipynb #loss-weights
 def loss_weights(
