@@ -7,9 +7,9 @@ from timm.models.beit import Beit
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+import beit_nb.engine.optim as optim
 from beit_nb import BeitError
 from beit_nb.configs import Run, SegmentRecipe, TokenizerRecipe
-import beit_nb.engine.optim as optim
 from beit_nb.engine.optim import (
     Ema,
     build_optimizer,
