@@ -60,7 +60,7 @@ def _levels_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
 
 
 def _deep_gray_to_8_bit(image: Image.Image) -> tuple[Image.Image, list[str]]:
-    "A gray of 16 or 32 bits or of floats scaled to 8 bits, and remarks on it; `convert` would clip."
+    "A gray of 16 or 32 bits or of floats scaled to 8 bits, and remarks; `convert` would clip it."
     levels, white = _levels_and_white(image)
     remarks = []
     paper = np.isnan(levels)

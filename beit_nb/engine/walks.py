@@ -5,14 +5,17 @@
 # %% auto #0
 __all__ = ['EXTENSIONS', 'OTHER', 'WHY_LEFT_OUT', 'OTHER_ENDING', 'DOTTED', 'SECOND', 'NO_SIZE', 'NO_FILE', 'HIDDEN',
            'is_picture', 'LeftOut', 'is_no_data', 'list_entries', 'leads_back', 'kind_of', 'walk_files', 'refuse_runs',
-           'refuse_label_maps', 'image_names', 'class_folders', 'sample_key', 'why_left_out', 'class_number']
+           'refuse_label_maps', 'image_names', 'class_folders', 'alike', 'sample_key', 'why_left_out', 'class_number',
+           'loose_files']
 
 # %% ../../nbs/19_engine_walks.ipynb #imports
 import os
 import re
 import tarfile
+from collections import defaultdict
 from collections.abc import Collection, Container, Iterator
 from pathlib import Path
+from unicodedata import normalize
 
 from .. import BeitError
 from .notes import MAX_FILE_BYTES
@@ -167,6 +170,14 @@ def class_folders(root: str | Path) -> list[str]:
     folders = [entry.name for entry in found if kind_of(entry, linked=False) == "folder"]
     return [name for name in folders if not is_no_data(f"{root}/{name}")]
 
+# %% ../../nbs/19_engine_walks.ipynb #alike
+def alike(names: list[str]) -> list[list[str]]:
+    "Groups of names that differ only in case, in spaces or in how an accent is written."
+    groups = defaultdict(list)
+    for name in names:
+        groups["".join(normalize("NFKC", name).casefold().split())].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
 # %% ../../nbs/19_engine_walks.ipynb #why-left-out
 # Why members of a tar are left out; an index names these reasons by their place here.
 WHY_LEFT_OUT = (
@@ -205,3 +216,18 @@ def class_number(text: bytes) -> int:
     "The class in a `.cls` file; -1 for a word, and for a number that no set of classes reaches."
     digits = re.fullmatch(rb"\s*(\d{1,6})\s*", text)
     return int(digits[1]) if digits else -1
+
+# %% ../../nbs/19_engine_walks.ipynb #loose-files
+def loose_files(root: Path, tar: str) -> LeftOut:
+    "What lies in a folder of shards and is none; BeitError where it is a picture."
+    left_out = LeftOut()
+    beside = (".tar", ".tar.index.npy", "classes.json", "shards.json")
+    for name in walk_files(root, left_out):
+        if is_picture(name):
+            raise BeitError(
+                f"{root} holds shards ({tar}) and pictures outside of them ({name}); which are "
+                "meant? Move the others away"
+            )
+        if "/" in name or not name.endswith(beside):
+            left_out.add(OTHER, name)
+    return left_out
