@@ -11,8 +11,8 @@ from PIL import ImageFont
 
 from beit_nb.dalle import DalleEncoder
 from beit_nb.engine.safeload import KNOWN_NAMES
-from beit_nb.presets import FINETUNE, PRETRAIN, SEGMENT
-from beit_nb.recipes import recipe_named
+from beit_nb.presets import FINETUNE, PRETRAIN
+from beit_nb.recipes import SEGMENT, recipe_named
 from beit_nb.scale.flops import mim_products
 from beit_nb.scale.memory import activation_bytes, block_bytes, training_memory
 from beit_nb.transformer import relative_position_index
