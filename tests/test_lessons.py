@@ -128,7 +128,11 @@ def test_concept_rooms_are_pure():
     assert plumbing == []
     concepts = {m: path.read_text() for m, path in MODULES.items() if number(m) < 20}
     assert len(concepts) >= 12
-    assert {m: plumbing_in(source) for m, source in concepts.items() if plumbing_in(source)} == {}
+    found = {m: plumbing_in(source) for m, source in concepts.items()}
+    for m in found:
+        if m.startswith("engine."):  # those with a lesson this early use one another
+            found[m] -= {"beit_nb.engine"}
+    assert {m: plumbing for m, plumbing in found.items() if plumbing} == {}
 
 
 @pytest.mark.parametrize(
