@@ -183,10 +183,10 @@ def unpack(rest: bytes, places: list[slice], fd: int) -> Any:
 
 # %% ../../nbs/25_engine_processes.ipynb #start-process-group
 def refused_by_rank_0(store: dist.Store) -> bool:
-    "Has rank 0 met the same fault, so that it has been said? It has a few seconds."
+    "Has rank 0 met and printed the same fault? Its note is waited for, five seconds at most."
     try:
         store.wait(["refused"], timedelta(seconds=5))
-    except dist.DistError as e:  # DistNetworkError: rank 0 is gone; DistStoreError: it is well
+    except dist.DistError as e:  # DistNetworkError: rank 0 is gone; DistStoreError: no note
         return isinstance(e, dist.DistNetworkError)
     return True
 
@@ -197,8 +197,8 @@ def _start_process_group() -> dist.Store:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, number, count = next(dist.rendezvous("env://"))
-    # The store survives a restart, with the addresses of the dead in it, so each life writes under
-    # keys of its own. Several machines may count their restarts differently: there it has no name.
+    # The store outlives a restart, with the addresses of dead processes in it, so each start writes
+    # under keys of its own. Several machines may count restarts differently: there they are shared.
     one_machine = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
     life = os.environ["TORCHELASTIC_RESTART_COUNT"] if one_machine else ""
     backends = "cpu:gloo,cuda:nccl" if cuda else "gloo"
@@ -219,8 +219,8 @@ def is_of_a_collective(e: RuntimeError) -> bool:
 def join_processes():
     """Inside, the processes that torchrun started form one group.
 
-    Alone, or inside already, nothing happens. Of a refusal that all processes meet only rank 0
-    speaks; when another process has died, this one stops with a ConnectionError.
+    In a single process, or inside already, nothing happens. A refusal that all processes meet is
+    printed by rank 0 alone; when another process has died, this one stops with ConnectionError.
     """
     if dist.is_initialized() or not dist.is_torchelastic_launched():
         yield
@@ -307,8 +307,8 @@ def no_sync(forward: nn.Module, last: bool) -> AbstractContextManager:
 def memory_mb(what: str = "VmHWM") -> float:
     """MB that this process held at most (VmHWM) or holds now (VmRSS).
 
-    Elsewhere than on Linux always the most. On Linux getrusage would not do: a child inherits
-    its parent's peak.
+    Outside of Linux it is always the most, from getrusage. On Linux that would not do, because a
+    child inherits its parent's peak.
     """
     status = Path("/proc/self/status")
     if status.exists():
