@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['masked_indices', 'BeitForMaskedImageModeling', 'mim_loss', 'mim_accuracy', 'blind_guess', 'mean_and_spread',
-           'patch_pixels', 'pixel_loss', 'blind_pixels']
+           'patch_pixels', 'pixel_loss', 'blind_pixels', 'exam_sums']
 
 # %% ../nbs/14_mim.ipynb #imports
 import torch
@@ -132,3 +132,19 @@ def pixel_loss(guesses: Tensor, patches: Tensor) -> Tensor:
 def blind_pixels(patches: Tensor) -> dict[str, Tensor]:
     "The error of the best guess that is always the same patch: `constant_mse`, for (n, P*P*C)."
     return {"constant_mse": patches.var(0, correction=0).mean()}
+
+# %% ../nbs/14_mim.ipynb #exam-sums
+def exam_sums(guesses: Tensor, true: Tensor, constant: Tensor | None) -> dict[str, float]:
+    """Scores of n hidden patches, summed: of the guesses, and of the constant guess if any.
+
+    guesses: logits (n, V) or pixels (n, P*P*3); true, constant: ids (n,), or pixels like guesses.
+    """
+    n = len(true)
+    if true.is_floating_point():
+        sums = {"masked_mse": pixel_loss(guesses, true).item() * n}
+        rival = {} if constant is None else {"best_constant_mse": pixel_loss(constant, true) * n}
+    else:
+        hits = (guesses.argmax(-1) == true).sum().item()
+        sums = {"masked_top1": hits, "masked_loss": mim_loss(guesses, true).item() * n}
+        rival = {} if constant is None else {"best_constant_top1": (constant == true).sum()}
+    return sums | {k: v.item() for k, v in rival.items()}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['INIT_FIELDS', 'build_mim', 'load_mim', 'add_masked_indices', 'apply_jitter', 'PretrainLoss', 'exam_recipe',
-           'exam_sums', 'evaluate_mim', 'watch_reconstructions', 'last_figures', 'start_mim', 'pretrain']
+           'evaluate_mim', 'watch_reconstructions', 'last_figures', 'start_mim', 'pretrain']
 
 # %% ../nbs/44_pretraining.ipynb #imports
 from collections import Counter
@@ -41,6 +41,7 @@ from beit_nb.mim import (
     BeitForMaskedImageModeling,
     blind_guess,
     blind_pixels,
+    exam_sums,
     masked_indices,
     mim_accuracy,
     mim_loss,
@@ -138,22 +139,6 @@ def exam_recipe(r: PretrainRecipe) -> PretrainRecipe:
     "The recipe for examining: patches are always hidden, only these are scored, colors are final."
     masking = "blockwise" if r.masking == "none" else r.masking
     return replace(r, masking=masking, jitter_on="loader", recover="masked")
-
-
-def exam_sums(guesses: Tensor, true: Tensor, constant: Tensor | None) -> dict[str, float]:
-    """Scores of n hidden patches, summed: of the guesses, and of the constant guess if any.
-
-    guesses: logits (n, V) or pixels (n, P*P*3); true, constant: ids (n,), or pixels like guesses.
-    """
-    n = len(true)
-    if true.is_floating_point():
-        sums = {"masked_mse": pixel_loss(guesses, true).item() * n}
-        rival = {} if constant is None else {"best_constant_mse": pixel_loss(constant, true) * n}
-    else:
-        hits = (guesses.argmax(-1) == true).sum().item()
-        sums = {"masked_top1": hits, "masked_loss": mim_loss(guesses, true).item() * n}
-        rival = {} if constant is None else {"best_constant_top1": (constant == true).sum()}
-    return sums | {k: v.item() for k, v in rival.items()}
 
 # %% ../nbs/44_pretraining.ipynb #evaluate-mim
 @torch.no_grad()
