@@ -222,15 +222,9 @@ def last_figures(trainer: Trainer) -> dict:
     } | {k: last[k] for k in ("loss", "mlm_acc", "constant_acc", "constant_mse") if k in last}
 
 # %% ../nbs/44_pretraining.ipynb #start-mim
-INIT_FIELDS = (  # fields that must be those of the weights
-    "patch_size",
-    "embed_dim",
-    "depth",
-    "num_heads",
-    "use_abs_pos_emb",
-    "use_rel_pos_bias",
-    "use_shared_rel_pos_bias",
-)
+# fields that must be those of the weights
+INIT_FIELDS = ("patch_size", "embed_dim", "depth", "num_heads")
+INIT_FIELDS += ("use_abs_pos_emb", "use_rel_pos_bias", "use_shared_rel_pos_bias")
 
 
 def start_mim(r: PretrainRecipe, out: Path) -> BeitForMaskedImageModeling:
@@ -267,14 +261,7 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
         torch.manual_seed(r.seed)
         model = start_mim(r, out)
         trainer = Trainer(
-            "pretrain",
-            r,
-            out,
-            model,
-            length,
-            loss_mean=r.loss_mean,
-            inputs=inputs,
-            quiet=quiet,
+            "pretrain", r, out, model, length, loss_mean=r.loss_mean, inputs=inputs, quiet=quiet
         )
         callbacks = []
         ahead = (length.total - trainer.step) * r.batch_size
