@@ -4,21 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'TIMM_BASE', 'TIMM_LARGE', 'TOLD', 'run_at', 'would_lose', 'check_place', 'Source', 'is_tokenizer',
-           'notes_of', 'about_run', 'in_words', 'read_source', 'timm_state', 'timm_arguments', 'new_folder', 'seen',
-           'lost', 'write_safetensors', 'write_form', 'how_to_read', 'convert']
+           'read_source', 'timm_state', 'timm_arguments', 'seen', 'lost', 'write_form', 'how_to_read', 'convert']
 
 # %% ../nbs/57_converting.ipynb #imports
-import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
-from secrets import token_hex
 from typing import Any, NamedTuple
 
-from safetensors.torch import save
 from torch import Tensor
 
 from . import BeitError
@@ -31,13 +24,14 @@ from beit_nb.checkpoints import (
     refuse_missing,
     weights_of_content,
 )
-from .engine.files import atomic_write, explain_write_errors, make_folder, read_json
-from .engine.log import read_metrics, warn_unfinished
+from .engine.files import make_folder, new_folder, read_json, write_safetensors
+from .engine.log import warn_unfinished
 from .engine.runs import has_work, load_checkpoint, save_checkpoint
 from .engine.safeload import flatten, read_weights_file
 from .hub import WEIGHTS, write_hf_folder
 from .labelled_views import ScoredView
 from .layouts import check_whole
+from .networks import about_run, in_words, notes_of
 from .resizing import SHARED_TABLE
 from .tokenizer import DALLE_KEY, is_dalle, load_dalle, load_tokenizer
 
@@ -99,39 +93,6 @@ def is_tokenizer(content: Any) -> bool:
     if is_of_ours(content):
         return content["config"]["command"] == "tokenizer"
     return any(map(DALLE_KEY.fullmatch, flatten(content)))
-
-
-def notes_of(content: Any) -> dict[str, str]:
-    "What a safetensors file says beside its tensors: the recipe and the classes of a run of ours."
-    if not is_of_ours(content):
-        return {"format": "pt"}
-    notes = {"recipe": json.dumps(content["config"])}
-    return notes | {"classes": json.dumps(content["classes"])} if "classes" in content else notes
-
-
-def about_run(content: Any, path: Path) -> dict[str, Any]:
-    "Rows of a model card: which training it was, on what, for how long, and its final figures."
-    if not is_of_ours(content):
-        return {"converted from": path.name}
-    config = content["config"]
-    figures = (read_metrics(path) or {}) if path.is_dir() else {}
-    rows = {"trained by": f"`beit {config['command']}`", "data": Path(config.get("data", "")).name}
-    rows["updates"] = content.get("step", "unknown")
-    for name, x in figures.items():
-        if isinstance(x, float) and not name.endswith(("_mb", "seconds")):  # those are a machine's
-            rows[name] = f"{x:.4g}"
-    return rows
-
-
-def in_words(args: Mapping[str, Any], told: Mapping[str, Any] | None = None) -> str:
-    "What kind of network it is; `told`: what its file says more, as in `Weights`."
-    if "vocab_size" in args and told and "targets" in told:
-        return "a BEiT in pre-training that guesses pixels"
-    if "vocab_size" in args:
-        return f"a BEiT in pre-training with {args['vocab_size']:,} visual tokens"
-    if "num_classes" in args:
-        return f"a BEiT that knows {args['num_classes']:,} classes"
-    return "a BEiT without a head"
 
 # %% ../nbs/57_converting.ipynb #read-source
 def read_source(path: Path, ema: bool = False) -> Source:
@@ -209,29 +170,6 @@ def timm_arguments(weights: Weights) -> tuple[str, dict[str, Any]]:
     name = "beit_large_patch16_224" if large else "beit_base_patch16_224"
     return name, {n: x for n, x in args.items() if x != known[n]}
 
-# %% ../nbs/57_converting.ipynb #new-folder
-@contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` at the end, whole or not at all.
-
-    Where `out` exists its files are replaced, and others in it stay. Raises BeitError where the
-    disk refuses.
-    """
-    place = os.path.abspath(out)  # of "." too, which has no name
-    part = Path(f"{place}.{os.getpid()}-{token_hex(4)}.part")
-    with explain_write_errors(out):
-        part.mkdir()
-    try:
-        yield part
-        with explain_write_errors(out):
-            if not out.is_dir():
-                part.rename(out)
-            else:
-                for file in part.iterdir():
-                    os.replace(file, out / file.name)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)  # renamed, or not wanted
-
 # %% ../nbs/57_converting.ipynb #lost
 TOLD = ("num_heads", "img_size", "use_mean_pooling", "layer_norm_eps")
 
@@ -265,13 +203,6 @@ def lost(before: Weights, after: Weights) -> list[str]:
     return words + [f"{n} {old[n]}" for n in TOLD if n in new and old.get(n) != new[n]]
 
 # %% ../nbs/57_converting.ipynb #write-form
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
-    "Tensors as safetensors, whole or not at all. Raises BeitError where the disk refuses."
-    apart = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
-    with atomic_write(path) as f:
-        f.write(save(apart, notes))
-
-
 def write_form(source: Source, out: Path, to: str) -> None:
     "A network in one of the FORMS. Raises BeitError where the form, or the disk, cannot take it."
     weights = source.weights

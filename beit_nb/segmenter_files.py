@@ -16,8 +16,8 @@ from torch import Tensor
 
 from . import BeitError
 from .checkpoints import Weights, known_of, load_weights
-from .converting import Source, new_folder, write_safetensors
-from .engine.files import make_folder
+from .converting import Source
+from .engine.files import make_folder, new_folder, write_safetensors
 from .engine.runs import save_checkpoint
 from .hub import body_config, label_tables, write_parts
 from .images import IMAGENET_MEAN_STD

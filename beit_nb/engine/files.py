@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['disk_error', 'make_folder', 'explain_write_errors', 'is_running', 'remove_leftovers', 'atomic_write', 'write_json',
-           'read_file', 'read_json', 'FileList', 'list_pictures', 'FileReader', 'as_bytes', 'fingerprint',
-           'safetensors_notes']
+           'read_file', 'read_json', 'new_folder', 'FileList', 'list_pictures', 'FileReader', 'as_bytes', 'fingerprint',
+           'safetensors_notes', 'write_safetensors']
 
 # %% ../../nbs/23_engine_files.ipynb #imports
 import errno
@@ -13,9 +13,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from .. import BeitError, UnreadableImage
@@ -143,6 +145,29 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
             f"{path} is damaged ({e}); delete it, and let the command that wrote it run again"
         ) from e
     return data
+
+# %% ../../nbs/23_engine_files.ipynb #new-folder
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` at the end, whole or not at all.
+
+    Where `out` exists its files are replaced, and others in it stay. Raises BeitError where the
+    disk refuses.
+    """
+    place = os.path.abspath(out)  # of "." too, which has no name
+    part = Path(f"{place}.{os.getpid()}-{token_hex(4)}.part")
+    with explain_write_errors(out):
+        part.mkdir()
+    try:
+        yield part
+        with explain_write_errors(out):
+            if not out.is_dir():
+                part.rename(out)
+            else:
+                for file in part.iterdir():
+                    os.replace(file, out / file.name)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)  # renamed, or not wanted
 
 # %% ../../nbs/23_engine_files.ipynb #files
 class FileList(Sequence[Path]):
@@ -268,3 +293,10 @@ def safetensors_notes(path: str | Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, RecursionError):
         return {}
     return notes if isinstance(notes, dict) else {}
+
+# %% ../../nbs/23_engine_files.ipynb #write-safetensors
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], notes: dict[str, str]) -> None:
+    "Tensors as safetensors, whole or not at all. Raises BeitError where the disk refuses."
+    apart = {name: x.detach().cpu().contiguous().clone() for name, x in tensors.items()}
+    with atomic_write(path) as f:
+        f.write(save(apart, notes))
