@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import BeitError
 from .attention import attention_maps, mark_patch, over_picture, top_mass_mask
-from .checkpoints import Weights, check_channels, load_pretrained, load_weights
+from .checkpoints import Weights, load_pretrained, load_weights
 from .engine.files import atomic_write, make_folder
 from .images import normalize, show_image, to_float, to_pil
 from .predicting import check_grid
@@ -32,6 +32,7 @@ from beit_nb.regions import (
     grid_distances,
     with_mean,
 )
+from .resizing import check_channels
 from .transformer import Block
 from .vit import VisionTransformer
 

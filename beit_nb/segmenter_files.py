@@ -16,14 +16,14 @@ from torch import Tensor
 
 from . import BeitError
 from .checkpoints import Weights, known_of, load_weights
+from .classifier import hf_preprocessing, label_tables
 from .converting import Source
 from .engine.files import make_folder, new_folder, write_safetensors
 from .engine.runs import save_checkpoint
-from .hub import body_config, label_tables, write_parts
+from .hub import body_config, write_parts
 from .images import IMAGENET_MEAN_STD
 from .layouts import AROUND, to_hf_names
 from .mask_views import MapView
-from .resizing import hf_preprocessing
 from .segmentation import BeitForSemanticSegmentation, head_shape, with_heads
 from .segmenters import Segmenter, read_segmenter
 

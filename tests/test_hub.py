@@ -10,12 +10,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from beit_nb import SAID, BeitError
-from beit_nb.classifier import BeitForImageClassification
+from beit_nb.classifier import BeitForImageClassification, hf_preprocessing
 from beit_nb.hub import hf_config, model_card, read_hf_folder, write_hf_folder
 from beit_nb.images import IMAGENET_MEAN_STD
 from beit_nb.layouts import to_official
 from beit_nb.mim import BeitForMaskedImageModeling
-from beit_nb.resizing import hf_preprocessing
 from beit_nb.vit import VisionTransformer
 
 SMALL = dict(img_size=32, patch_size=8, embed_dim=128, depth=2, num_heads=2)
