@@ -29,7 +29,7 @@ from .engine.files import atomic_write, make_folder, read_json, write_json
 from .engine.safeload import load_tensors
 from .images import BEIT_MEAN_STD
 from .layouts import AROUND, check_whole, shape_of, to_hf_names, to_official
-from .resizing import Weights
+from .resizing import Weights, head_args
 
 # %% ../nbs/48_hub.ipynb #hf-config
 ASSUMED = {"drop_path_rate": 0.0, "layer_norm_eps": 1e-6}  # of what no tensor tells; official
@@ -56,21 +56,18 @@ def body_config(state: Mapping[str, Tensor], known: Mapping[str, Any] | None = N
     args = shape_of(state) | ASSUMED | dict(known or {})
     if "blocks.0.attn.q_bias" not in state:
         raise BeitError("transformers has no BEiT without q_bias and v_bias; use another format")
-    shape = {name: args[ours] for ours, (name, _) in FIELDS.items()}
     is_mim = "lm_head.weight" in state
-    return (
-        {"model_type": "beit"}
-        | shape
-        | {
-            "intermediate_size": round(args["embed_dim"] * args["mlp_ratio"]),
-            "hidden_act": "gelu",
-            "hidden_dropout_prob": 0.0,
-            "attention_probs_dropout_prob": 0.0,
-            "layer_scale_init_value": args["init_values"] or 0.0,
-            "use_mask_token": is_mim,
-            "use_mean_pooling": is_mim or "fc_norm.weight" in state,
-        }
-    )
+    return {
+        "model_type": "beit",
+        **{name: args[ours] for ours, (name, _) in FIELDS.items()},
+        "intermediate_size": round(args["embed_dim"] * args["mlp_ratio"]),
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "layer_scale_init_value": args["init_values"] or 0.0,
+        "use_mask_token": is_mim,
+        "use_mean_pooling": is_mim or "fc_norm.weight" in state,
+    }
 
 # %% ../nbs/48_hub.ipynb #head-config
 def hf_config(
@@ -88,9 +85,8 @@ def hf_config(
         raise BeitError("these weights have no head (head or lm_head), so no class reads them")
     config = body_config(state, known)
     if is_mim:
-        config["architectures"] = ["BeitForMaskedImageModeling"]
-        config["vocab_size"] = len(state["lm_head.weight"])
-        return config
+        rows = len(state["lm_head.weight"])
+        return config | {"architectures": ["BeitForMaskedImageModeling"], "vocab_size": rows}
     config["architectures"] = ["BeitForImageClassification"]
     return config | label_tables(classes, len(state["head.weight"]))
 
@@ -200,14 +196,12 @@ def _value(config: Mapping[str, Any], name: str, assumed: Any, where: str | Path
 def network_args(config: Mapping[str, Any], state: Mapping[str, Tensor], where) -> dict[str, Any]:
     "`args_of_config` and the head's, as the tensors have it; of a segmentation the body's alone."
     args = args_of_config(config, where)
-    if "lm_head.weight" in state:
-        return args | {"vocab_size": len(state["lm_head.weight"])}
-    if len(state.get("head.weight", ())):
-        pooling = config.get("use_mean_pooling", True)
-        return args | {"num_classes": len(state["head.weight"]), "use_mean_pooling": pooling}
+    head = head_args(state)
+    if "num_classes" in head:  # the file says how it pools
+        head["use_mean_pooling"] = config.get("use_mean_pooling", True)
     made = ", ".join(config.get("architectures") or ["unknown"])
-    if made == "BeitForSemanticSegmentation":
-        return args
+    if head or made == "BeitForSemanticSegmentation":
+        return args | head
     raise BeitError(f"{where} holds no head for classes or visual tokens (it is of {made})")
 
 # %% ../nbs/48_hub.ipynb #tensors-in
@@ -260,9 +254,7 @@ def read_timm_folder(folder: Path, config: Mapping[str, Any]) -> Weights:
     tables = any("relative_position" in name for name in state)
     if isinstance(heads, int) and not tables:
         args["num_heads"] = heads
-    if len(state.get("head.weight", ())):
-        pooling = "fc_norm.weight" in state
-        args |= {"num_classes": len(state["head.weight"]), "use_mean_pooling": pooling}
+    args |= head_args(state)
     check_whole(state, args, folder)
     where = folder / "config.json"
     mean_std, view = timm_preprocessing(config, args["img_size"], args["in_chans"], where)

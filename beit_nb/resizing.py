@@ -221,14 +221,11 @@ class Weights(NamedTuple):
 # %% ../nbs/47_resizing.ipynb #weights-of-tensors
 def head_args(state: Mapping[str, Tensor]) -> dict[str, Any]:
     "The arguments of the head: of a classifier, or of a network that guesses tokens; {} of none."
-    rows = {
-        name: len(x)
-        for name, x in state.items()
-        if name.endswith("head.weight") and x.ndim and len(x)
-    }
-    if "lm_head.weight" in rows:
+    heads = ("lm_head.weight", "head.weight")
+    rows = {name: len(state[name]) for name in heads if name in state and state[name].ndim}
+    if rows.get("lm_head.weight"):
         return {"vocab_size": rows["lm_head.weight"]}
-    if "head.weight" not in rows:
+    if not rows.get("head.weight"):
         return {}
     pooling = "fc_norm.weight" in state
     return {"num_classes": rows["head.weight"], "use_mean_pooling": pooling}
