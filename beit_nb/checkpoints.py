@@ -75,7 +75,7 @@ def weights_of_run(checkpoint: Mapping[str, Any], ema: bool = False) -> Weights:
         raise BeitError(f"these weights come from `beit {command}` and are no BEiT")
     recipe = from_config(checkpoint["config"])
     state = kept_mean(checkpoint) if ema else checkpoint.get("model", {})
-    if recipe.depth > len(state):  # even a model without memory takes time
+    if recipe.depth > len(state):  # before a model of so many blocks is built, if only on meta
         raise BeitError(f"{len(state)} tensors are too few for {recipe.depth} blocks")
     around = {name: x for name, x in state.items() if AROUND.match(name)}
     state = {name: x for name, x in state.items() if name not in around}

@@ -32,7 +32,7 @@ from .layouts import AROUND, check_whole, shape_of, to_hf_names, to_official
 from .resizing import Weights, head_args
 
 # %% ../nbs/48_hub.ipynb #hf-config
-ASSUMED = {"drop_path_rate": 0.0, "layer_norm_eps": 1e-6}  # of what no tensor tells; official
+ASSUMED = {"drop_path_rate": 0.0, "layer_norm_eps": 1e-6}  # no tensor tells; as official
 FIELDS: dict[str, tuple[str, Any]] = {  # ours -> name in config.json, what transformers assumes
     "img_size": ("image_size", 224),
     "patch_size": ("patch_size", 16),
@@ -49,9 +49,9 @@ FIELDS: dict[str, tuple[str, Any]] = {  # ours -> name in config.json, what tran
 
 
 def body_config(state: Mapping[str, Tensor], known: Mapping[str, Any] | None = None) -> dict:
-    """What a config.json says of the Transformer, whatever its head; arguments as `hf_config`.
+    """What a config.json says of the Transformer of tensors in official names, whatever its head.
 
-    Raises BeitError for a network that transformers cannot build.
+    `known`: arguments that no tensor tells. Raises BeitError for what transformers cannot build.
     """
     args = shape_of(state) | ASSUMED | dict(known or {})
     if "blocks.0.attn.q_bias" not in state:
@@ -168,7 +168,7 @@ def write_hf_folder(
 def args_of_config(config: Mapping[str, Any], where: str | Path) -> dict[str, Any]:
     """The arguments of our network in a config.json; where it is silent, transformers' defaults.
 
-    Raises BeitError for what is no BEiT, computes otherwise, or is damaged; `where` is for that.
+    Raises BeitError, with `where` in it, for what is no BEiT, computes otherwise, or is damaged.
     """
     kind = config.get("model_type")
     if kind != "beit":
@@ -185,16 +185,16 @@ def args_of_config(config: Mapping[str, Any], where: str | Path) -> dict[str, An
 def _value(config: Mapping[str, Any], name: str, assumed: Any, where: str | Path) -> Any:
     "A value of a config.json, of the kind that transformers' default has."
     told = config.get(name, assumed)
-    square = isinstance(told, list) and len(set(map(str, told))) == 1
+    square = isinstance(told, list) and len(set(map(str, told))) == 1  # such as [224, 224]
     value: Any = told[0] if square else told
     kind = (int, float) if isinstance(assumed, float) else type(assumed)
-    if not isinstance(value, kind) or value < (1 if kind is int else 0):
+    if not isinstance(value, kind) or value < (1 if kind is int else 0):  # counts are not 0
         raise BeitError(f"{where} has {name} {value!r}, which no network of ours can have")
     return value
 
 # %% ../nbs/48_hub.ipynb #network-args
 def network_args(config: Mapping[str, Any], state: Mapping[str, Tensor], where) -> dict[str, Any]:
-    "`args_of_config` and the head's, as the tensors have it; of a segmentation the body's alone."
+    "All arguments, the head's as its tensors tell them; of a segmentation those of the body."
     args = args_of_config(config, where)
     head = head_args(state)
     if "num_classes" in head:  # the file says how it pools
