@@ -71,7 +71,8 @@ class FinetuneTransform:
     """A labelled picture as training shows it: (C, H, W) uint8, or floats around [0, 1].
 
     Called with a picture (PIL, or a tensor (C, H, W)), its number in `labels`, and a generator.
-    Raises BeitError for erasing in shifts, and for a `mean_std` that C channels do not have.
+    Raises BeitError where shifts and erasing are asked for together, and for a `mean_std` that C
+    channels do not have.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ class FinetuneTransform:
 
 # %% ../nbs/40_labelled_views.ipynb #finetune-loss
 class FinetuneLoss:
-    """(model, batch, step) -> loss, {}: label smoothing, or timm's mixup and cutmix.
+    """(model, batch, step) -> loss, no metrics: label smoothing, or timm's mixup and cutmix.
 
     Raises BeitError where pictures cannot be paired, because a micro-batch is odd.
     """
@@ -236,7 +237,7 @@ class Answers(NamedTuple):
 
 
 def answers_in(logits: Tensor, batch: LabelledBatch) -> Answers:
-    "The answers that logits (B, classes) are."
+    "The answers that logits (B, classes) give to a batch."
     guess = logits.argmax(1)
     five = logits.topk(min(5, logits.shape[1])).indices  # (B, 5)
     # where logits are equal, argmax and topk may choose differently
@@ -286,7 +287,7 @@ def ask_classifier(model: nn.Module, samples: TransformedDataset, *how, **more) 
 
 # %% ../nbs/40_labelled_views.ipynb #ask-aloud
 def ask_aloud(model: nn.Module, samples: TransformedDataset, *how, quiet: bool) -> Answers:
-    "`ask_classifier`, with a bar or lines on how far it is; rank 0 speaks of its share."
+    "`ask_classifier`, with a bar or lines on how far it is, which rank 0 prints for its share."
     share = -(-len(samples) // world_size())
     bar = Progress(0, share, "evaluate", quiet=quiet or rank() > 0)
     began = time.monotonic()
