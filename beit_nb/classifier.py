@@ -179,7 +179,7 @@ def hf_preprocessing(
         "do_reduce_labels": False,
     }
 
-# %% ../nbs/45_classifier.ipynb #read-preprocessing
+# %% ../nbs/45_classifier.ipynb #mean-std
 def _color(levels: Any, where: str | Path, channels: int) -> tuple[float, ...]:
     "A number for red, green and blue, or for each of other channels. Raises BeitError otherwise."
     wanted = 3 if channels == 1 else channels
@@ -211,7 +211,7 @@ def _mean_std(steps: Mapping[str, Any], path: Path, in_chans: int) -> tuple:
         return mean, std
     return tuple(x / white for x in mean), tuple(x / white for x in std)
 
-
+# %% ../nbs/45_classifier.ipynb #read-preprocessing
 def read_preprocessing(folder: Path, img_size: int, in_chans: int = 3) -> tuple:
     """`mean_std` and the `ScoredView` of a folder; without a file, transformers' defaults for BEiT.
 
