@@ -76,7 +76,7 @@ def test_click_and_keys_choose_and_acts_are_ticked(view):
     view.button("Shuffle").press("Enter")
 
     expect(view.output.locator(".acts .done")).to_have_count(3)
-    expect(view.output.locator(".notice")).to_contain_text("positions must be told")
+    expect(view.output.locator(".notice")).to_contain_text("must be given positions")
     again = view.made_again()
     assert again.controls.shuffled and again.cut == (8, 8) and again.chosen == (8, 8)
     assert view.frame(view.pad)[:2] == again.chosen and "".join(view.errors()) == ""

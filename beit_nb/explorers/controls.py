@@ -53,8 +53,8 @@ def line_on_paper(text: str) -> Image.Image:
 class Slider(Part):
     """A slider over a list of values, each with its words.
 
-    `value` is one of them; what is set from Python becomes the nearest. `says` stands below in red:
-    what is wrong with the value. `marks` are names of values, to be clicked.
+    `value` is always one of them: a number that is set from Python becomes the nearest. `marks` are
+    names of values, which can be clicked. `says` is what is wrong with the value, in red below it.
     """
 
     label = T.Unicode().tag(sync=True)
@@ -74,7 +74,7 @@ class Slider(Part):
         marks: dict[Any, str] | None = None,  # value -> name
         help: str = "",
     ):
-        named = marks or {}
+        named = marks or {}  # their values belong to the list
         self.values = sorted({*values, *named})
         super().__init__(
             kind="slider",
@@ -143,7 +143,7 @@ class Menu(Part):
         self.value = self.choices[name]
 
     def add(self, name: str, value: Any) -> None:
-        "One choice more (or another value of that name), and chosen."
+        "Add a choice, or give that name another value, and choose it."
         self.choices[name] = value
         with self.hold_sync():
             self.names = [*self.choices]
@@ -155,7 +155,7 @@ class Menu(Part):
 
 
 class Field(Part):
-    "A whole number between `min` and `max`; what is outside is not taken."
+    "A whole number between `min` and `max`; one outside becomes the nearer of the two."
 
     label = T.Unicode().tag(sync=True)
     value = T.Int().tag(sync=True)
@@ -178,8 +178,8 @@ class Field(Part):
 class Upload(Part):
     """A button that takes a picture, which may also be dropped or pasted into the explorer.
 
-    `count` rises with each; then `name` and `content` are the file's, or `problem` says in one
-    line why the browser has none. `says` stands below in red, `notes` in grey.
+    `count` rises with each file. Then `name` and `content` are the file's, or `problem` says in
+    one line why the browser could not send it. `says` stands below in red, `notes` in grey.
     """
 
     name = T.Unicode().tag(sync=True)
@@ -252,7 +252,7 @@ class Guide(Part):
     notice = T.Unicode().tag(sync=True)
     error = T.Unicode().tag(sync=True)
     said = T.Unicode().tag(sync=True)
-    ground = T.List([False, 1]).tag(sync=True)  # is it dark, and pixels for each
+    ground = T.List([False, 1]).tag(sync=True)  # is it dark?, pixels for each of the page
 
     def __init__(self, see: str = "", acts: Sequence[str] = (), notice: str = ""):
         super().__init__(kind="guide", see=see, acts=[*acts], notice=notice)

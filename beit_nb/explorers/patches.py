@@ -112,7 +112,7 @@ class PatchExplorer(Explorer):
     NOTICE = (
         "Half the size is four times the patches, and more than four times the work, because every "
         "patch attends to every other. The order is free: attention takes a sequence for a set, "
-        "which is why positions must be told."
+        "which is why a network must be given positions."
     )
 
     picture: Image.Image
