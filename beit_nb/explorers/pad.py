@@ -42,7 +42,7 @@ def center_square(image: Image.Image, size: int) -> Image.Image:
         )
     left = (image.width - side) // 2
     top = (image.height - side) // 2
-    # of a tiny picture one wants to see the pixels
+    # the pixels of a tiny picture should stay visible
     resample = Image.Resampling.NEAREST if side < 64 else Image.Resampling.BILINEAR
     box = (left, top, left + side, top + side)
     return image.resize((size, size), resample, box, reducing_gap=2)
@@ -81,7 +81,7 @@ def _count_pixels(file: str | Path | io.BytesIO, name: str) -> int:
 def _whole_picture(
     source: str | Path | bytes | Tensor | Image.Image, most: int | None, name: str = "this file"
 ) -> Image.Image:
-    "The picture of any source, RGB; of a file with at most that many pixels (`max_pixels`)."
+    "Any source as an RGB picture; a file with more than `most` pixels is refused (None: usual)."
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     if isinstance(source, Tensor):
@@ -104,14 +104,16 @@ def read_picture(
     # a name of `embedded_photos`, a path, the bytes of a file, (3, H, W) in [0, 1], or PIL
     source: str | Path | bytes | Tensor | Image.Image,
     size: int = 448,  # pixels a side
-    max_pixels: int | None = None,  # of the file; more are refused; none: as everywhere
+    max_pixels: int | None = None,  # of a file; one with more is refused; None: the usual limit
 ) -> Image.Image:
     "The centre square of any picture as size x size RGB; raises UnreadableImage, in one line."
     return center_square(_whole_picture(source, max_pixels), size)
 
 
 def small_copy(data: bytes, name: str = "this file") -> tuple[Image.Image, str]:
-    """What to keep of an upload, however large: its square, of at most 896 pixels; and what it is.
+    """The part of an upload to keep, and a line that says which part it is.
+
+    It is the centre square, of at most 896 pixels a side, however large the upload.
 
     Raises UnreadableImage, in one line that calls the file by its name.
     """
@@ -128,7 +130,8 @@ HIDDEN = "#6b7078"  # the colour of a covered cell; explorers.css has it too
 class Box(NamedTuple):
     """A frame around cells, counted in cells from the top left; `color` as in CSS, '#rrggbb'.
 
-    A "dashed" one is crossed out as well; a "dotted" one lets a small cell be seen.
+    A "dashed" frame is crossed out as well. A "dotted" one is for a single cell, which a cross
+    would cover.
     """
 
     top: int
@@ -225,7 +228,7 @@ class PadTraits(anywidget.AnyWidget):
     hovers = T.Bool(False).tag(sync=True)  # does `pointed` follow the pointer?
     pointed = T.Int(-1).tag(sync=True)  # the cell under it; -1: none
     ink = T.Unicode(HIDDEN).tag(sync=True)  # the colour of marked cells
-    brush = T.Int(0).tag(sync=True)  # marks cells so far around the finger; it wipes none
+    brush = T.Int(0).tag(sync=True)  # also marks cells so far from the finger; it wipes none
     label = T.Unicode("patches").tag(sync=True)  # what a screen reader calls the grid
     unit = T.Unicode("patch").tag(sync=True)  # and a cell
     words = T.List(T.Unicode(), ["shown", "masked"]).tag(sync=True)  # of unmarked, marked cells
@@ -266,11 +269,11 @@ class PatchPad(PadTraits):
     taken_back = -1  # the stroke that is no longer heard
 
     def take_back(self) -> None:
-        "The last stroke is undone: what the browser has yet to send of it is not heard."
+        "Ignore what the browser has yet to send of the last stroke, which was undone."
         self.taken_back = int(self.stroke)
 
     def set_state(self, sync_data: dict) -> None:
-        "What the browser says, without late parts of a stroke that was taken back."
+        "Take what the browser sends, without late parts of a stroke that was taken back."
         late = sync_data.get("stroke", self.stroke) == self.taken_back
         if late and "marked" in sync_data:
             sync_data = {name: x for name, x in sync_data.items() if name != "marked"}

@@ -64,7 +64,7 @@ def tell_patch(reading: Reading, cell: int) -> str:
         verdict = "which the loss does not count, as the patch is shown"
     taken = reading.looks[:, row, col].clone()
     taken[cell] = 0
-    fan = int(taken.argmax())
+    fan = int(taken.argmax())  # the patch that looks at it most
     lines = {
         "patch": f"<b>{row},{col}</b>, word <b>{cell + 1}</b> of {h * w} in the sequence",
         "token": f"<b>{guess.truth[row, col]}</b>; "
