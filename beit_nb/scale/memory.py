@@ -14,15 +14,8 @@ from typing import NamedTuple
 
 from .. import BeitError
 from ..configs import Backbone, PretrainRecipe, Run, SegmentRecipe, TokenizerRecipe
-from beit_nb.scale.flops import (
-    NO_HEAD,
-    MatMul,
-    encoder_products,
-    head_products,
-    model_products,
-    tokenizer_in_the_loop,
-    total_parameters,
-)
+from .flops import NO_HEAD, head_products, model_products, tokenizer_in_the_loop
+from .products import MatMul, encoder_products, total_parameters
 
 # %% ../../nbs/71_scale_memory.ipynb #activations
 def block_bytes(r: Backbone, half: bool, fused: bool) -> float:

@@ -12,7 +12,7 @@ from textwrap import wrap
 
 from .. import BeitError
 from ..configs import PretrainRecipe, Run, TokenizerRecipe, check_recipe
-from .flops import ImageFlops, flops_per_image, model_products, total_parameters
+from .flops import ImageFlops, flops_per_image, model_products
 from beit_nb.scale.hours import (
     HARDWARE,
     Gpu,
@@ -30,6 +30,7 @@ from beit_nb.scale.memory import (
     layouts,
     training_memory,
 )
+from .products import total_parameters
 
 # %% ../../nbs/73_scale_plan.ipynb #training-plan
 @dataclass(frozen=True)
