@@ -191,11 +191,9 @@ def pretrain_pictures(out: Path, recipe: PretrainRecipe, metrics: dict) -> Pictu
     "Its guesses at the hidden patches of a few fixed pictures, as training went on."
     painted = is_painted(out)  # then the tokenizer, a large one perhaps, is not loaded again
     tokenizer = None if painted else decoder_of(recipe)
-    last = (
-        "decoded"
-        if painted or tokenizer
-        else "one colour a token, its tokenizer is gone or cannot paint"
-    )
+    last = "decoded"
+    if not painted and not tokenizer:
+        last = "one colour a token, its tokenizer is gone or cannot paint"
     words = {
         "tokens": f"tokens; last row: the true tokens ({last})",
         "pixels": "pixels",
