@@ -199,11 +199,10 @@ def write_slurm(
         submit.append(f"job{level}=$(sbatch --parsable {waits}--array={numbers} {task})")
         waits = f"--dependency=afterany:$job{level} "
     submit.append(f"sbatch {waits}--wrap {shlex.quote(command + ' --report')}")
-    lines = dry_lines(graph, out)[:-1]
     name = command.split()[2]
     texts = {
         "task.sh": SLURM_TASK.format(name=name, folder=folder, command=command),
-        "tasks.txt": "\n".join(lines) + "\n",
+        "tasks.txt": "\n".join(dry_lines(graph, out)[:-1]) + "\n",
         "submit.sh": "\n".join(submit) + "\n",
     }
     for file, text in texts.items():
@@ -255,7 +254,7 @@ class Ablate:
     scale: Annotated[str, arg(help="nano: the embedded digits; base-in1k: the paper's")] = "nano"
     seeds: Few = 3  # of every arm, from 0
     jobs: Count | None = None  # runs at once; none: as many as there are GPUs, or cores
-    arms: tuple[str, ...] = ()  # some of its arms; none: all
+    arms: tuple[str, ...] = ()  # make some of its arms; none: all
     set: tuple[str, ...] = ()  # stage.field=value for all arms, such as pretrain.steps=200
     out: Place | None = None  # study.json, report.html and runs; none: runs/ablate-NAME-SCALE
     dry_run: bool = False  # name every run and its price, and run nothing
@@ -283,9 +282,10 @@ class Ablate:
     def line(self, out: Path) -> str:
         "The command that asks the same again."
         words = ["beit", "ablate", self.name, "--scale", self.scale, "--seeds", str(self.seeds)]
-        for option in ("arms", "set"):
-            if values := getattr(self, option):
-                words += [f"--{option}", *values]
+        if self.arms:
+            words += ["--arms", *self.arms]
+        if self.set:
+            words += ["--set", *self.set]
         return shlex.join([*words, "--out", str(out)])
 
     def answer(self, study: Study, out: Path) -> int:
@@ -297,5 +297,5 @@ class Ablate:
             record = run_study(study, out, self.seeds, 0 if self.report else self.jobs)
             if rank() == 0:
                 say("", *summary_lines(record), "", f"report: {study_page(record, out)}")
-        lost = [run for run in record["runs"].values() if run["state"] != "finished"]
-        return 1 if lost else 0
+        asked = study_graph(study, range(self.seeds))  # study.json may hold other arms as well
+        return int({record["runs"][name]["state"] for name in asked} != {"finished"})

@@ -196,7 +196,7 @@ def read_change(study: Study, words: str) -> tuple[str, str, Any]:
 
 
 def changed_study(study: Study, arms: Sequence[str], changes: Sequence[str]) -> Study:
-    """A study with some of its arms, and fields that are others for all arms.
+    """A study with some of its arms, in its own order, and fields that are others for all arms.
 
     Raises BeitError for arms and fields that there are not, and for an arm without its base.
     """
@@ -205,7 +205,8 @@ def changed_study(study: Study, arms: Sequence[str], changes: Sequence[str]) -> 
         stage, name, value = read_change(study, words)
         preset, usual = stages[stage]
         stages[stage] = (preset, {**usual, name: value})
-    chosen = tuple(study.arm(name) for name in arms) or study.arms
+    named = {study.arm(name).name for name in arms}
+    chosen = tuple(arm for arm in study.arms if arm.name in named) or study.arms
     bases = {study.arm(arm.base).name for arm in chosen}
     if missing := bases - {arm.name for arm in chosen}:
         names = " and ".join(map(repr, sorted(missing)))

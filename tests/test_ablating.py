@@ -81,6 +81,24 @@ def test_it_answers(tmp_path, boss):
     assert "-20.0 [-20.0, -20.0]" in page and not any(bait in page for bait in FETCHES)
 
 
+def test_some_arms_leave_the_others_in_the_file(tmp_path, boss):
+    "The others stay in study.json and on the page, and the status speaks of those asked for."
+    graph = study_graph(study_named("mask-ratio", "nano"), [0])
+    lost = [name for name, run in graph.items() if run.changes.get("num_mask_patches") == 58]
+    boss.fails = lost  # the arm of 90 %
+    words = ("ablate", "mask-ratio", "--seeds", 1, "--jobs", 2, "--out", tmp_path)
+    with unpainted():
+        beit(*words, "--arms", "40 %", "90 %", "10 %", ok=1)
+        said = beit(*words, "--arms", "20 %", "40 %").stdout
+
+    arms = [line.split()[0] for line in said.splitlines() if " %  1 " in line]
+    assert arms[:3] == ["40", "10", "20"]  # that of 90 % has no figure
+    record = json.loads((tmp_path / "study.json").read_text())
+    assert [arm["name"] for arm in record["study"]["arms"]] == ["40 %", "10 %", "90 %", "20 %"]
+    assert record["runs"][lost[0]]["state"] == "failed"
+    assert "Not finished: 3" in (tmp_path / "report.html").read_text()
+
+
 def test_what_failed_is_on_the_page_and_in_the_status(tmp_path, boss):
     graph = study_graph(study_named("mask-ratio", "nano"), [0])
     boss.fails = [name for name, run in graph.items() if run.command == "probe"][:1]

@@ -91,6 +91,48 @@ def test_study_json_is_enough(tmp_path, monkeypatch):
     assert report == whole and len(boss.made) == 6
 
 
+def test_a_call_for_some_arms_and_seeds_leaves_the_others(tmp_path, monkeypatch):
+    "They stay as they are, with their seconds, although the folders of their runs are gone."
+    boss = pretending(monkeypatch)
+    whole = run_study(TINY, tmp_path, seeds=3, jobs=2, quiet=True)
+    shutil.rmtree(tmp_path / "runs")
+    boss.made.clear()
+    some = replace(TINY, arms=TINY.arms[:2])
+
+    assert run_study(some, tmp_path, seeds=2, jobs=2, quiet=True) == whole
+    assert boss.made == [] and read_json(tmp_path / "study.json") == whole
+
+    more = run_study(some, tmp_path, seeds=4, jobs=2, quiet=True)
+
+    assert sorted(boss.made) == sorted(study_graph(some, [3]))
+    assert {name: more["runs"][name] for name in whole["runs"]} == whole["runs"]
+    assert all(run["seconds"] == 1.0 for run in more["runs"].values())
+    assert [row["n"] for row in more["summary"]] == [4, 4, 3]
+    assert more["values"]["scratch"]["accuracy"] == [*whole["values"]["scratch"]["accuracy"], None]
+
+
+@pytest.mark.parametrize("what", ["version", "measures", "arm"])
+def test_what_cannot_be_compared_does_not_stay(tmp_path, monkeypatch, what):
+    pretending(monkeypatch)
+    record = run_study(TINY, tmp_path, seeds=2, jobs=2, quiet=True)
+    some = replace(TINY, arms=TINY.arms[:2])
+    if what == "version":
+        record["version"] = "0.0"
+    elif what == "measures":
+        record["study"]["measures"][0]["key"] = "loss"
+    else:  # half was another arm, so of it only what this call makes counts
+        record["study"]["arms"][1]["changes"]["pretrain"]["num_mask_patches"] = 31
+    (tmp_path / "study.json").write_text(json.dumps(record))
+
+    after = run_study(some, tmp_path, seeds=1, jobs=2, quiet=True)
+
+    if what == "arm":
+        assert after["values"]["half"]["accuracy"][1] is None and after["seeds"] == [0, 1]
+        assert after["values"]["scratch"] == record["values"]["scratch"]
+    else:
+        assert list(after["values"]) == ["quarter", "half"] and after["seeds"] == [0]
+
+
 @pytest.mark.parametrize("what", ["version", "arms", "figure", "text", "cut", "preset"])
 def test_what_study_json_holds_of_others_is_made_again(tmp_path, monkeypatch, what):
     boss = pretending(monkeypatch)
@@ -137,7 +179,7 @@ def test_another_study_is_refused_before_any_run(tmp_path, monkeypatch, changes,
     before = (tmp_path / "study.json").read_bytes()
     boss.made.clear()
 
-    says = f"holds another study .tiny at , with other {what}.; give this one another --out"
+    says = f"holds another study .tiny, with other {what}.; give this one another --out"
     with pytest.raises(BeitError, match=says):
         run_study(replace(TINY, **changes), tmp_path, seeds=1)
 

@@ -109,11 +109,12 @@ def test_label_arms_have_a_scratch_of_their_own():
 def test_some_arms_and_other_fields():
     study = study_named("mask-ratio", "nano")
 
-    some = changed_study(study, ["40 %", "10 %"], ["pretrain.steps=9", "finetune.mixup=0.5"])
+    some = changed_study(study, ["10 %", "40 %"], ["pretrain.steps=9", "finetune.mixup=0.5"])
 
     recipes = [run.recipe("runs") for run in study_graph(some, [0]).values()]
     assert {r.steps for r in recipes if hasattr(r, "num_mask_patches")} == {9}
-    assert len(some.arms) == 2 and study.stages["pretrain"][1]["steps"] == 450
+    assert [arm.name for arm in some.arms] == ["40 %", "10 %"]  # the base stays the first
+    assert study.stages["pretrain"][1]["steps"] == 450
     assert changed_study(study, [], []) == study
 
 
