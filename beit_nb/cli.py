@@ -52,10 +52,8 @@ def usage() -> str:
     for name, tool in TOOLS.items():
         summary = (tool.__doc__ or "").split(":")[0].split("\n")[0]
         lines.append(f"  {name:20}{summary.rstrip('.')}")
-    lines += [
-        "",
-        "  --debug             show a traceback instead of one line when something is wrong",
-    ]
+    debug = "show a traceback instead of one line when something is wrong"
+    lines += ["", f"  {'--debug':20}{debug}"]
     return "\n".join(lines)
 
 
@@ -206,7 +204,8 @@ class LastingFile(io.FileIO):
         try:
             return super().write(data)
         except OSError as e:
-            first, self.lost = not self.lost, True
+            first = not self.lost
+            self.lost = True
             if first and self.fileno() == 1 and e.errno not in (errno.EPIPE, errno.EIO):
                 warn(f"the standard output cannot be written ({e.strerror}); going on without it")
             return len(data)
@@ -237,7 +236,7 @@ def keep_streams() -> None:
 
 # %% ../nbs/99_cli.ipynb #stop-once
 def leave(number: int, frame: Any) -> None:
-    "A signal's answer: as after Ctrl-C. Who is leaving already, and saves, is left in peace."
+    "Answer a signal as Ctrl-C is answered, unless the command is leaving already."
     if not isinstance(sys.exception(), (KeyboardInterrupt, SystemExit)):
         raise KeyboardInterrupt
 
