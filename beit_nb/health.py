@@ -22,7 +22,7 @@ NOT_LOGGED = (np.empty(0), np.empty(0))
 def columns_of(rows: list[dict], names: dict[str, str] | None = None) -> dict[str, Column]:
     """The numbers of log lines by their key: steps (n,) and values (n,), NaN and inf among them.
 
-    `names`: other keys -> ours; what neither knows is left out where `names` are given.
+    `names`: keys of another log -> ours; other keys are then left out. None: all keys as they are.
     """
     found: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
@@ -53,7 +53,7 @@ class RunCourse:
         return values[np.isfinite(values)]
 
     def late(self, key: str, quarter: int = 1) -> float | None:
-        "The mean of the last quarter of a column, or of the one before it; None: not logged."
+        "The mean of the last quarter of a column (2: of the quarter before); None: not logged."
         values = self.values(key)
         n = max(1, len(values) // 4)
         end = len(values) - (quarter - 1) * n
@@ -96,7 +96,7 @@ TOO_HIGH = 3  # times the recipe's learning rate: people sweep up to that, not a
 
 
 def blame(course: RunCourse, cause: str) -> str:
-    "A learning rate that is too high can look like many things: it is blamed before `cause`."
+    "`cause`, or the learning rate where it is too high, since that can look like many causes."
     return "learning-rate-too-high" if lr_ratio(course) > TOO_HIGH else cause
 
 
@@ -161,7 +161,7 @@ def check_masks(course: RunCourse) -> list[Finding]:
 
 # %% ../nbs/85_health.ipynb #check-alphabet
 def grade_perplexity(perplexity: float, vocab_size: int) -> Grade:
-    "Of an alphabet in use. The limits are ours: 2 % of it deserve a look, half a percent is dead."
+    "How an alphabet is used; limits of ours: below 2 % of it, look; below half a percent, broken."
     if perplexity < max(1.5, 0.005 * vocab_size):
         return "broken"
     if perplexity < max(3, 0.02 * vocab_size):
@@ -196,7 +196,7 @@ def check_alphabet(course: RunCourse) -> list[Finding]:
 
 # %% ../nbs/85_health.ipynb #rungs
 def settled(course: RunCourse) -> bool:
-    "Are there eight lines of it, five of them since the rate has risen to half its peak?"
+    "Does its rate rise no more, with eight lines logged, five since half of the peak rate?"
     rates = course.values("lr")
     n = len(course.values("loss"))
     if len(rates) < 5:
