@@ -40,18 +40,19 @@ from .tokenizer import evaluate_tokenizer, load_tokenizer, train_tokenizer
 
 # %% ../nbs/96_demo.ipynb #digits-recipe
 def digits_recipe(command: str, **changes: Any) -> Any:
-    "The nano recipe of a command, on the embedded digits whatever else has that name where we are."
+    "The nano recipe of a command on the embedded digits, even where a folder has their name."
     return recipe_named(command, "nano", data="embedded:digits", **changes)
 
 # %% ../nbs/96_demo.ipynb #tokens-stage
 def tokenizer_recipe(plan: DemoPlan, i: int = 0) -> TokenizerRecipe:
-    "The tokenizer of a demo, or its i-th further one."
-    out = f"{plan.out}/tokenizer{f'-{i}' if i else ''}"
-    return digits_recipe("tokenizer", seed=plan.seed + i, steps=plan.tokenizer_steps, out=out)
+    "The recipe of the tokenizer: of the demo's own seed (`i` 0), or of its i-th further seed."
+    folder = f"tokenizer-{i}" if i else "tokenizer"
+    recipe = digits_recipe("tokenizer", seed=plan.seed + i, steps=plan.tokenizer_steps)
+    return replace(recipe, out=f"{plan.out}/{folder}")
 
 
 def tokenizer_stage(plan: DemoPlan) -> dict:
-    "Train the dVAE; its error and the use of its alphabet on the test digits; so of each seed."
+    "Train the dVAE of every seed; its error on the test digits, and how many tokens it uses there."
     images = to_float(Digits("test").images)
     trained = [train_tokenizer(tokenizer_recipe(plan, i)) for i in range(plan.seeds)]
     figures = [evaluate_tokenizer(tokenizer, images) for tokenizer in trained]
@@ -59,16 +60,16 @@ def tokenizer_stage(plan: DemoPlan) -> dict:
 
 
 def warmup_steps(recipe: Run, steps: int) -> int:
-    "The warm-up of a recipe, in a short training at most a quarter of its steps."
+    "The warm-up of a recipe, shortened to a quarter of `steps` where it is longer than that."
     return min(recipe.warmup_steps or 0, steps // 4)
 
 
 def pretrain_recipe(plan: DemoPlan, i: int = 0) -> PretrainRecipe:
-    "The pre-training of a demo, or its i-th further one; a short one has its film too."
+    "The recipe of the pre-training, with `i` as above; it keeps four reconstructions or more."
     recipe = digits_recipe("pretrain", seed=plan.seed + i, steps=plan.pretrain_steps)
     return replace(
         recipe,
-        out=f"{plan.out}/pretrain{f'-{i}' if i else ''}",
+        out=f"{plan.out}/{f'pretrain-{i}' if i else 'pretrain'}",
         tokenizer=tokenizer_recipe(plan, i).out,
         warmup_steps=warmup_steps(recipe, plan.pretrain_steps),
         watch_every=max(1, min(250, plan.pretrain_steps // 4)),
@@ -76,7 +77,7 @@ def pretrain_recipe(plan: DemoPlan, i: int = 0) -> PretrainRecipe:
 
 
 def pretrain_once(recipe: PretrainRecipe) -> dict:
-    "Pre-train; top-1 on the masked tokens of the test digits, beside the best constant guess."
+    "Pre-train; the share of hidden tokens of the test digits named right, beside constant guesses."
     model = pretrain(recipe)
     tokenizer = load_tokenizer(recipe.tokenizer)
     # the constant guess needs to know which token is the most frequent at each place
@@ -85,7 +86,7 @@ def pretrain_once(recipe: PretrainRecipe) -> dict:
 
 
 def pretrain_stage(plan: DemoPlan) -> dict:
-    "The figures of the pre-training, and of each seed; and how many pictures it saw."
+    "Pre-train with every seed; the first one's figures, its number of pictures, and all figures."
     figures = [pretrain_once(pretrain_recipe(plan, i)) for i in range(plan.seeds)]
     images = plan.pretrain_steps * pretrain_recipe(plan).batch_size
     return figures[0] | {"images": images, "seeds": figures}
@@ -96,7 +97,7 @@ def arm_fields(plan: DemoPlan) -> dict[str, Fields]:
     steps = plan.finetune_steps
     usual = {"steps": steps, "eval_every": max(1, steps // 5)}
     longer = {name: plan.longer * value for name, value in usual.items()}
-    # a fresh network has no trained lower layers to spare
+    # layer-wise decay spares trained lower layers, and a fresh network has none
     scratch = {"init": "", "layer_decay": None}
     return {
         "pretrained": {"init": f"{plan.out}/pretrain", **usual},
@@ -113,7 +114,7 @@ def demo_study(plan: DemoPlan, rates: Mapping[str, Sequence[float]]) -> Study:
     """
     warmup = warmup_steps(digits_recipe("finetune"), plan.finetune_steps)
     usual = DIGITS | {"split": "val", "warmup_steps": warmup}
-    # what the others are compared with
+    # all are compared with scratch at equal steps, unless that arm has no rate to try
     base = next((f"scratch_equal_steps, lr {lr:g}" for lr in rates["scratch_equal_steps"]), "")
     arms = [
         Arm(f"{arm}, lr {lr:g}", {"finetune": {**arm_fields(plan)[arm], "lr": lr}}, base=base)
@@ -139,9 +140,10 @@ def give_back_memory() -> None:
 def run_arms(
     plan: DemoPlan, rates: Mapping[str, Sequence[float]], seeds: Sequence[int]
 ) -> dict[tuple[str, float], list[dict]]:
-    """(arm, learning rate) -> the final figures of its run for each seed, and `run`, its folder.
+    """Fine-tune each arm with each of its rates and seeds.
 
-    What an earlier call has finished is only read. Raises BeitError for a run that has failed.
+    Returns (arm, learning rate) -> for each seed the final figures of the run, and its folder as
+    `run`. What an earlier call has finished is only read. Raises BeitError for a failed run.
     """
     study = demo_study(plan, rates)
     folder = Path(plan.out) / "finetune"
@@ -160,7 +162,7 @@ def run_arms(
 
 
 def best_rates(plan: DemoPlan) -> dict[str, float]:
-    "The learning rate of each arm; of several, that which does best on validation, first draw."
+    "The learning rate of each arm: the only one, or the best on validation digits of one draw."
     tried = {arm: rates if len(rates) > 1 else () for arm, rates in plan.lrs.items()}
     ended = run_arms(plan, tried, [plan.seed]) if any(tried.values()) else {}
     accuracy = {key: runs[0]["accuracy"] for key, runs in ended.items()}
@@ -180,9 +182,9 @@ def score_on_test(run: str | Path) -> float:
 
 
 def finetune_stage(plan: DemoPlan) -> dict:
-    """Every draw of every arm, each scored on the test digits, once.
+    """Fine-tune every arm with every draw of labels; each run is scored on the test digits once.
 
-    Where the plan has several learning rates for an arm, validation chooses on the first draw.
+    Where the plan has several learning rates for an arm, `best_rates` chooses among them before.
     """
     best = best_rates(plan)
     seeds = range(plan.seed, plan.seed + plan.draws)
@@ -232,10 +234,10 @@ def demo(plan: DemoPlan | None = None) -> dict:
     """
     plan = plan or DemoPlan()
     out = make_folder(plan.out)
-    # before any work
+    # the demo of another plan is refused here, before any work
     kept = {name: read_stage(plan, name) for name in ("plan", *STAGES)}
     metrics: dict = {name: kept[name] for name in STAGES if kept[name] is not None}
-    # from the first moment on, long before the first stage is done
+    # the folder says which plan it holds before the first stage is done
     write_json(out / "plan.json", {"settings": settings_of(plan), "result": {}})
     page = out / "report.html"
     if len(metrics) < len(STAGES):
