@@ -11,6 +11,8 @@ from beit_nb.attention import (
     mark_patch,
     over_picture,
     patch_attention,
+    patch_of,
+    query_tokens,
     show_attention,
     top_mass_mask,
 )
@@ -144,6 +146,15 @@ def test_rows_on_the_grid():
 def test_patches_outside_the_grid_are_refused(patch, grid):
     with pytest.raises(BeitError, match="does not fit a grid of"):
         patch_attention(torch.rand(2, 3, 7, 7), patch, grid)
+
+
+def test_queries():
+    assert query_tokens(("1,2", "cls", "0,0"), (2, 3)) == {"1,2": 6, "cls": 0, "0,0": 1}
+    assert query_tokens((), (30, 30)) == {"15,15": 466}
+    assert patch_of("11,13") == (11, 13) and patch_of("cls") is None
+    for query in ("2,0", "0,3"):
+        with pytest.raises(BeitError, match=f"--query {query} is none of the 2 x 3 patches"):
+            query_tokens((query,), (2, 3))
 
 
 # --- mass

@@ -18,8 +18,6 @@ from beit_nb.attention_figures import (
     draw_heads,
     figure_size,
     page_names,
-    patch_of,
-    query_tokens,
     sheet_row,
     stack_rows,
 )
@@ -198,15 +196,6 @@ def test_sizes_that_cannot_be_had(size, says):
 
 
 # --- who asks
-
-
-def test_queries():
-    assert query_tokens(("1,2", "cls", "0,0"), (2, 3)) == {"1,2": 6, "cls": 0, "0,0": 1}
-    assert query_tokens((), (30, 30)) == {"15,15": 466}
-    assert patch_of("11,13") == (11, 13) and patch_of("cls") is None
-    for query in ("2,0", "0,3"):
-        with pytest.raises(BeitError, match=f"--query {query} is none of the 2 x 3 patches"):
-            query_tokens((query,), (2, 3))
 
 
 def test_blocks():

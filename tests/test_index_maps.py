@@ -16,8 +16,11 @@ from beit_nb.index_maps import (
     IGNORED,
     DigitMaps,
     FileMaps,
+    class_colors,
+    index_png,
     look_at_maps,
     map_remarks,
+    paint_classes,
     read_indices,
     reduce_zero,
 )
@@ -261,3 +264,13 @@ def test_digits_are_labelled_where_their_ink_is():
         labels = maps.label_map(i)
         assert torch.equal(labels > 0, maps.masks[i])
         assert labels.max() == maps.digits[i] + 1
+
+
+def test_numbers_survive_the_file(tmp_path):
+    "Pillow packs few colors into few bits; a reader of indices gets every number back."
+    for labels in (torch.arange(256).view(16, 16), torch.tensor([[0, 1, IGNORED]])):
+        index_png(labels).save(tmp_path / "map.png")
+        back = read_indices((tmp_path / "map.png").read_bytes(), lambda: "map.png")
+        assert np.array_equal(back, labels.numpy())
+    assert len({tuple(c) for c in class_colors(256).tolist()}) == 256
+    assert paint_classes(torch.tensor([[0, IGNORED]])).tolist() == [[[0, 1]]] * 3

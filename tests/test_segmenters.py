@@ -14,17 +14,13 @@ from beit_nb.checkpoints import load_weights, save_official
 from beit_nb.classifier import BeitForImageClassification
 from beit_nb.cli import main
 from beit_nb.engine.runs import load_checkpoint
-from beit_nb.index_maps import IGNORED, read_indices
 from beit_nb.networks import NETS
 from beit_nb.recipes import recipe_named
 from beit_nb.segmentation import BeitForSemanticSegmentation
 from beit_nb.segmenters import (
     PixelPredictor,
-    class_colors,
     evaluate_segmenter,
-    index_png,
     map_score_lines,
-    paint_classes,
     read_segmenter,
     segment_pictures,
     segmenter_of,
@@ -157,16 +153,6 @@ def test_classes_in_another_order(run, tmp_path):
     figures = evaluate_segmenter(turned, "turned", "digits", str(tmp_path / "score"))
 
     assert figures["mIoU"] == metrics["mIoU"] and figures["interval"] == metrics["interval"]
-
-
-def test_numbers_survive_the_file(tmp_path):
-    "Pillow packs few colors into few bits; a reader of indices gets every number back."
-    for labels in (torch.arange(256).view(16, 16), torch.tensor([[0, 1, IGNORED]])):
-        index_png(labels).save(tmp_path / "map.png")
-        back = read_indices((tmp_path / "map.png").read_bytes(), lambda: "map.png")
-        assert np.array_equal(back, labels.numpy())
-    assert len({tuple(c) for c in class_colors(256).tolist()}) == 256
-    assert paint_classes(torch.tensor([[0, IGNORED]])).tolist() == [[[0, 1]]] * 3
 
 
 def test_an_endless_picture_is_refused_before_it_fills_the_memory(run, monkeypatch):
