@@ -84,9 +84,8 @@ def segmenter_of_run(state: dict, path: str | Path) -> Segmenter:
     if not isinstance(r, SegmentRecipe) or "classes" not in state:
         raise BeitError(f"{path} is no checkpoint of `beit segment` that names its classes")
     classes = state["classes"]
-    model = build_model(
-        partial(build_segmenter, r, len(classes)), state.get("model", {}), path, r.depth
-    )
+    build = partial(build_segmenter, r, len(classes))
+    model = build_model(build, state.get("model", {}), path, r.depth)
     return Segmenter(
         model.eval(),
         classes,
@@ -236,14 +235,12 @@ def evaluate_segmenter(
     set_matmul_precision(device, net.model.embed_dim)
     view = net.view._replace(ratios=tuple(scales), flip=flip)
     how = precision or net.precision
-    order = torch.from_numpy(numbers)
     asked = maps, view, net.mean_std, how, workers
-    counted = score_maps(net.model.to(device), *asked, order=order)
-    used = str(pick_precision(how, device) or torch.float32).removeprefix("torch.")
+    counted = score_maps(net.model.to(device), *asked, order=torch.from_numpy(numbers))
     figures = counted.figures() | {
         "per_class": class_scores(counted.table, maps.classes),
         "pictures": len(maps),
-        "precision": used,
+        "precision": str(pick_precision(how, device) or torch.float32).removeprefix("torch."),
     }
 
     def keep() -> dict:
@@ -275,16 +272,15 @@ def segment_pictures(out: Path, recipe: SegmentRecipe, metrics: dict) -> list[tu
     maps = open_label_maps(recipe.data, recipe.split, recipe.reduce_zero_label)
     predict = PixelPredictor(net, str(out))
     numbers = np.linspace(0, len(maps) - 1, min(8, len(maps))).astype(int).tolist()
-    rows: list[list[Tensor]] = [[], [], []]
+    columns = []
     for i in numbers:
         pixels = maps.pixels(i)
-        said = predict("", to_pil_image(pixels))
-        painted = to_float(pixels), paint_classes(maps.label_map(i)), paint_classes(said.labels)
-        for row, x in zip(rows, painted):
-            row.append(x)
+        guess = predict("", to_pil_image(pixels)).labels
+        columns.append((to_float(pixels), paint_classes(maps.label_map(i)), paint_classes(guess)))
     bare = [None] * (len(numbers) - 1)
     names = ["picture", *bare, "truth", *bare, "guess", *bare]
-    figure = show_images([x for row in rows for x in row], names, ncols=len(numbers), size=1.1)
+    pictures = [x for row in zip(*columns) for x in row]
+    figure = show_images(pictures, names, ncols=len(numbers), size=1.1)
     caption = (
         f"Held-out pictures, their label maps, and the answers of the newest checkpoint; one color "
         f"a class, {net.count} in all, white where nothing is known."
