@@ -12,7 +12,6 @@ __all__ = ['MOST_CELLS', 'WIDE_FONTS', 'load_scored', 'check_scored_memory', 'la
 import re
 import warnings
 from collections.abc import Mapping
-from importlib import import_module
 from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +38,7 @@ from .engine.sources import ImageDataset
 from .images import PALETTE
 from .labelled_views import Answers, ScoredTransform, ScoredView, ask_aloud
 from .layouts import check_whole
+from .limits import machine_memory
 from .recipes import known_set
 
 # %% ../nbs/54_evaluation.ipynb #load-scored
@@ -65,7 +65,7 @@ def check_scored_memory(args: Mapping[str, Any], img_size: int, at_once: int) ->
 
     `args`: of the network, as in `Weights`.
     """
-    have = import_module("beit_nb.scale.memory").machine_memory()
+    have = machine_memory()
     rows = (img_size // args["patch_size"]) ** 2 + 1
     widest = rows * args["embed_dim"] * (1 + args["mlp_ratio"])
     pairs = args["num_heads"] * rows**2

@@ -56,7 +56,8 @@ def build_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassif
     "The model of a recipe, untrained."
     args = backbone_args(r) | {"in_chans": r.in_chans}
     if r.weight_init == "beit":
-        args["weight_init"] = "beit_finetune"  # official; cut off 100 deviations away, so never
+        # the official fine-tuning draws plain normal weights, its pre-training narrower ones
+        args["weight_init"] = "beit_finetune"
     return BeitForImageClassification(
         num_classes, use_mean_pooling=r.use_mean_pooling, init_scale=r.init_scale, **args
     )
@@ -74,14 +75,14 @@ BODY_FIELDS = (  # fields that must be the checkpoint's, besides depth (`check_b
 def load_init(r: FinetuneRecipe) -> Weights | None:
     """The weights that a recipe starts from, in anybody's spelling; None from scratch.
 
-    Raises BeitError where they are of another shape. Says so where they saw other colors or another
-    number of bands.
+    Raises BeitError where they are of another shape. Warns where they saw pictures with other
+    means and deviations of their colors, or with another number of bands.
     """
     if not r.init:
         return None
     weights = weights_for(r, BODY_FIELDS)
     channels = weights.args["in_chans"]
-    in_colors = {r.in_chans, channels} <= {1, 3}
+    in_colors = {r.in_chans, channels} <= {1, 3}  # gray or RGB on both sides: no bands
     if rank() == 0 and r.in_chans != channels and not in_colors:
         how = f"channel i begins with their kernels of channel i mod {channels}"
         if r.in_chans == 1:
@@ -99,7 +100,10 @@ def load_init(r: FinetuneRecipe) -> Weights | None:
 
 
 def head_for(weights: Weights, classes: Sequence[str]) -> Weights:
-    "The same weights, without a head that was trained for as many classes of other names."
+    """The weights, without their head if its classes are as many as `classes` and others.
+
+    A head for another number of classes is left behind when the weights are loaded.
+    """
     if len(weights.classes) != len(classes) or [*weights.classes] == [*classes]:
         return weights
     if rank() == 0:
@@ -260,7 +264,10 @@ def mean_std_of_run(
 
 # %% ../nbs/50_finetuning.ipynb #last-scores
 def scored_the_same(metrics: dict, pictures: list) -> bool:
-    "Are these the figures of those pictures (`picture_records`)? An earlier version did not say."
+    """Were these metrics taken on those pictures (`picture_records`)?
+
+    Metrics of an early version do not say, and are taken to be.
+    """
     return merge_records(metrics.get("scored_on", pictures), pictures) is not None
 
 

@@ -7,12 +7,13 @@ __all__ = ['Count', 'Size', 'Few', 'Vocabulary', 'Natural', 'Workers', 'Seed', '
            'PositiveShare', 'CropPct', 'CropScale', 'Edges', 'ZoomRange', 'Zooms', 'FourBlocks', 'PATH', 'Place',
            'Places', 'NOUNS', 'KINDS', 'CHANGEABLE_FIELDS', 'Limit', 'at_least', 'spelt_out', 'plain_type', 'limit_of',
            'asked_for', 'have_types', 'has_type', 'wrong_fields', 'nearest', 'no_such', 'expand_paths', 'as_config',
-           'check_same_run']
+           'check_same_run', 'machine_memory']
 
 # %% ../nbs/20_limits.ipynb #imports
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, replace
 from difflib import get_close_matches
 from math import inf
@@ -253,3 +254,16 @@ def check_same_run(old: dict, new: dict, where: str | Path) -> None:
             f"{where} holds another run ({'; '.join(other[:3])}); choose another --out, or delete "
             "that folder"
         )
+
+# %% ../nbs/20_limits.ipynb #machine-memory
+def machine_memory() -> float:
+    "Bytes that a training can have here: the GPU's, or what this machine or its container allows."
+    import torch  # here: whoever checks a recipe needs none
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups, version 2 and 1
+        with suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
+    return min(limits)

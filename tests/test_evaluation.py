@@ -433,7 +433,7 @@ def test_a_bias_larger_than_the_memory(form, fits, monkeypatch):
     "Two copies of 12 heads x 16,385 x 16,385 floats are 26 GB; fused attention has no scores."
     args = dict(patch_size=16, embed_dim=768, num_heads=12, mlp_ratio=4.0)
     args |= dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=False) | form
-    monkeypatch.setattr("beit_nb.scale.memory.machine_memory", lambda: 24e9)
+    monkeypatch.setattr("beit_nb.evaluation.machine_memory", lambda: 24e9)
     monkeypatch.setattr(evaluation, "kernels_for", lambda device: KERNELS["cuda"])
 
     with nullcontext() if fits else pytest.raises(BeitError, match="1 pictures of 2048"):

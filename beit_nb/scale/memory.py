@@ -4,16 +4,15 @@
 
 # %% auto #0
 __all__ = ['block_bytes', 'activation_bytes', 'model_memory', 'borrowed_bytes', 'dvae_bytes', 'pixel_bytes', 'in_half_precision',
-           'training_memory', 'Layout', 'layouts', 'batch_per_gpu', 'least_memory', 'machine_memory', 'check_memory']
+           'training_memory', 'Layout', 'layouts', 'batch_per_gpu', 'least_memory', 'check_memory']
 
 # %% ../../nbs/71_scale_memory.ipynb #imports
 import os
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from .. import BeitError
 from ..configs import Backbone, PretrainRecipe, Run, SegmentRecipe, TokenizerRecipe
+from ..limits import machine_memory
 from .flops import NO_HEAD, head_products, model_products, tokenizer_in_the_loop
 from .products import MatMul, encoder_products, total_parameters
 
@@ -184,19 +183,6 @@ def least_memory(r: Run, processes: int = 1) -> float:
         scores = r.outputs * r.recovered
     side = r.img_size if isinstance(r, (TokenizerRecipe, Backbone)) else 0
     return model + at_once * (5 * 3 * side**2 + 4 * scores)
-
-
-def machine_memory() -> float:
-    "Bytes that a training can have here: the GPU's, or what this machine or its container allows."
-    import torch
-
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for file in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroups, version 2 and 1
-        with suppress(OSError, ValueError):
-            limits.append(int(Path("/sys/fs/cgroup", file).read_text()))
-    return min(limits)
 
 
 def check_memory(r: Run) -> None:
