@@ -38,12 +38,7 @@ from .engine.token_files import token_views
 from .neighbours import neighbours_figure
 from .probing import probe_figure
 from .recipes import COMMANDS, from_config
-from beit_nb.reconstructions import (
-    decode_tokens,
-    is_painted,
-    reconstruction_figure,
-    rows_figure,
-)
+from .reconstructions import decode_tokens, is_painted, reconstruction_figure, rows_figure
 from .targets import decoder_of
 from .tokenizer import first_pictures, load_tokenizer
 from .tokens import Tokenizer
