@@ -224,7 +224,7 @@ def check_weights(state: dict | None) -> list[Finding]:
 
 # %% ../nbs/93_doctor.ipynb #examine
 def ask_around(course: RunCourse, out: Path) -> list[Finding]:
-    "What else the folder of a run knows: `course` learns it, and what could not be asked is told."
+    "What a folder knows beside its log: put into `course`, and findings, also of what is missing."
     state = load_checkpoint(out, course.command) if run_checkpoints(out) else None
     findings = check_weights(state)
     if state and "classes" in state:

@@ -19,11 +19,11 @@ from .arms import Arm, Fields, Measure, Study
 from .limits import no_such
 
 # %% ../nbs/86_studies.ipynb #scales
-DIGITS = {"data": "embedded:digits"}  # whatever else has that name where we are
+DIGITS = {"data": "embedded:digits"}  # even where a folder is called digits
 
 
 def on_digits(**fields: Any) -> tuple[str, Fields]:
-    "A stage at nano: the preset, and what a study changes in it."
+    "A stage at nano: its preset, and the fields that a study changes in it."
     return "nano", DIGITS | fields
 
 
