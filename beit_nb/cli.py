@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
 
     0 on success; 1 where a tool could answer for some of its pictures only. Bad input (BeitError,
     OSError) is one line and 2; numbers that broke (FloatingPointError) one line and 1; a stop 130.
-    Any other exception is a defect of ours: its traceback and 1. With --debug there is always a
+    Any other exception is a defect of ours: its traceback and 1. With --debug all but a stop have a
     traceback.
     """
     words = list(sys.argv[1:] if argv is None else argv)
