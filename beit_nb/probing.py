@@ -75,7 +75,7 @@ def linear_scores(train: Labelled, held_out: list[Labelled]) -> np.ndarray:  # (
     from sklearn.preprocessing import StandardScaler
 
     x, y = train
-    # where features outnumber pictures, a rotation into fewer of them: the penalty does not see it
+    # more features than pictures: rotated into as many as pictures, which changes no penalty
     rotate = PCA() if x.shape[1] > len(x) else "passthrough"
     scale = make_pipeline(StandardScaler(), rotate)
     with threadpool_limits(1 if x.size < 10**8 else None):
@@ -125,7 +125,8 @@ def all_features(
     samples = TransformedDataset(pictures, WholePicture(size), ids=ids)
     for walked in sequential_batches(samples, batch_size, workers):
         for name, arm in arms.items():
-            features[name].append(found := arm(walked.batch.image))
+            found = arm(walked.batch.image)
+            features[name].append(found)
             if not np.isfinite(found).all():
                 raise FloatingPointError(
                     f"features ({name}) are not finite: the weights are broken, take others"
@@ -141,16 +142,13 @@ def score_arm(
 ) -> dict:
     "The probe of one arm: every layer, every strength, every draw."
     features, labels = train
-    scores = [
-        [
-            linear_scores(
-                (features[layer][rows], labels[rows]), [(f[layer], y) for f, y in held_out]
-            )
-            for layer in range(len(features))
-        ]
-        for rows in draws
-    ]
-    return best_on_val(np.array(scores))
+
+    def scores_of(layer: int, rows: np.ndarray) -> np.ndarray:
+        learnt = features[layer][rows], labels[rows]
+        return linear_scores(learnt, [(f[layer], y) for f, y in held_out])
+
+    scores = [[scores_of(layer, rows) for layer in range(len(features))] for rows in draws]
+    return best_on_val(np.array(scores))  # of (draws, layers, strengths, sets)
 
 # %% ../nbs/52_probing.ipynb #examine-arm
 def examine_arm(
