@@ -82,12 +82,12 @@ def rename(name: str, table: Mapping[str, str]) -> str | None:
     return None
 
 # %% ../nbs/46_layouts.ipynb #unwrap
-FIRST = (  # the query's weights of the first block, in each spelling
-    "blocks.0.attn.qkv.weight",
-    "beit.encoder.layer.0.attention.attention.query.weight",
-    "beit.layers.0.attention.q_proj.weight",
-    "layers.0.attn.qkv.weight",
-)
+FIRST = {  # the query's weights of the first block -> whose spelling the name is
+    "blocks.0.attn.qkv.weight": "official",
+    "beit.encoder.layer.0.attention.attention.query.weight": "hf",
+    "beit.layers.0.attention.q_proj.weight": "hf in memory",
+    "layers.0.attn.qkv.weight": "openmmlab",
+}
 
 
 def unwrap(state: Mapping[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
@@ -96,8 +96,9 @@ def unwrap(state: Mapping[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
     Of several networks (a model and its average) the one that is called `model` comes first; with
     `ema` the one that is called so. Raises BeitError where there is none.
     """
+    official, *_ = FIRST
     fronts = {n[: -len(first)] for n in state for first in FIRST if n.endswith(first)}
-    fronts |= {f"{front}beit." for front in fronts if f"{front}beit.{FIRST[0]}" in state}
+    fronts |= {f"{front}beit." for front in fronts if f"{front}beit.{official}" in state}
     if not fronts:
         some = ", ".join(sorted(state)[:3]) or "nothing"
         raise BeitError(f"these {len(state)} tensors are no BEiT ({some} ...)")
@@ -115,12 +116,8 @@ def unwrap(state: Mapping[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
 
 
 def layout_of(names: Iterable[str]) -> str:
-    """Whose spelling the names of a network are.
-
-    "official" (and timm's), "hf", "hf in memory" or "openmmlab".
-    """
-    known = dict(zip(FIRST, ("official", "hf", "hf in memory", "openmmlab")))
-    return next(known[name] for name in names if name in known)
+    """Whose spelling it is: "official" (and timm's), "hf", "hf in memory" or "openmmlab"."""
+    return next(FIRST[name] for name in names if name in FIRST)
 
 # %% ../nbs/46_layouts.ipynb #around-body
 AROUND = re.compile(
