@@ -24,7 +24,13 @@ from beit_nb.configs import (
     TokenizerRecipe,
 )
 from ..engine.optim import Schedule, recipe_schedule, warmup_length
-from .figures import PAPER, BlittedFigure, figure_style, on_white, words_html
+from beit_nb.explorers.figures import (
+    PAPER,
+    BlittedFigure,
+    figure_style,
+    on_white,
+    words_html,
+)
 from .svg import chart
 from ..images import PALETTE
 from ..scale.hours import dataset_size
