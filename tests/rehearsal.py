@@ -35,7 +35,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._runtime_estimation import _IGNORE_OPS, get_num_bytes
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from beit_nb import images
@@ -53,6 +54,7 @@ from beit_nb.finetuning import FinetuneLoss, build_classifier
 from beit_nb.masking import blockwise_masks
 from beit_nb.pretraining import PretrainLoss, add_masked_indices, build_mim
 from beit_nb.recipes import recipe_named
+from beit_nb.scale.hours import Gpu
 from beit_nb.segmenting import SegmentLoss, build_segmenter
 from beit_nb.targets import TableTargets, build_targets
 from beit_nb.tokenizer import TokenizerLoss, build_dvae, tokenizer_schedules
@@ -60,6 +62,7 @@ from beit_nb.tokens import Tokenizer
 
 FIXTURE = Path(__file__).with_suffix(".json")
 TYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+HALF = {torch.bfloat16, torch.float16}
 aten = torch.ops.aten
 FLASH = aten._scaled_dot_product_flash_attention
 EFFICIENT = aten._scaled_dot_product_efficient_attention
@@ -171,6 +174,45 @@ class Memory(TorchDispatchMode):
     def add(self, size: int) -> None:
         self.now += size
         self.peak = max(self.peak, self.now)
+
+
+class Work(NamedTuple):
+    "What an operator does at least."
+
+    flops: int
+    moved: int  # bytes of its inputs and outputs
+    half: bool  # in bf16 or fp16
+
+    def multiplies_for(self, gpu: Gpu) -> float:
+        "Seconds at the peak of a GPU's tensor cores."
+        return self.flops / (1e12 * (gpu.half_tflops if self.half else gpu.fp32_tflops))
+
+    def seconds(self, gpu: Gpu, bandwidth: float) -> float:
+        """At least, on a GPU whose memory moves so many bytes a second (Williams et al., 2009).
+
+        So sees it torch.distributed._tools.RuntimeEstimator, which must have a GPU to ask.
+        """
+        return max(self.multiplies_for(gpu), self.moved / bandwidth)
+
+
+class AllWork(TorchDispatchMode):
+    "Writes down the work of every operator that launches a kernel."
+
+    def __init__(self):
+        super().__init__()
+        self.done: list[Work] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if func.namespace == "aten" and packet not in _IGNORE_OPS and not makes_a_view(func):
+            tensors = [x for x in tree_leaves((out, args, kwargs)) if isinstance(x, Tensor)]
+            count = flop_registry.get(packet)
+            flops = count(*args, **kwargs, out_val=out) if count else 0
+            half = bool(tensors) and tensors[0].dtype in HALF
+            self.done.append(Work(flops, sum(map(get_num_bytes, tensors)), half))
+        return out
 
 
 class Sent(TorchDispatchMode):
@@ -504,6 +546,7 @@ class Measured(NamedTuple):
     peak: int  # bytes, at most
     flops: int
     sent: list[int]  # bytes of the gradients that leave a process of DDP, bucket by bucket
+    work: list[Work]  # of each operator
 
 
 def send_nothing(sent: list[int], bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -553,6 +596,7 @@ def measured(training: Training) -> Measured:
         memory.note([list(model.parameters()), list(model.buffers())])
         counter = FlopCounterMode(display=False)
         counter.mod_tracker = OfNoModule()
+        work = AllWork()
         gc.collect()
         gc.freeze()  # what is there by now is no garbage
         with stage.inside(), memory, counter:
@@ -564,9 +608,10 @@ def measured(training: Training) -> Measured:
                 forward.register_comm_hook(sent, send_nothing)
             else:
                 fill_gradients(model)
-            train_step(trainer, forward, [batch], [1.0])
+            with work:
+                train_step(trainer, forward, [batch], [1.0])
         gc.unfreeze()
-    return Measured(memory.peak, counter.get_total_flops(), sent)
+    return Measured(memory.peak, counter.get_total_flops(), sent, work.done)
 
 
 # What is wanted of a step.

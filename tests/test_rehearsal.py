@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from inspect import signature
 
 import gpu
 import pytest
@@ -38,7 +39,9 @@ from beit_nb.mim import mim_loss
 from beit_nb.pretraining import PretrainLoss, add_masked_indices, build_mim
 from beit_nb.recipes import recipe_named
 from beit_nb.scale.flops import flops_per_image
+from beit_nb.scale.hours import HARDWARE
 from beit_nb.scale.memory import training_memory
+from beit_nb.scale.plan import plan_training
 from beit_nb.targets import TableTargets
 
 LARGE = pytest.param("large-plus-in22k", marks=pytest.mark.slow)
@@ -195,12 +198,31 @@ def test_memory_and_work_of_a_step_are_the_planned(preset, precision):
     training = pretraining(preset, batch_size=64, precision=precision)
     r = replace(training.recipe, tokens="a table")
 
-    peak, flops, _ = measured(training)
+    peak, flops, _, work = measured(training)
 
     planned = sum(training_memory(r, 64).values())
     assert planned == pytest.approx(peak, rel=0.05)  # 1 to 3 % below, for what comes and goes
     # the plan counts the last Mlp for all tokens; the step computes it for the hidden ones
     assert 1 < 64 * sum(flops_per_image(r)) / flops < 1.05
+    a100, h100 = (roofline_share(work, name, f"{preset}, {precision}") for name in BANDWIDTH)
+    assert a100 > MFU  # what `beit plan` assumes can be reached there
+    assert h100 < a100  # its tensor cores have grown more than its memory's bandwidth
+
+
+MFU = signature(plan_training).parameters["mfu"].default
+BANDWIDTH = {"a100": 2.039e12, "h100": 3.35e12}  # bytes a second, of NVIDIA's data sheets (SXM)
+
+
+def roofline_share(work, name, said):
+    """Which share of the peak a step reaches if each operator is as fast as its data sheet lets it.
+
+    Said too (`pytest -s -k planned`). Inputs that are still in a cache come faster than that.
+    """
+    gpu = HARDWARE[name]
+    seconds = sum(w.seconds(gpu, BANDWIDTH[name]) for w in work)
+    share = sum(w.multiplies_for(gpu) for w in work) / seconds
+    print(f"{said}, 64 pictures, {gpu.name}: {1e3 * seconds:.1f} ms, {share:.0%} of the peak")
+    return share
 
 
 @pytest.mark.slow
@@ -209,9 +231,10 @@ def test_memory_with_checkpointing_is_the_planned(preset):
     training = pretraining(preset, batch_size=64, precision="bf16", grad_checkpointing=True)
     r = replace(training.recipe, tokens="a table")
 
-    peak = measured(training).peak
+    peak, flops, _, _ = measured(training)
 
     assert sum(training_memory(r, 64).values()) == pytest.approx(peak, rel=0.1)
+    assert 1 < 64 * sum(flops_per_image(r)) / flops < 1.05
 
 
 @pytest.mark.slow
@@ -383,7 +406,7 @@ def test_one_of_sixteen_copies_holds_and_sends_what_is_planned(preset, sixteen, 
     one = pretraining(preset, batch_size=16, precision="bf16")
     r = replace(one.recipe, batch_size=16 * 16)
 
-    peak, _, sent = measured(one._replace(recipe=r))
+    peak, _, sent, _ = measured(one._replace(recipe=r))
 
     plan = training_memory(replace(r, tokens="a table"), 16, gpus=16)
     assert sum(plan.values()) == pytest.approx(peak, rel=0.1)
