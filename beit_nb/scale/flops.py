@@ -198,6 +198,8 @@ def flops_per_image(r: Run, num_classes: int = 1000) -> ImageFlops:
     recomputed = 0
     if isinstance(r, Backbone) and r.grad_checkpointing:
         blocks = block_products(r)
-        # nothing but LayerScale reads the result of `mlp out`, so that torch stops before it
-        recomputed = total_flops(blocks if r.init_values else blocks[:-1])
+        # Backward needs what `mlp out` gives only for LayerScale, or for stochastic depth, which
+        # the first block never has; without them torch stops before it.
+        spared = 0 if r.init_values else 1 if r.drop_path_rate else r.depth
+        recomputed = total_flops(blocks) - total_flops(blocks[-1:]) * spared // r.depth
     return ImageFlops(reading, training_flops(model_products(r, num_classes)), recomputed)
