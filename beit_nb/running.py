@@ -14,11 +14,10 @@ import sys
 import time
 from collections.abc import Mapping
 from functools import cache
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from pkgutil import resolve_name
 from types import ModuleType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from unittest import mock
 
 import torch
@@ -30,6 +29,9 @@ from .engine.processes import end_with_parent
 from .engine.runs import run_config
 from .limits import as_config, check_same_run
 from .recipes import COMMANDS, command_named
+
+if TYPE_CHECKING:
+    from multiprocessing.context import ForkServerContext, SpawnContext
 
 # %% ../nbs/83_running.ipynb #finished-metrics
 def finished_metrics(run: StudyRun, runs: str | Path) -> dict | None:
@@ -71,7 +73,7 @@ def work(words: list[str], environment: Mapping[str, str], said: Path) -> None:
 
 
 @cache
-def worker_context() -> BaseContext:
+def worker_context() -> "ForkServerContext | SpawnContext":
     "How processes for runs begin: on Linux with all that trainings import already in memory."
     if sys.platform != "linux":  # elsewhere torch bears no fork
         return multiprocessing.get_context("spawn")
