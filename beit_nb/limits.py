@@ -6,8 +6,8 @@
 __all__ = ['Count', 'Size', 'Few', 'Vocabulary', 'Natural', 'Workers', 'Seed', 'Positive', 'NonNegative', 'BelowOne', 'Share',
            'PositiveShare', 'CropPct', 'CropScale', 'Edges', 'ZoomRange', 'Zooms', 'FourBlocks', 'PATH', 'Place',
            'Places', 'NOUNS', 'KINDS', 'CHANGEABLE_FIELDS', 'Limit', 'at_least', 'spelt_out', 'plain_type', 'limit_of',
-           'asked_for', 'have_types', 'has_type', 'wrong_fields', 'nearest', 'no_such', 'expand_paths', 'as_config',
-           'check_same_run', 'machine_memory']
+           'asked_for', 'have_types', 'has_type', 'wrong_fields', 'has_kind', 'nearest', 'no_such', 'expand_paths',
+           'as_config', 'check_same_run', 'machine_memory']
 
 # %% ../nbs/20_limits.ipynb #imports
 import os
@@ -190,6 +190,17 @@ def wrong_fields(
         elif limit and value is not None and (wanted := limit.asks(value)):
             faults.append(f"{spelt(field)} {value} must be {wanted}")
     return faults
+
+# %% ../nbs/20_limits.ipynb #has-kind
+def has_kind(value: Any, kind: Any) -> bool:
+    "Is a value of a file of that kind, all that it holds included? Numbers are not below 0."
+    if kind is int:
+        return type(value) is int and value >= 0
+    if not isinstance(value, get_origin(kind) or kind):
+        return False
+    inner = value.items() if isinstance(value, dict) else [(x,) for x in value]
+    parts = get_args(kind)
+    return not parts or all(all(map(isinstance, one, parts)) for one in inner)
 
 # %% ../nbs/20_limits.ipynb #no-such
 def nearest(word: str, names: Iterable[str]) -> str:

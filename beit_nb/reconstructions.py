@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from . import BeitError
 from .engine.files import atomic_write
 from .engine.processes import rank_0_first
-from .engine.runs import has_kind, save_checkpoint
+from .engine.runs import save_checkpoint
 from .engine.safeload import read_weights_file
 from .engine.training import Trainer
 from .images import MEAN_STD, denormalize, preprocess, show_images, to_float, to_pil
+from .limits import has_kind
 from .mim import mean_and_spread
 from .patches import patchify, unpatchify
 from .tokens import Tokenizer

@@ -15,6 +15,7 @@ from beit_nb.limits import (
     Share,
     Size,
     expand_paths,
+    has_kind,
     has_type,
     limit_of,
     nearest,
@@ -93,6 +94,22 @@ def test_limits_are_read_off_the_types():
     assert limit_of(Count | None) is limit_of(Count)
     assert limit_of(Literal[2, 4]).words == "one of 2, 4"
     assert has_type(None, Count | None) and not has_type(None, Count)
+
+
+def test_parts_of_a_checkpoint_have_kinds():
+    assert has_kind(0, int) and has_kind({}, dict[str, int]) and has_kind([], list[str])
+    assert has_kind({"a": [1]}, dict) and has_kind({"a": 1}, dict[str, int])
+    for value, kind in (
+        (-1, int),
+        (True, int),
+        (1.0, int),
+        ({1: 1}, dict[str, int]),
+        ({"a": "1"}, dict[str, int]),
+        ([["a"]], list[str]),
+        (("a",), list[str]),
+        (None, dict),
+    ):
+        assert not has_kind(value, kind)
 
 
 def test_paths(monkeypatch, tmp_path):
