@@ -17,7 +17,7 @@ import numpy as np
 from . import BeitError, warn_once
 from .engine.processes import rank, rank_0_first
 from .engine.runs import run_config
-from .engine.shards import ImageShards, read_names, shard_index, tar_files
+from .engine.shards import ImageShards, read_names, shard_index
 from beit_nb.engine.sources import (
     SPLITS,
     BandFolder,
@@ -30,7 +30,7 @@ from beit_nb.engine.sources import (
     split_ids,
 )
 from .engine.token_files import picture_records
-from .engine.walks import alike, class_folders, loose_files, refuse_runs
+from .engine.walks import alike, class_folders, loose_files, refuse_runs, tar_files
 from .limits import nearest
 from .recipes import DATASETS, known_set
 

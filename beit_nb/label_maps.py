@@ -21,7 +21,7 @@ from . import BeitError, UnreadableImage, warn_once
 from .data import remarks, torchvision_part
 from .engine.files import FileList, list_pictures
 from .engine.processes import rank_0_first
-from .engine.shards import ImageShards, read_names, tar_files
+from .engine.shards import ImageShards, read_names
 from .engine.sources import SPLITS, EncodedImages, ImageFolder
 from beit_nb.engine.walks import (
     DOTTED,
@@ -30,6 +30,7 @@ from beit_nb.engine.walks import (
     class_folders,
     refuse_runs,
     sample_key,
+    tar_files,
     why_left_out,
 )
 from beit_nb.index_maps import (

@@ -19,6 +19,7 @@ from beit_nb.engine.walks import (
     class_number,
     image_names,
     sample_key,
+    tar_files,
     walk_files,
     why_left_out,
 )
@@ -279,3 +280,14 @@ def test_why_a_member_is_left_out(name, size, kind, why):
 def test_class_numbers_have_six_digits():
     texts = (b"7", b" 12\n", b"999999", b"1000000", b"-1", b"1.0", b"cat", b"")
     assert [class_number(text) for text in texts] == [7, 12, 999_999, -1, -1, -1, -1, -1]
+
+
+def test_shards_of_a_folder_are_its_files_in_order(tmp_path):
+    for name in ("b.tar", "a.tar", ".c.tar", "a.tar.index.npy", "d.TAR", "e.tar.gz"):
+        (tmp_path / name).touch()
+    (tmp_path / "f.tar").mkdir()
+    (tmp_path / "f.tar" / "g.tar").touch()
+
+    assert [tar.name for tar in tar_files(tmp_path)] == ["a.tar", "b.tar"]
+    assert tar_files(str(tmp_path)) == tar_files(tmp_path)
+    assert tar_files(tmp_path / "none") == []

@@ -23,10 +23,10 @@ from tqdm import tqdm
 from .. import BeitError, UnreadableImage, warn
 from .decoding import decode_image
 from .files import atomic_write, list_pictures, make_folder, read_json, write_json
-from .shards import shard_index, tar_files
+from .shards import shard_index
 from .sources import PARTS, ImageFolder, beside_parts
 from .token_files import picture_records
-from .walks import OTHER, class_folders
+from .walks import OTHER, class_folders, tar_files
 
 # %% ../../nbs/39_engine_packing.ipynb #shard-part
 def shard_name(number: int, file: Path) -> str:

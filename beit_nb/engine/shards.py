@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['INDEX_FORMAT', 'checksum', 'scan_shard', 'as_npy', 'is_possible', 'known_table', 'shard_table', 'shard_index',
-           'member_name', 'left_out_of', 'tar_files', 'read_names', 'shard_labels', 'complete_shards', 'ShardPlaces',
-           'ImageShards']
+           'member_name', 'left_out_of', 'read_names', 'shard_labels', 'complete_shards', 'ShardPlaces', 'ImageShards']
 
 # %% ../../nbs/32_engine_shards.ipynb #imports
 import io
@@ -28,6 +27,7 @@ from beit_nb.engine.walks import (
     LeftOut,
     class_number,
     sample_key,
+    tar_files,
     why_left_out,
 )
 
@@ -171,12 +171,6 @@ def left_out_of(tar: Path) -> LeftOut:
     return left_out
 
 # %% ../../nbs/32_engine_shards.ipynb #class-names
-def tar_files(root: str | Path) -> list[Path]:
-    "The shards of a folder: its regular files *.tar, in the order of their names."
-    tars = Path(root).glob("*.tar")
-    return sorted(tar for tar in tars if tar.is_file() and not tar.name.startswith("."))
-
-
 def read_names(root: str | Path) -> list[str]:
     "The names in classes.json beside shards, none if it is not there; BeitError for anything else."
     file = Path(root) / "classes.json"

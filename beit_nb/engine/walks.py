@@ -6,7 +6,7 @@
 __all__ = ['EXTENSIONS', 'OTHER', 'WHY_LEFT_OUT', 'OTHER_ENDING', 'DOTTED', 'SECOND', 'NO_SIZE', 'NO_FILE', 'HIDDEN',
            'is_picture', 'LeftOut', 'is_no_data', 'list_entries', 'leads_back', 'kind_of', 'walk_files', 'refuse_runs',
            'refuse_label_maps', 'image_names', 'class_folders', 'alike', 'sample_key', 'why_left_out', 'class_number',
-           'loose_files']
+           'tar_files', 'loose_files']
 
 # %% ../../nbs/19_engine_walks.ipynb #imports
 import os
@@ -218,6 +218,12 @@ def class_number(text: bytes) -> int:
     return int(digits[1]) if digits else -1
 
 # %% ../../nbs/19_engine_walks.ipynb #loose-files
+def tar_files(root: str | Path) -> list[Path]:
+    "The shards of a folder: its regular files *.tar, in the order of their names."
+    tars = Path(root).glob("*.tar")
+    return sorted(tar for tar in tars if tar.is_file() and not tar.name.startswith("."))
+
+
 def loose_files(root: Path, tar: str) -> LeftOut:
     "What lies in a folder of shards and is none; BeitError where it is a picture."
     left_out = LeftOut()
