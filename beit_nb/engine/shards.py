@@ -90,18 +90,16 @@ def is_possible(table: np.ndarray, size: int) -> bool:
     count = int(table[0, 3])
     if not 0 <= count < len(table):
         return False
-    why, members, first, _ = table[1 : 1 + count].T
-    start, length, label, check = table[1 + count :].T
-    limits = [(why, 0, len(WHY_LEFT_OUT)), (members, 1, size), (first, 512, size)]
-    limits += [
-        (start, 512, size),
-        (length, 1, MAX_FILE_BYTES + 1),
-        (label, -1, 10**6),
-        (check, 0, 2**32),
-    ]
-    return (
-        all(((low <= x) & (x < high)).all() for x, low, high in limits)
-        and bool((start % 512 == 0).all() and (length <= size - start).all())
+    lost = table[1 : 1 + count, :3]  # reason, how many, first byte of the first
+    found = table[1 + count :]  # first byte, length, class, checksum
+    lost_ends = [len(WHY_LEFT_OUT), size, size]
+    found_ends = [size, MAX_FILE_BYTES + 1, 10**6, 2**32]
+    start, length = found[:, 0], found[:, 1]
+    return bool(
+        ((lost >= [0, 1, 512]) & (lost < lost_ends)).all()
+        and ((found >= [512, 1, -1, 0]) & (found < found_ends)).all()
+        and (start % 512 == 0).all()
+        and (length <= size - start).all()
         and len(np.unique(start)) == len(start)
     )
 
@@ -200,8 +198,7 @@ def shard_labels(
             f"the shards of {root} have a picture of class {unknown[0]} (-1: no number given), of "
             f"{len(names)} classes; the numbers must be places in classes.json and those of train/"
         )
-    alien = set(names) - set(wanted)
-    if alien:
+    if alien := set(names) - set(wanted):
         raise BeitError(
             f"{root} has a class {min(alien)!r} that the training pictures lack; there are: "
             f"{', '.join(list(wanted)[:10])}"
@@ -233,9 +230,8 @@ class ShardPlaces:
         self.start = table[:, 0].copy()
         self.size = table[:, 1].astype(np.int32)
         self.checksums = table[:, 3].astype(np.uint32)
-        sizes = [len(index) for index in indices]
-        self.ends = np.cumsum(sizes)  # the number behind the last picture of each tar
-        chunks = [np.arange(end - n, end, chunk) for n, end in zip(sizes, self.ends)]
+        self.ends = np.cumsum([len(index) for index in indices])  # behind each tar's last picture
+        chunks = [np.arange(first, end, chunk) for first, end in zip([0, *self.ends], self.ends)]
         self.chunk_starts = np.concatenate([np.arange(0), *chunks])
 
     def __len__(self) -> int:
@@ -261,8 +257,6 @@ class ImageShards(EncodedImages):
     chunk makes the system fetch all of it. Raises BeitError where shards are missing or damaged.
     """
 
-    chunk_starts: np.ndarray
-
     def __init__(
         self,
         root: str | Path,
@@ -275,13 +269,12 @@ class ImageShards(EncodedImages):
         self.places = ShardPlaces(tars, indices, chunk)
         if not len(self.places):
             raise BeitError(f"no pictures in the shards of {root} (*.tar)")
-        self.chunk_starts = self.places.chunk_starts
+        self.chunk_starts: np.ndarray = self.places.chunk_starts
         self.reader = FileReader()
         numbers = None
         names = ()
         if labels:
-            table = np.concatenate(indices)
-            numbers, names = shard_labels(root, table[:, 2], classes)
+            numbers, names = shard_labels(root, np.concatenate(indices)[:, 2], classes)
         super().__init__(len(self.places), numbers, names, str(root))
         for tar in tars:
             self.left_out.merge(left_out_of(tar))
