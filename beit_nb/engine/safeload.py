@@ -13,7 +13,7 @@ import json
 import pickle
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 from zipfile import ZIP_STORED, BadZipFile, ZipFile
@@ -120,18 +120,13 @@ KNOWN_NAMES: dict[str, Any] = {  # names that a file may use, and what stands fo
 class WeightsUnpickler(pickle._Unpickler):
     """Reads the pickles of torch, of any version; nothing that they say is run.
 
-    Knows tensors, containers and `Stub`; any other name raises ForbiddenName.
+    Knows tensors, containers and `Stub`; any other name raises ForbiddenName. Its `storages` are
+    zeros, for whoever calls it to fill.
     """
 
-    def __init__(
-        self,
-        file: BinaryIO,
-        limit: int,  # bytes that all storages may have together
-        fill: Callable[[str, Tensor], None] | None = None,  # key, storage; None: they come later
-    ):
+    def __init__(self, file: BinaryIO, limit: int):
         super().__init__(file)
-        self.limit = limit
-        self.fill = fill
+        self.limit = limit  # bytes that all storages may have together
         self.storages: dict[str, Tensor] = {}  # by the keys that the file gives them
 
     def find_class(self, module: str, name: str):
@@ -150,8 +145,6 @@ class WeightsUnpickler(pickle._Unpickler):
             if length < 0 or self.limit < 0:
                 raise pickle.UnpicklingError("it claims more numbers than it holds")
             self.storages[key] = torch.zeros(length, dtype=dtype)
-            if self.fill:
-                self.fill(key, self.storages[key])
         return self.storages[key]
 
     def load_build(self: Any) -> None:
@@ -209,15 +202,15 @@ def read_zip_file(path: str | Path) -> Any:
         order = f"{root}byteorder"
         if order in parts and archive.read(order) != b"little":
             raise BadZipFile("written on a machine with another byte order")
-
-        def fill(key: str, storage: Tensor) -> None:
+        reader = WeightsUnpickler(io.BytesIO(archive.read(program)), size)
+        content = reader.load()
+        for key, storage in reader.storages.items():
             part = parts[f"{root}data/{key}"]
             if part.file_size != storage.nbytes:
                 raise EOFError("a tensor claims more numbers than there are")
             with archive.open(part) as numbers:
                 read_into(storage, numbers)
-
-        return WeightsUnpickler(io.BytesIO(archive.read(program)), size, fill).load()
+    return content
 
 # %% ../../nbs/24_engine_safeload.ipynb #what-else
 OTHER_FILES = {  # how a file begins that is something else
@@ -249,13 +242,12 @@ def what_else(head: bytes) -> str | None:
 def read_safetensors(path: str | Path) -> dict:
     "Its tensors by name; with a recipe of ours in its notes, a checkpoint in float32."
     notes = safetensors_notes(path)
-    recipe = notes.get("recipe")
     tensors = load_file(path)
-    if recipe is None:
+    if "recipe" not in notes:
         return tensors
     weights = {name: x.float() for name, x in tensors.items()}
     told = {"classes": json.loads(notes["classes"])} if "classes" in notes else {}
-    return {"config": json.loads(recipe), "model": weights} | told
+    return {"config": json.loads(notes["recipe"]), "model": weights} | told
 
 
 def read_weights_file(path: str | Path, remedy: str = "download it again") -> Any:
