@@ -96,7 +96,8 @@ class RunProcess:
         words, environment = run_words(run, runs), os.environ | place
         target = resolve_name("beit_nb.running:work")  # by its name: the new process imports it
         self.process = worker_context().Process(target=target, args=(words, environment, self.said))
-        # It would read the program that started us, which need not be made to be read twice.
+        # A new process imports the program that started this one, unless there is none to import:
+        # a script without `if __name__ == "__main__"` would start its study once more.
         with mock.patch.dict(sys.modules, __main__=ModuleType("__main__")):
             self.process.start()
 
