@@ -111,7 +111,7 @@ def resize_patch_embed(
     """The first convolution for another number of channels, (D, in_chans, P, P).
 
     One: the sum over the old ones. More or fewer: the old ones in turn, times C / in_chans (timm's
-    `adapt_input_conv`). So equal channels give what they gave, nearly if C does not divide in_chans.
+    `adapt_input_conv`). Equal channels give what they gave, nearly if C does not divide in_chans.
     """
     channels = weight.shape[1]
     if in_chans == channels:
