@@ -18,8 +18,7 @@ from torch import Tensor
 
 from . import BeitError
 from .configs import PretrainRecipe
-from .dalle import DalleVAE
-from .device import default_device, kernels_for
+from .device import default_device
 from .engine.augment import TwoViews
 from .engine.files import fingerprint
 from .engine.loading import PretrainBatch, exclude, sequential_batches
@@ -33,11 +32,10 @@ from beit_nb.engine.token_files import (
     read_description,
     token_views,
 )
-from .engine.winograd import optimize_for_inference
 from .images import preprocess, to_float
 from .masking import blockwise_mask, random_mask
 from .mim import patch_pixels
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, move_tokenizer
 from .tokens import Tokenizer
 
 # %% ../nbs/43_targets.ipynb #mask-maker
@@ -130,7 +128,6 @@ class TokenizerTargets:
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
-        # before it is arranged for a device
         self.inputs = {"tokenizer": fingerprint_tokenizer(tokenizer, True), "tokens": ""}
 
     def hidden(self, batch: PretrainBatch) -> Tensor:
@@ -301,12 +298,8 @@ def build_targets(r: PretrainRecipe, pictures: ImageDataset, views: TwoViews) ->
     tokenizer = load_tokenizer(r.tokenizer)
     check_tokenizer(r, tokenizer)
     warn_unfinished(r.tokenizer)
-    targets = TokenizerTargets(tokenizer)
-    device = default_device()
-    half = kernels_for(device).tokenizer
-    if half is not None and isinstance(tokenizer.dvae, DalleVAE):
-        optimize_for_inference(tokenizer.dvae, half)
-    tokenizer.to(device)
+    targets = TokenizerTargets(tokenizer)  # has its fingerprint before it is moved
+    move_tokenizer(tokenizer, default_device())
     return targets
 
 

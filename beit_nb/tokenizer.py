@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCEPTED', 'DALLE_KEY', 'DALLE_HELP', 'build_dvae', 'first_pictures', 'tokenizer_schedules', 'TokenizerLoss',
            'HardMetrics', 'train_tokenizer', 'is_dalle', 'load_tokenizer', 'network_from_state', 'networks_in',
-           'load_dalle', 'save_dalle', 'Tokenizer', 'codebook_usage']
+           'load_dalle', 'save_dalle', 'move_tokenizer', 'Tokenizer', 'codebook_usage']
 
 # %% ../nbs/41_tokenizer.ipynb #imports
 import math
@@ -23,7 +23,7 @@ from . import BeitError
 from .configs import Length, TokenizerRecipe
 from .dalle import DalleDecoder, DalleEncoder, DalleVAE
 from .data import open_data
-from .device import default_device
+from .device import default_device, kernels_for
 from .dvae import BaseDiscreteVAE, DiscreteVAE, dvae_loss, init_codes
 from .engine.augment import TwoViews
 from .engine.files import safetensors_notes
@@ -284,3 +284,11 @@ def load_dalle(path: str | Path) -> DalleVAE:
 def save_dalle(dvae: DalleVAE, path: str | Path) -> None:
     "Write both halves as one safetensors file, which `load_dalle` reads."
     save_file({k: v.contiguous() for k, v in dvae.state_dict().items()}, path)
+
+# %% ../nbs/41_tokenizer.ipynb #move-tokenizer
+def move_tokenizer(tokenizer: Tokenizer, device: str | torch.device) -> None:
+    "Move a tokenizer to a device; DALL-E's computes there in the number type of `KERNELS`."
+    half = kernels_for(device).tokenizer
+    if half is not None and isinstance(tokenizer.dvae, DalleVAE):
+        optimize_for_inference(tokenizer.dvae, half)
+    tokenizer.to(device)
