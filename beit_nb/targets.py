@@ -177,10 +177,7 @@ class PixelTargets:
         self.normalized = normalized
 
     def hidden(self, batch: PretrainBatch) -> Tensor:
-        """The pixels (n, P*P*3) of the patches `masked_index` of a batch on the device.
-
-        Its `patch_view` is as the model reads it: floats, normalised.
-        """
+        "The pixels (n, P*P*3) of the patches `masked_index`; `patch_view` holds normalised floats."
         return self.patches(batch.patch_view).flatten(0, 1)[batch.masked_index]
 
     def all(self, patch_view: Tensor) -> Tensor:
@@ -206,8 +203,7 @@ def mean_patches(r: PretrainRecipe, pictures: ImageDataset, batch_size: int = 25
     views = TwoViews(r.img_size, None, r.crop_scale, r.color_jitter, r.flip)
     total = torch.zeros((), dtype=torch.float64)
     for walked in sequential_batches(token_views(pictures, views), batch_size):
-        patches = pixel_targets(r).all(walked.batch.image)
-        total = total + patches.sum(0, dtype=torch.float64)
+        total = total + pixel_targets(r).all(walked.batch.image).sum(0, dtype=torch.float64)
     return (total / len(pictures)).float()
 
 # %% ../nbs/43_targets.ipynb #check-tokens

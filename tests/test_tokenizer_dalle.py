@@ -1,5 +1,7 @@
 """load_dalle and save_dalle: every kind of file of DALL-E's weights that people really have."""
 
+import copy
+
 import pytest
 import torch
 from helpers_dalle import published, random_images, refusal, save_published, small_dalle
@@ -7,9 +9,10 @@ from helpers_processes import run_python
 from safetensors.torch import save_file
 
 from beit_nb.dalle import DalleDecoder
-from beit_nb.dvae import map_pixels
+from beit_nb.device import KERNELS
+from beit_nb.dvae import DiscreteVAE, map_pixels
 from beit_nb.engine.winograd import optimize_for_inference
-from beit_nb.tokenizer import load_dalle, save_dalle
+from beit_nb.tokenizer import Tokenizer, load_dalle, move_tokenizer, save_dalle
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -234,3 +237,30 @@ def test_halves_of_different_networks(tmp_path):
     torch.save(decoder.state_dict(), tmp_path / "decoder.pkl")
 
     assert "do not belong together" in refusal(load_dalle, tmp_path)
+
+
+@pytest.mark.parametrize("number", [torch.bfloat16, None])
+def test_a_tokenizer_moves_and_takes_the_numbers_of_its_device(monkeypatch, number):
+    asked = []
+    choice = KERNELS["cpu"]._replace(tokenizer=number)
+    monkeypatch.setattr("beit_nb.tokenizer.kernels_for", lambda d: asked.append(d) or choice)
+    images = random_images()
+    model = small_dalle()
+    want = copy.deepcopy(model)
+    if number:
+        optimize_for_inference(want, number)
+    ours = DiscreteVAE(32, 16, 4, 16)
+    kept = ours.get_codebook_indices(images)
+
+    tokenizer = Tokenizer(model)
+    move_tokenizer(tokenizer, "cpu")
+    move_tokenizer(Tokenizer(ours), "cpu")
+
+    assert asked == ["cpu", "cpu"]
+    assert {x.dtype for x in model.state_dict().values()} == {
+        x.dtype for x in want.state_dict().values()
+    }
+    assert (number in {x.dtype for x in model.state_dict().values()}) == (number is not None)
+    assert torch.equal(tokenizer.get_codebook_indices(images), want.get_codebook_indices(images))
+    assert {x.dtype for x in ours.state_dict().values()} == {torch.float32}
+    assert torch.equal(ours.get_codebook_indices(images), kept)
