@@ -111,7 +111,7 @@ CAUSES = {
         "give the recipe's --lr, or a third of this one; longer --warmup-steps help less",
     ),
     "diverged": Cause(
-        "the training left the road: too large a step, or numbers that overflowed",
+        "the loss rose and did not come back: too large a step, or numbers that overflowed",
         "go on from an earlier checkpoint with a lower --lr or a smaller --clip-grad, or with "
         "--precision bf16 in place of fp16; look at the pictures of that step",
     ),
