@@ -246,9 +246,7 @@ class Anchor(NamedTuple):
 
 ANCHORS = (
     Anchor(115, False, 6.59, 0.034, "unilm#598: epoch 115 of 800, batch 1,024, lr 1.4e-3"),
-    Anchor(
-        300, True, 6.30, 0.0496, "unilm#383: the author's BEiT+, gradient norm 0.42"
-    ),
+    Anchor(300, True, 6.30, 0.0496, "unilm#383: the author's BEiT+, gradient norm 0.42"),
 )
 BASE_PARAMETERS = (85e6, 93e6)  # 91,965,776 and 92,089,856
 

@@ -149,12 +149,13 @@ def run_arms(
     folder = Path(plan.out) / "finetune"
     give_back_memory()  # of the trainings before
     record = run_study(study, folder, seeds)
-    for name, run in record["runs"].items():
-        if run["state"] != "finished":
-            raise BeitError(f"{name} {run['state']}: {run['reason']}; the same command continues")
 
     def figures(arm: Arm, seed: int) -> dict:
         run = plan_run(study, arm, "finetune", seed)
+        made = record["runs"][run.id]
+        if made["state"] != "finished":
+            why = f"{run.id} {made['state']}: {made['reason']}"
+            raise BeitError(f"{why}; the same command continues")
         return (finished_metrics(run, folder / "runs") or {}) | {"run": folder / "runs" / run.id}
 
     keys = [(arm, lr) for arm in reversed(ARMS) for lr in rates[arm]]
