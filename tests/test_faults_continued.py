@@ -181,8 +181,12 @@ def test_killed_and_continued_is_never_killed(tmp_path, ground, name):
 
 
 def tuner_of(demo):
-    "The number of a process that fine-tunes for a demo: what it says goes to its run's file."
-    says_to = {pid: os.readlink(f"/proc/{pid}/fd/1") for pid in children_of(demo.pid)}
+    """The number of a process that fine-tunes for a demo: what it says goes to its run's file.
+
+    It is a child of the demo's fork server.
+    """
+    forks = [pid for child in children_of(demo.pid) for pid in children_of(child)]
+    says_to = {pid: os.readlink(f"/proc/{pid}/fd/1") for pid in forks}
     return next(pid for pid, file in says_to.items() if Path(file).name.startswith("finetune-"))
 
 
