@@ -117,10 +117,26 @@ def _plain(part: Study | Arm) -> dict:
     return json.loads(json.dumps(asdict(part)))
 
 
+def _has_form(before: dict) -> bool:
+    "Is `before` formed as a study.json is? Somebody may have edited it."
+    try:
+        arms = [Arm(**plain) for plain in before["study"]["arms"]]
+        fields = [x for plain in before["study"]["arms"] for x in plain["changes"].values()]
+        lists = [before["seeds"], *(arm.without for arm in arms)]
+        lists += [x for its in before["values"].values() for x in its.values()]
+        maps = [before["runs"], *before["runs"].values(), *fields]
+        words = [word for arm in arms for word in (arm.name, *arm.without)]
+        kinds = ((lists, list), (maps, dict), (words, str), (before["seeds"], int))
+    except (AttributeError, KeyError, TypeError):
+        return False
+    return all(isinstance(x, kind) for things, kind in kinds for x in things)
+
+
 def _can_be_kept(study: Study, before: dict) -> bool:
     "Has this version written `before`, an earlier study.json, with the study's measures?"
-    measures = before.get("study", {}).get("measures")
-    return before.get("version") == __version__ and measures == _plain(study)["measures"]
+    if before.get("version") != __version__ or not _has_form(before):
+        return False
+    return before["study"].get("measures") == _plain(study)["measures"]
 
 
 def known_study(study: Study, before: dict) -> Study:
@@ -183,7 +199,8 @@ def with_known(study: Study, record: dict, before: dict) -> dict:
         }
         for arm in study.arms
     }
-    kept = {name: run | {"seconds": 0.0} for name, run in before.get("runs", {}).items()}
+    before_runs = before["runs"] if _can_be_kept(study, before) else {}
+    kept = {name: run | {"seconds": 0.0} for name, run in before_runs.items()}
     runs = kept | record["runs"]
     return record | {
         "study": asdict(study),
@@ -217,9 +234,10 @@ def study_folder(study: Study, out: str | Path) -> Path:
 
 def keep_record(out: Path, record: dict) -> dict:
     "Write study.json, with the seconds that earlier calls spent on a run; returns what it holds."
-    before = read_record(out).get("runs", {})
+    before = read_record(out)
+    runs = before["runs"] if _has_form(before) else {}
     for name, run in record["runs"].items():
-        run["seconds"] = round(run["seconds"] + before.get(name, {}).get("seconds", 0.0), 1)
+        run["seconds"] = round(run["seconds"] + runs.get(name, {}).get("seconds", 0.0), 1)
     write_json(out / "study.json", record)
     return read_record(out)
 

@@ -186,6 +186,34 @@ def test_another_study_is_refused_before_any_run(tmp_path, monkeypatch, changes,
     assert boss.made == [] and (tmp_path / "study.json").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        ("seeds", None),
+        ("seeds", ["0"]),
+        ("values", [1]),
+        ("values", {"quarter": {"accuracy": 3}}),
+        ("runs", []),
+        ("study", []),
+        ("arms", "all"),
+        ("arms", [{"name": "quarter"}]),
+        ("arms", [{"nom": "quarter", "changes": {}, "without": []}]),
+    ],
+)
+def test_nothing_is_taken_from_an_edited_file(tmp_path, monkeypatch, place, value):
+    "It has the right version, but not the form of a study.json; the study is made, and kept anew."
+    boss = pretending(monkeypatch)
+    whole = run_study(TINY, tmp_path, seeds=1, quiet=True)
+    made = len(boss.made)
+    changed = {"study": whole["study"] | {"arms": value}} if place == "arms" else {place: value}
+    (tmp_path / "study.json").write_text(json.dumps(whole | changed))
+
+    again = run_study(TINY, tmp_path, seeds=1, quiet=True)
+
+    assert again["values"] == whole["values"] and again["study"] == whole["study"]
+    assert len(boss.made) == made  # the runs themselves were all there
+
+
 def sleep_long(words, environment, said):
     "In the place of a run."
     time.sleep(100)
