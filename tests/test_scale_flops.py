@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from helpers_work import count, counted
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit_nb.configs import Backbone, Run
@@ -35,16 +36,6 @@ BUILD = {
     "finetune": build_classifier,
 }
 PRESETS = [(command, name) for command in BUILD for name in COMMANDS[command].presets]
-
-
-def count(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-def counted(run):
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def mim_step(model, r, batch):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers_work import count, counted
 from torch.utils.flop_counter import FlopCounterMode
 
 from beit_nb.quantizers import quantized_loss
@@ -18,16 +19,6 @@ from beit_nb.scale.products import (
     training_flops,
 )
 from beit_nb.tokenizer import build_dvae
-
-
-def count(model):
-    return sum(p.numel() for p in model.parameters())
-
-
-def counted(run):
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
 
 
 def test_a_product_counts_its_matrix_and_what_stands_beside_it():
