@@ -185,7 +185,7 @@ FINETUNE = {
         FinetuneRecipe(**LARGE_1K)),
     "base-in1k-384": (
         "Table 1, BEiT384-B: 10 more epochs at 384 after base-in1k; what the paper leaves open as "
-        "in the README's command",
+        "in the command of the official README",
         FinetuneRecipe(**BASE_1K | BASE_AGAIN | HIGHER | shared(init="runs/finetune-base-in1k"))),
     "large-in1k-384": (
         "Table 1, BEiT384-L: 10 more epochs at 384 after large-in1k; the rest as for base",
@@ -227,28 +227,28 @@ BASE_THEN = BASE_22K | BASE_AGAIN | THIRTY | shared(init="runs/finetune-base-plu
 LARGE_THEN = LARGE_22K | LARGE_AGAIN | THIRTY | shared(init="runs/finetune-large-plus-in22k")
 FINETUNE |= {
     "base-plus-in1k": (
-        "README, 83.7: the pre-trained base weights on ImageNet-1K at 224",
+        "official README, 83.7: the pre-trained base weights on ImageNet-1K at 224",
         FinetuneRecipe(**BASE_22K)),
     "large-plus-in1k": (
-        "README, 86.0: the pre-trained large weights on ImageNet-1K at 224",
+        "official README, 86.0: the pre-trained large weights on ImageNet-1K at 224",
         FinetuneRecipe(**LARGE_22K | shared(lr=1e-3))),
     "base-plus-in22k": (
-        "README: intermediate fine-tuning of base on ImageNet-22K with its labels",
+        "official README: intermediate fine-tuning of base on ImageNet-22K with its labels",
         FinetuneRecipe(**BASE_22K | LABELS_22K | shared(batch_size=4096, lr=3e-3, clip_grad=3.0))),
     "large-plus-in22k": (
-        "README: intermediate fine-tuning of large on ImageNet-22K with its labels",
+        "official README: intermediate fine-tuning of large on ImageNet-22K with its labels",
         FinetuneRecipe(**LARGE_22K | LABELS_22K | shared(batch_size=2048, clip_grad=1.0))),
     "base-plus-in22k-in1k": (
-        "README's table, 85.2: ImageNet-1K at 224 after base-plus-in22k; its numbers are those "
-        "printed for 384", FinetuneRecipe(**BASE_THEN)),
+        "official README's table, 85.2: ImageNet-1K at 224 after base-plus-in22k; its numbers "
+        "are those printed for 384", FinetuneRecipe(**BASE_THEN)),
     "base-plus-in22k-in1k-384": (
-        "README and Table 6, 86.8: ImageNet-1K at 384 after base-plus-in22k",
+        "official README and Table 6, 86.8: ImageNet-1K at 384 after base-plus-in22k",
         FinetuneRecipe(**BASE_THEN | shared(img_size=384))),
     "large-plus-in22k-in1k": (
-        "README's table, 87.4: ImageNet-1K at 224 after large-plus-in22k; its numbers are those "
-        "printed for 384", FinetuneRecipe(**LARGE_THEN)),
+        "official README's table, 87.4: ImageNet-1K at 224 after large-plus-in22k; its numbers "
+        "are those printed for 384", FinetuneRecipe(**LARGE_THEN)),
     "large-plus-in22k-in1k-384": (
-        "README and Table 6, 88.4: ImageNet-1K at 384 after large-plus-in22k",
+        "official README and Table 6, 88.4: ImageNet-1K at 384 after large-plus-in22k",
         FinetuneRecipe(**LARGE_THEN | shared(img_size=384))),
     "large-plus-in22k-in1k-512": (
         "Table 6, 88.6: ImageNet-1K at 512 after large-plus-in22k; its numbers are those printed "
