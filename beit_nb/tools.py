@@ -217,7 +217,7 @@ class Report:
 # %% ../nbs/98_tools.ipynb #doctor-tool
 @dataclass
 class Doctor:
-    """Is this run healthy: landmarks and reference bands, causes by name.
+    """Say whether a run is healthy: landmarks, reference bands, causes by name.
 
     Exit status 0: fine, 1: look at it, 3: broken.
     """
