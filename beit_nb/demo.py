@@ -95,7 +95,7 @@ def pretrain_stage(plan: DemoPlan) -> dict:
 def arm_fields(plan: DemoPlan) -> dict[str, Fields]:
     "What each arm changes in the recipe of fine-tuning: where it starts, and how long it takes."
     steps = plan.finetune_steps
-    usual = {"steps": steps, "eval_every": max(1, steps // 5)}
+    usual = {"steps": steps, "eval_every": max(1, steps // 4)}
     longer = {name: plan.longer * value for name, value in usual.items()}
     # layer-wise decay spares trained lower layers, and a fresh network has none
     scratch = {"init": "", "layer_decay": None}
@@ -113,6 +113,7 @@ def demo_study(plan: DemoPlan, rates: Mapping[str, Sequence[float]]) -> Study:
     side end together.
     """
     warmup = warmup_steps(digits_recipe("finetune"), plan.finetune_steps)
+    # DIGITS: what all studies on digits share (lesson 86)
     usual = DIGITS | {"split": "val", "warmup_steps": warmup}
     # all are compared with scratch at equal steps, unless that arm has no rate to try
     base = next((f"scratch_equal_steps, lr {lr:g}" for lr in rates["scratch_equal_steps"]), "")
@@ -158,6 +159,7 @@ def run_arms(
             raise BeitError(f"{why}; the same command continues")
         return (finished_metrics(run, folder / "runs") or {}) | {"run": folder / "runs" / run.id}
 
+    # in the order in which demo_study makes its arms
     keys = [(arm, lr) for arm in reversed(ARMS) for lr in rates[arm]]
     return {key: [figures(arm, seed) for seed in seeds] for key, arm in zip(keys, study.arms)}
 
@@ -171,7 +173,7 @@ def best_rates(plan: DemoPlan) -> dict[str, float]:
 
 
 def spread(runs: list[float]) -> dict:
-    "Mean, standard deviation and the runs themselves."
+    "Mean, standard deviation (0 for a single run) and the runs themselves."
     std = float(np.std(runs, ddof=1)) if len(runs) > 1 else 0.0
     return {"mean": float(np.mean(runs)), "std": std, "runs": runs}
 

@@ -41,7 +41,7 @@ class DemoPlan:
     seeds: int = 1  # of tokenizer and pre-training; what follows uses the first
     tokenizer_steps: int = 720  # of 32 pictures
     pretrain_steps: int = 1280  # of 64 pictures
-    finetune_steps: int = 200  # of 32 pictures
+    finetune_steps: int = 160  # of 32 pictures
     longer: int = 2  # the best scratch run may take that many times the steps
     # learning rates of each arm; among several, validation digits choose
     lrs: Mapping[str, tuple[float, ...]] = field(default_factory=lambda: dict(FOUND))
