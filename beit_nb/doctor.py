@@ -89,11 +89,12 @@ def wanted_rates(recipe: Run, steps: np.ndarray, total: int, per_epoch: int) -> 
 
 def add_wanted(columns: dict[str, Column], recipe: Run, total: int | None) -> None:
     "Put the learning rates that the recipe asks for beside those of the log."
+    # without epochs in the log: zeros, and nothing is added
     steps, epochs = columns.get("epoch", (np.zeros(1),) * 2)
     if total and "lr" in columns and epochs[0] > 0:
         at = columns["lr"][0]
         per_epoch = round(steps[0] / epochs[0])
-        columns["recipe_lr"] = at, wanted_rates(recipe, at, total, per_epoch)
+        columns["wanted_lr"] = at, wanted_rates(recipe, at, total, per_epoch)
 
 # %% ../nbs/93_doctor.ipynb #open-course
 def read_run(out: Path) -> RunCourse:
@@ -182,19 +183,21 @@ def measure_tokens(r: PretrainRecipe, out: Path, most: int = 1024, seconds: floa
 
     `masked` patches a picture, and unless that is 0, means and spreads over the batches of what
     `blind_guess` tells, and `place_landmarks`. Stops after `seconds`. Raises BeitError where
-    tokenizer or pictures are gone, or others.
+    tokenizer or pictures are gone or are not those of the training.
     """
     tokenizer = load_tokenizer(r.tokenizer)
     check_tokenizer(r, tokenizer)
     tokenizer.to(default_device())
     pictures = pictures_of_run(r.data, out)
     numbers = np.random.default_rng(0).permutation(len(pictures))[:most]
+    # "device" leaves the jitter of the colours to the training's loop, and there is none here
     transform = PretrainTransform(replace(r, jitter_on="loader"))
+    # crops and masks drawn apart from the training's (seed) and its examination's (seed + 1)
     samples = TransformedDataset(pictures, transform, r.seed + 2, ids=numbers)
     ids, masks = ask_tokenizer(r, tokenizer, samples, seconds)
     found: dict[str, Any] = {"pictures": sum(map(len, ids)), "batches": len(ids)}
     found["masked"] = sum(int(mask.sum()) for mask in masks) / found["pictures"]
-    if r.recover == "all":
+    if r.recover == "all":  # its loss, and so its log, is over all patches, hidden or not
         masks = [torch.ones_like(mask) for mask in masks]
     guesses = [blind_guess(x[mask], r.vocab_size) for x, mask in zip(ids, masks) if mask.any()]
     if not guesses:
@@ -224,7 +227,10 @@ def check_weights(state: dict | None) -> list[Finding]:
 
 # %% ../nbs/93_doctor.ipynb #examine
 def ask_around(course: RunCourse, out: Path) -> list[Finding]:
-    "What a folder knows beside its log: put into `course`, and findings, also of what is missing."
+    """Measure what a folder holds beside its log, and write it into `course`.
+
+    Returns findings: of the weights, and of a tokenizer that cannot be asked any more.
+    """
     state = load_checkpoint(out, course.command) if run_checkpoints(out) else None
     findings = check_weights(state)
     if state and "classes" in state:
@@ -272,13 +278,14 @@ def consult(
     if band_to_write:
         words = " ".join(["beit doctor", *runs, "--write-band", band_to_write])
         made = write_band(band_to_write, [Path(run) for run in runs], words)
-        lines = len(made.curves["loss"][0])
-        say(f"{band_to_write}: {len(made.seeds)} runs, {lines} lines of their logs each")
+        logged = len(made.curves["loss"][0])
+        say(f"{band_to_write}: {len(made.seeds)} runs, {logged} lines of their logs each")
         return 0
     known = read_band(band) if band else None
     status = 0
     for run in runs:
         seen = examine(run, known)
-        say(json.dumps(as_data(seen)) if as_json else "", *([] if as_json else page_lines(seen)))
+        lines = [json.dumps(as_data(seen))] if as_json else ["", *page_lines(seen)]
+        say(*lines)
         status = max(status, seen.status)
     return status

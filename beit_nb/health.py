@@ -42,7 +42,7 @@ class RunCourse:
     config: dict = field(default_factory=dict)  # its recipe; empty: nobody knows
     unit: str = "step"  # of the columns; of an official log "epoch"
     total: float | None = None  # how long the whole training is, in that unit
-    recipe_lr: float | None = None  # peak learning rate of the recipe that this one is most like
+    recipe_lr: float | None = None  # peak learning rate of the preset that it is most like
     measured: dict = field(default_factory=dict)  # what its tokenizer says of its pictures, now
     classes: int | None = None  # of a fine-tuning
     failures: list[dict] = field(default_factory=list)  # what stopped it: step, loss, grad_norm
@@ -85,14 +85,14 @@ class Finding(NamedTuple):
 
 # %% ../nbs/85_health.ipynb #check-numbers
 def lr_ratio(course: RunCourse) -> float:
-    "The peak learning rate so far over that of the recipe it is most like; 1: nobody knows."
+    "The peak learning rate so far over that of the preset it is most like; 1: nobody knows."
     rates = course.values("lr")
     if not course.recipe_lr or not len(rates):
         return 1.0
     return float(round(rates.max() / course.recipe_lr, 2))
 
 
-TOO_HIGH = 3  # times the recipe's learning rate: people sweep up to that, not above
+TOO_HIGH = 3  # times the preset's learning rate: people sweep up to that, not above
 
 
 def blame(course: RunCourse, cause: str) -> str:
@@ -114,22 +114,24 @@ def check_numbers(course: RunCourse) -> list[Finding]:
         empty = masked is not None and masked < 1
         cause = "masks-empty" if empty else blame(course, "diverged")
         return [Finding("numbers", "broken", said, cause)]
-    said = f"all {len(losses):,} logged losses are finite"
+    n = len(losses)
+    said = f"all {n:,} logged losses are finite" if n != 1 else "the one logged loss is finite"
     _, norms = course.columns.get("grad_norm", NOT_LOGGED)
     if not np.isfinite(norms).all():
-        said += "; gradient norms that are not are fp16's skipped steps (unilm#598)"
+        said += "; a gradient norm that is not finite comes from a step that fp16 skipped "
+        said += "(unilm#598)"
     return [Finding("numbers", "fine", said)]
 
 # %% ../nbs/85_health.ipynb #check-schedule
 def check_schedule(course: RunCourse) -> list[Finding]:
-    "Does the learning rate follow the recipe, and is it near that of its like?"
+    "Does the learning rate follow the recipe, and is its peak near that of the nearest preset?"
     rates = course.values("lr")
     if not len(rates):
         return [Finding("learning rate", "unknown", "the log does not tell it")]
     if rates.max() == 0:
         return [Finding("learning rate", "broken", "it is 0 in every line", "frozen-weights")]
     said = f"{rates[-1]:.3g} now, {rates.max():.3g} at its peak so far"
-    wanted = course.values("recipe_lr")
+    wanted = course.values("wanted_lr")
     if len(wanted) == len(rates):
         furthest = np.abs(rates - wanted).max()
         off = furthest / wanted.max()
@@ -138,7 +140,7 @@ def check_schedule(course: RunCourse) -> list[Finding]:
             return [Finding("learning rate", "look", said, "other-schedule")]
         said += ", as the recipe says"
     if course.recipe_lr:
-        said += f"; the recipe most like it peaks at {course.recipe_lr:.3g}"
+        said += f"; the preset most like it peaks at {course.recipe_lr:.3g}"
     if lr_ratio(course) > TOO_HIGH:
         said += f", this one {lr_ratio(course):.3g} times higher"
         return [Finding("learning rate", "look", said, "learning-rate-too-high")]
@@ -180,6 +182,7 @@ def check_alphabet(course: RunCourse) -> list[Finding]:
     now = course.measured if "token_entropy" in course.measured else {}
     steps = course.columns["token_entropy"][0]
     quarter = max(1, len(steps) // 4)
+    # steps in the last quarter, one batch each
     batches = steps[-1] - steps[-1 - quarter] if len(steps) > 1 else 1
     for key in ("token_entropy", "constant_acc") if now else ():
         there = course.late(key) or 0.0
@@ -196,10 +199,13 @@ def check_alphabet(course: RunCourse) -> list[Finding]:
 
 # %% ../nbs/85_health.ipynb #rungs
 def settled(course: RunCourse) -> bool:
-    "Does its rate rise no more, with eight lines logged, five since half of the peak rate?"
+    """Has the warm-up ended?
+
+    Eight lines of loss, five of them since the rate passed half its peak, and it rises no more.
+    """
     rates = course.values("lr")
     n = len(course.values("loss"))
-    if len(rates) < 5:
+    if len(rates) < 5:  # a log without a rate: only the lines count
         return n >= 8 and not len(rates)
     rises = rates[-1] > 1.01 * rates[-3]
     half_way = (rates >= rates.max() / 2).argmax()
@@ -225,7 +231,7 @@ def check_loss(course: RunCourse) -> list[Finding]:
     rungs = rungs_of(course)
     top = rungs["ln V"]
     entropy = rungs.get("token frequencies", math.nan)
-    perplexity = math.exp(min(entropy, top))
+    perplexity = math.exp(min(entropy, top))  # NaN where it is not known: no comparison holds
     if grade_perplexity(perplexity, course.config["vocab_size"]) != "fine":
         return [Finding("loss", "unknown", "so few tokens are in use that it says nothing")]
     place = rungs.get("frequencies by place", math.nan)

@@ -228,7 +228,7 @@ def test_the_rates_of_a_recipe_are_those_of_the_engine(top):
     for name in ("seed-0", "tok"):
         course = open_course(top / name)
 
-        np.testing.assert_allclose(course.values("recipe_lr"), course.values("lr"), rtol=1e-9)
+        np.testing.assert_allclose(course.values("wanted_lr"), course.values("lr"), rtol=1e-9)
 
 
 def official(epochs, **changes):

@@ -70,6 +70,16 @@ def test_a_loss_that_never_was_a_number_is_found_by_its_step():
     assert "step 80" in finding.said and finding.cause == "diverged"
 
 
+def test_finite_losses_are_counted_in_words_that_fit():
+    one = RunCourse("pretrain", columns_of([dict(step=1, loss=6.0, grad_norm=math.inf)]))
+    two = RunCourse("pretrain", columns_of([dict(step=1, loss=6.0), dict(step=2, loss=5.9)]))
+
+    [of_one], [of_two] = check_numbers(one), check_numbers(two)
+
+    assert of_one.said.startswith("the one logged loss is finite; a gradient norm that is not")
+    assert of_two.said == "all 2 logged losses are finite"
+
+
 def test_the_rate_is_blamed_before_anything_else():
     high = course(loss=lambda i: 5.0 if i < 3 else 9.0, lr=1.5e-2)
     high.recipe_lr = 1.5e-3
