@@ -44,7 +44,7 @@ class Measure:
 
 @dataclass(frozen=True)
 class Arm:
-    "One way to do it: some fields of some stages are others."
+    "One way to do it: in some stages, some fields have other values."
 
     name: str
     changes: Mapping[str, Fields] = field(default_factory=dict)  # stage -> fields
@@ -155,7 +155,7 @@ def study_graph(study: Study, seeds: Sequence[int]) -> dict[str, StudyRun]:
             for measure in measures_of(study, arm):
                 needed = with_inputs(plan_run(study, arm, measure.stage, seed))
                 try:
-                    for run in needed.values():
+                    for run in needed.values():  # resolved only to be checked
                         run.recipe("runs")
                 except BeitError as e:
                     raise BeitError(f"{study.name}, arm {arm.name!r}: {e}") from e
@@ -210,7 +210,7 @@ def changed_study(study: Study, arms: Sequence[str], changes: Sequence[str]) -> 
     bases = {study.arm(arm.base).name for arm in chosen}
     if missing := bases - {arm.name for arm in chosen}:
         names = " and ".join(map(repr, sorted(missing)))
-        raise BeitError(f"--arms {' '.join(map(repr, arms))} are compared with {names}: add it")
+        raise BeitError(f"--arms {' '.join(map(repr, arms))} needs {names} too, to compare with")
     return replace(study, stages=stages, arms=chosen)
 
 # %% ../nbs/82_arms.ipynb #paired-interval
@@ -230,13 +230,16 @@ def paired_interval(
 
 # %% ../nbs/82_arms.ipynb #compare
 def verdict(interval: tuple[float, float] | None, paper: float | None) -> str:
-    "What an interval of a difference says about the paper's difference, or without one."
+    """What an interval of a difference says about the paper's difference.
+
+    Where the paper has none, or one of 0, it claims no sign: ours is then higher or lower.
+    """
     low, high = interval or (0.0, 0.0)
     if low <= 0 <= high:
         return "undecided"
-    if paper is None:
+    if not paper:
         return "higher" if low > 0 else "lower"
-    return "reproduced" if (low > 0) == (paper > 0) and paper else "contradicted"
+    return "reproduced" if (low > 0) == (paper > 0) else "contradicted"
 
 
 def compare_arms(

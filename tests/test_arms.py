@@ -148,6 +148,17 @@ def test_verdicts():
     assert {verdict(i, p) for i in (across, None, (0.0, 0.0)) for p in (1.0, None)} == {"undecided"}
 
 
+def test_equal_numbers_of_the_paper_claim_no_sign():
+    "A difference of 0 can be neither reproduced nor contradicted."
+    better, worse = ([3.0, 3.1, 3.2], [1.0, 1.2, 1.1]), ([1.0, 1.2, 1.1], [3.0, 3.1, 3.2])
+
+    found = [compare_arms(own, its, paper=82.86, paper_base=82.86) for own, its in (better, worse)]
+
+    assert [row["paper_difference"] for row in found] == [0, 0]
+    assert [row["verdict"] for row in found] == ["higher", "lower"]
+    assert verdict((-0.5, 1.5), 0.0) == verdict(None, 0.0) == "undecided"
+
+
 def test_a_missing_run_takes_its_pair_away():
     both = compare_arms([3.0, None, 5.0], [1.0, 9.0, 2.0], paper=1.0, paper_base=2.0)
 

@@ -121,7 +121,7 @@ def test_some_arms_and_other_fields():
 @pytest.mark.parametrize(
     "arms, changes, says",
     [
-        (["90 %"], [], "--arms '90 %' are compared with '40 %': add it"),
+        (["90 %"], [], "--arms '90 %' needs '40 %' too, to compare with"),
         (["40%"], [], r"unknown arm of mask-ratio '40%' \(do you mean 40 %\?\)"),
         ([], ["steps=3"], "unknown stage of mask-ratio 'steps'|is no stage.field=value"),
         ([], ["pretrain.steps"], "is no stage.field=value, such as pretrain.steps=200"),
