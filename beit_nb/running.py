@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 # %% ../nbs/83_running.ipynb #finished-metrics
 def finished_metrics(run: StudyRun, runs: str | Path) -> dict | None:
-    """The figures of a run of just this configuration that went to its end; None: there is none.
+    """The final figures of this run; None if it has not gone to its end.
 
-    Raises BeitError where another one lies in its folder.
+    Raises BeitError where a run of another configuration lies in its folder.
     """
     recipe = run.recipe(runs)
     metrics = read_metrics(Path(recipe.out))
@@ -75,7 +75,7 @@ def work(words: list[str], environment: Mapping[str, str], said: Path) -> None:
 @cache
 def worker_context() -> "ForkServerContext | SpawnContext":
     "How processes for runs begin: on Linux with all that trainings import already in memory."
-    if sys.platform != "linux":  # elsewhere torch bears no fork
+    if sys.platform != "linux":  # elsewhere torch does not survive a fork
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     modules = {command.run.partition(":")[0] for command in COMMANDS.values()}
@@ -96,8 +96,9 @@ class RunProcess:
         words, environment = run_words(run, runs), os.environ | place
         target = resolve_name("beit_nb.running:work")  # by its name: the new process imports it
         self.process = worker_context().Process(target=target, args=(words, environment, self.said))
-        # A new process imports the program that started this one, unless there is none to import:
-        # a script without `if __name__ == "__main__"` would start its study once more.
+        # A new process imports the program that started this one. A script without
+        # `if __name__ == "__main__"` would then start its study once more, so an empty module
+        # stands in for it while the process starts.
         with mock.patch.dict(sys.modules, __main__=ModuleType("__main__")):
             self.process.start()
 
@@ -124,7 +125,7 @@ def worker_places(jobs: int | None = None) -> list[dict[str, str]]:
     gpus = [str(i) for i in range(torch.cuda.device_count())]
     names = seen.split(",") if seen and gpus else gpus
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    count = len(names) or cores or 1 if jobs is None else jobs
+    count = (len(names) or cores or 1) if jobs is None else jobs
     if not names:
         return count * [{"OMP_NUM_THREADS": "1"}]
     return [{"CUDA_VISIBLE_DEVICES": names[i % len(names)]} for i in range(count)]

@@ -9,7 +9,7 @@ reads from its files, as a new interpreter does.
 
 A program in words (`python -c ...`) still gets a new interpreter, as such tests look at what it
 imports, or at how it ends; but for those of multiprocessing. All do on other systems than Linux,
-where torch bears no fork.
+where torch does not survive a fork.
 """
 
 import _posixsubprocess
