@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['DIGITS', 'SCALES', 'SEGMENTATION', 'STUDIES', 'RATIOS', 'HOW_MUCH', 'HOW_LARGE', 'HOW_LONG', 'LENGTHS', 'HOW_MANY',
-           'OWN_WORDS', 'NEVER', 'HOW_FEW', 'TIMES', 'TRIPLE', 'PIXELWISE', 'BODILESS', 'FEW_PIXELS', 'NANO_HEADS',
-           'UPER', 'BASE_HEADS', 'WHICH_HEAD', 'NANO_ARMS', 'BASE_ARMS', 'SCALED', 'SHARED_BIAS', 'OWN_BIAS',
-           'LAYER_SCALE', 'BOTH_PARTS', 'TABLE_5', 'UPERNET', 'WHAT_ADDS', 'SCATTERED', 'PIXELS', 'EVERYWHERE',
-           'UNMASKED', 'FROM_SCRATCH', 'WORDLESS', 'LONGER', 'WHICH_PART', 'DALLE_DIGITS', 'WHOSE_WORDS', 'QUANTIZERS',
-           'BY_WHAT', 'on_digits', 'add_study', 'study_named', 'ratio_arms', 'block_arms', 'paper_row', 'step_arms',
-           'word_arms', 'label_arms', 'head_arms', 'table_4', 'table_8', 'race_arms']
+           'OWN_WORDS', 'NO_PRETRAINING', 'HOW_FEW', 'TIMES', 'TRIPLE', 'ONLY_SEGMENT', 'ONLY_SEGMENT_OF_PRETRAINED',
+           'FEW_PIXELS', 'NANO_HEADS', 'UPER', 'BASE_HEADS', 'WHICH_HEAD', 'NANO_ARMS', 'BASE_ARMS', 'SCALED',
+           'SHARED_BIAS', 'OWN_BIAS', 'LAYER_SCALE', 'BOTH_PARTS', 'TABLE_5', 'UPERNET', 'WHAT_ADDS', 'SCATTERED',
+           'PIXELS', 'EVERYWHERE', 'UNMASKED', 'FROM_SCRATCH', 'NO_TOKENIZER', 'LONGER', 'WHICH_PART', 'DALLE_DIGITS',
+           'WHOSE_WORDS', 'QUANTIZERS', 'BY_WHAT', 'on_digits', 'add_study', 'study_named', 'ratio_arms', 'block_arms',
+           'paper_row', 'step_arms', 'word_arms', 'label_arms', 'head_arms', 'table_4', 'table_8', 'race_arms']
 
 # %% ../nbs/86_studies.ipynb #imports
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from .arms import Arm, Fields, Measure, Study
 from .limits import no_such
 
 # %% ../nbs/86_studies.ipynb #scales
-DIGITS = {"data": "embedded:digits"}  # even where a folder is called digits
+DIGITS = {"data": "embedded:digits"}  # the embedded ones, also beside a folder called digits
 
 
 def on_digits(**fields: Any) -> tuple[str, Fields]:
@@ -158,22 +158,23 @@ def label_arms(
         own: Fields = {"labels_per_class": n}
         scratch = own | {"layer_decay": None}
         base = f"{n}, scratch"
-        arms.append(Arm(base, {"finetune": scratch}, base=base, without=NEVER))
+        arms.append(Arm(base, {"finetune": scratch}, base=base, without=NO_PRETRAINING))
         arms.append(Arm(f"{n}, pre-trained", {"finetune": own}, base=base))
         if n == labels[0]:
             for name, longer in lengths.items():
                 fresh = f"{n}, scratch, {name}"
                 changes = [{"finetune": {**fields, **longer}} for fields in (scratch, own)]
-                arms.append(Arm(fresh, changes[0], base=base, without=NEVER))
+                arms.append(Arm(fresh, changes[0], base=base, without=NO_PRETRAINING))
                 arms.append(Arm(f"{n}, pre-trained, {name}", changes[1], base=fresh))
     return tuple(arms)
 
 
-NEVER = ("pretrain", "probe")  # nothing was pre-trained, nothing is frozen
+NO_PRETRAINING = ("pretrain", "probe")  # stages left out: there are no features to probe
 HOW_FEW = "For how few labels does pre-training pay, and does scratch only need longer?"
 TIMES: dict[str, Fields] = {f"{k} x": {"steps": 100 * k, "eval_every": 100 * k} for k in (4, 16)}
 TRIPLE: dict[str, Fields] = {"3 x": {"epochs": 300}}
 add_study("labels", "nano", HOW_FEW, label_arms((20, 5, 100), TIMES))
+# about a tenth and a hundredth of ImageNet-1K's labels a class
 add_study("labels", "base-in1k", HOW_FEW, label_arms((128, 13), TRIPLE), "Table 2")
 
 # %% ../nbs/86_studies.ipynb #head-studies
@@ -189,14 +190,16 @@ def head_arms(
             name = f"{head}, {n or 'all'}"
             scratch: Fields = {**own, **fresh, "init": "", "layer_decay": None}
             base = f"{name}, scratch"
-            arms.append(Arm(base, {"segment": scratch}, base=base, without=BODILESS))
+            arms.append(Arm(base, {"segment": scratch}, base=base, without=ONLY_SEGMENT))
             changes: dict[str, Fields] = {"segment": {**own, **trained}}
-            arms.append(Arm(f"{name}, pre-trained", changes, base=base, without=PIXELWISE))
+            trained_arm = f"{name}, pre-trained"
+            arms.append(Arm(trained_arm, changes, base=base, without=ONLY_SEGMENT_OF_PRETRAINED))
     return tuple(arms)
 
 
-PIXELWISE = ("finetune", "probe")  # stages without which a segmentation does
-BODILESS = ("pretrain", "finetune", "probe")
+# stages left out where only a segmentation is measured, from scratch and pre-trained
+ONLY_SEGMENT = ("pretrain", "finetune", "probe")
+ONLY_SEGMENT_OF_PRETRAINED = ("finetune", "probe")
 FEW_PIXELS = on_digits(steps=300, batch_size=16, eval_every=300, split="test")
 NANO_HEADS: dict[str, tuple[Fields, Fields]] = {  # rates: by validation digits
     "linear": ({"lr": 1e-2}, {"lr": 3e-3}),
@@ -236,12 +239,13 @@ FROM_SCRATCH: dict[str, Fields] = {
     "finetune": {"layer_decay": None},
     "segment": {"layer_decay": None, "init": ""},
 }
-WORDLESS = ("tokenizer",)  # what an arm without tokens does without
+NO_TOKENIZER = ("tokenizer",)  # left out where there are no tokens
 LONGER: dict[str, Fields] = {"nano": {"steps": 1200}, "base-in1k": {"epochs": 800}}  # 8/3 of it
 
 
 def table_4(scale: str) -> tuple[Arm, ...]:
-    "The rows of Table 4, and two that the paper has not."
+    "The rows of Table 4, and two that the paper does not have."
+    # at base-in1k the study names DALL-E's tokenizer, which pixels do not need
     own = {} if scale == "nano" else {"tokenizer": ""}
     pixels = PIXELS | own
     scattered = pixels | SCATTERED
@@ -249,13 +253,13 @@ def table_4(scale: str) -> tuple[Arm, ...]:
     return (
         paper_row("BEiT", {}, 82.86, 44.65),
         paper_row("single patches", {"pretrain": SCATTERED}, 82.77, 42.93),
-        paper_row("pixels", {"pretrain": pixels}, 81.04, 41.38, WORDLESS),
-        paper_row("pixels, single patches", {"pretrain": scattered}, 80.50, 37.09, WORDLESS),
+        paper_row("pixels", {"pretrain": pixels}, 81.04, 41.38, NO_TOKENIZER),
+        paper_row("pixels, single patches", {"pretrain": scattered}, 80.50, 37.09, NO_TOKENIZER),
         paper_row("recover all", {"pretrain": EVERYWHERE}, 82.59, 40.93),
         paper_row("no masks, recover all", {"pretrain": UNMASKED}, 81.67, 36.73),
         paper_row("longer", {"pretrain": LONGER[scale]}, 83.19, 45.58),
-        Arm("normalised pixels", {"pretrain": normalised}, without=WORDLESS),
-        Arm("no pre-training", FROM_SCRATCH, without=NEVER),
+        Arm("normalised pixels", {"pretrain": normalised}, without=NO_TOKENIZER),
+        Arm("no pre-training", FROM_SCRATCH, without=NO_PRETRAINING),
     )
 
 
@@ -264,6 +268,7 @@ for scale in SCALES:
     add_study("table4", scale, WHICH_PART, table_4(scale), "Table 4", SEGMENTATION)
 
 # %% ../nbs/86_studies.ipynb #table8
+# DALL-E makes one token of 8 x 8 pixels: pictures of 64 x 64 for 8 x 8 tokens
 DALLE_DIGITS = {"tokenizer": "data/dalle", "token_size": 64, "vocab_size": 8192}
 
 
@@ -296,8 +301,8 @@ def race_arms() -> tuple[Arm, ...]:
     named = tuple(Arm(n, {"tokenizer": {"quantizer": q}}) for n, q in QUANTIZERS.items())
     return (
         *named,
-        Arm("pixels", {"pretrain": PIXELS}, without=WORDLESS),
-        Arm("normalised pixels", {"pretrain": {"targets": "pixels_norm"}}, without=WORDLESS),
+        Arm("pixels", {"pretrain": PIXELS}, without=NO_TOKENIZER),
+        Arm("normalised pixels", {"pretrain": {"targets": "pixels_norm"}}, without=NO_TOKENIZER),
     )
 
 
