@@ -51,7 +51,8 @@ def usage() -> str:
         lines += wrap(line, 100, subsequent_indent=22 * " ", break_on_hyphens=False)
     for name, tool in TOOLS.items():
         summary = (tool.__doc__ or "").split(":")[0].split("\n")[0]
-        lines.append(f"  {name:20}{summary.rstrip('.')}")
+        line = f"  {name:20}{summary.rstrip('.')}"
+        lines += wrap(line, 100, subsequent_indent=22 * " ", break_on_hyphens=False)
     debug = "show a traceback instead of one line when something is wrong"
     lines += ["", f"  {'--debug':20}{debug}"]
     return "\n".join(lines)
@@ -77,8 +78,8 @@ def read_recipe(command: str, words: list[str], also: Iterable[str] = ()) -> Any
     """The recipe that the words after `beit COMMAND` name: a preset, then changes of its fields.
 
     Raises BeitError for an unknown recipe or field, and for a value that a field cannot have. With
-    --help the fields are printed, and the process ends. `also`: options beside the fields, for who
-    mistypes one of them.
+    --help the fields are printed, and the process ends. `also`: names of further
+    options, offered when one of them is mistyped.
     """
     presets = command_named(command).presets
     if not words or words[0].startswith("-"):
@@ -166,7 +167,7 @@ def read_together(command: str, words: list[str]) -> Any:
             raise
         from beit_nb.engine.processes import join_processes
 
-        with join_processes():
+        with join_processes():  # they wait for each other; only rank 0 reports the error
             raise
 
 
@@ -271,10 +272,11 @@ def stopped_line(name: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The console script; returns the exit status.
 
-    0 on success; 1 where a tool could answer for some of its pictures only. Bad input (BeitError,
-    OSError) is one line and 2; numbers that broke (FloatingPointError) one line and 1; a stop 130.
-    Any other exception is a defect of ours: its traceback and 1. With --debug all but a stop have a
-    traceback.
+    0 on success. A tool may return a status of its own: 1 where it could answer for some pictures
+    only, or where runs of a study are missing; `doctor` 1 or 3. Bad input (BeitError, OSError) is
+    one line and 2; numbers that broke (FloatingPointError) one line and 1; a stop 130. Any other
+    exception is a defect of ours: its traceback and 1. With --debug all but a stop have a
+    traceback, and 1.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
