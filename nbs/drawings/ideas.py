@@ -35,7 +35,7 @@ def idea(lit: set[str]) -> Drawing:
     d.arrow(416, 74, 438, 74)
     part("vit", 440, 43, "every patch looks\nat every other", title="ViT")
     d.arrow(556, 74, 578, 74)
-    part("guesses", 580, 43, "8,192 chances for\neach hidden patch", BLUE, 124)
+    part("guesses", 580, 43, "8,192 probabilities\nper hidden patch", BLUE, 124)
     part("tokenizer", 156, 183, "dVAE encoder,\ntrained before")
     d.arrow(272, 214, 438, 214)
     part("tokens", 440, 183, "one id a patch,\nof 8,192", title="visual tokens")
