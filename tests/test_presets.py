@@ -321,6 +321,14 @@ def test_a_segmentation_goes_on_where_its_body_ended():
                 assert there == getattr(r, field), (name, field)
 
 
+def test_the_sentence_of_a_preset_names_its_source():
+    "A table, the README, the released weights, a paper, or that it is ours."
+    sources = ("Table", "README", "released", "DALL-E's own", "arXiv", "as in MAE", "ours")
+    for command in ("tokenizer", "pretrain", "finetune"):
+        for name, (sentence, _) in COMMANDS[command].presets.items():
+            assert any(source in sentence for source in sources), (name, sentence)
+
+
 def test_every_preset_has_a_table():
     presets = {name: set(command.presets) for name, command in COMMANDS.items()}
     assert presets == {name: set(table) for name, table in TABLES.items()}
