@@ -278,7 +278,7 @@ def test_what_a_worker_raises_is_raised_here(start_method):
 def test_a_worker_that_dies_is_one_line(start_method):
     loaded = load_ahead(dies_at_two, [1, 1, 2, 3, 4, 5], 2)
     assert [next(loaded), next(loaded)] == [1, 1]
-    with pytest.raises(BeitError, match="killed by SIGUSR2, .*--workers .*--shm-size"):
+    with pytest.raises(BeitError, match="killed by SIGUSR2, .*--workers .*--memory"):
         next(loaded)
     assert not multiprocessing.active_children()
 
@@ -319,7 +319,7 @@ def no_bigger_files(order):
 def test_no_memory_to_share_is_one_line(start_method):
     loaded = load_ahead(no_bigger_files, [1, 2, 3], 1)
     assert len(next(loaded)) == 10_000
-    line = "no memory to share .*File too large.*--workers 0.*--shm-size"
+    line = "no memory to share .*File too large.*--workers 0.*--memory"
     with pytest.raises(BeitError, match=line):
         next(loaded)
 

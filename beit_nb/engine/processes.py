@@ -127,9 +127,10 @@ def distribute_like(x: Any, like: Any) -> Any:
 
 # %% ../../nbs/25_engine_processes.ipynb #end-with-parent
 def end_with_parent(how: signal.Signals = signal.SIGKILL) -> None:
-    "From now on this process gets the signal `how` when its parent has ended, by whatever."
+    "From now on this process gets the signal `how` when its parent has ended, however it ended."
     before = os.getppid()
-    parent = multiprocessing.parent_process()  # with forkserver another one than before
+    # as Python knows it; with forkserver this is not the process whose number getppid gives
+    parent = multiprocessing.parent_process()
     pipes = [parent.sentinel] if parent else []
 
     def watch() -> None:
@@ -170,7 +171,7 @@ def pack(batch: Any) -> tuple[bytes, list[slice], IO[bytes]]:
     except OSError as e:
         raise BeitError(
             f"a loader worker has no memory to share its batch in ({e.strerror}); set --workers "
-            "0, or give more (in Docker with --memory and --shm-size)"
+            "0, or give more (in Docker with --memory)"
         ) from e
     return rest.getvalue(), places, file
 
@@ -229,7 +230,8 @@ def join_processes():
     store = _start_process_group()
     try:
         yield
-    except SystemExit:  # rank 0 says why; when one process is gone, torchrun ends the others
+    except SystemExit:
+        # when one process is gone, torchrun ends the others: first let rank 0 print its line
         time.sleep(2)
         raise
     except (BeitError, OSError) as e:

@@ -213,7 +213,7 @@ def _why_ended(code: int) -> BeitError:
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended ({code})"
     return BeitError(
         f"a loader worker {how}, as happens when memory runs out; set --workers to fewer, or "
-        "to 0 to load without them (in Docker give more with --memory and --shm-size)"
+        "to 0 to load without them (in Docker give more with --memory)"
     )
 
 # %% ../../nbs/29_engine_steps.ipynb #worker
