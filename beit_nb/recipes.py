@@ -137,9 +137,11 @@ PROBE = {
         data="imagenet", labels_per_class=13, draws=1)),
 }
 LINEAR = {
-    "nano": ("a line on every block of a small network, all labels of the digits", LinearRecipe(
-        data="digits", epochs=6, batch_size=60, lr=3e-2, min_lr=0.0, weight_decay=1e-4,
-        crop_scale=None, flip=0.0)),
+    "nano": (
+        "a linear probe on every block of a small network, all labels of the digits",
+        LinearRecipe(
+            data="digits", epochs=6, batch_size=60, lr=3e-2, min_lr=0.0, weight_decay=1e-4,
+            crop_scale=None, flip=0.0)),
     "in1k": (
         "Table 9: ImageNet-1K, all labels, 50 epochs (App. D); base and large; not run here",
         LinearRecipe(
@@ -227,7 +229,7 @@ def command_named(name: str) -> Command:
 def from_config(config: dict) -> Any:
     """The recipe that `as_config` wrote; unknown fields (of another version) are dropped.
 
-    Raises BeitError where it cannot work, since somebody may have changed it.
+    Raises BeitError where the recipe cannot work: somebody may have edited the file.
     """
     recipe_class: Any = command_named(config["command"]).recipe
     known = {f.name for f in fields(recipe_class)}
