@@ -36,25 +36,25 @@ class Band(NamedTuple):
 
     name: str
     made_with: str  # the command
-    config: dict[str, Any]  # of the first of them
+    config: dict[str, Any]  # recipe_fields of the first of them
     seeds: list[int]
     curves: dict[str, tuple[np.ndarray, np.ndarray]]  # key -> steps (n,), values (runs, n)
 
 
 def band_edges(steps: np.ndarray, values: np.ndarray) -> Column:
     "The lower and the upper edge (n,) of curves (runs, n) over the steps (n,) of a log."
-    mean = values.mean(0)
-    spread = values.var(0, ddof=1)
-    around = np.empty(len(steps))
+    m = values.mean(0)
+    variance = values.var(0, ddof=1)
+    s = np.empty(len(steps))
     for i in range(len(steps)):
-        window = spread[max(0, i - 2) : i + 3]
-        around[i] = np.sqrt(window.mean())
-    least = 0.01 * np.abs(mean)
-    half = 4 * np.maximum(around, least)
-    return mean - half, mean + half
+        window = variance[max(0, i - 2) : i + 3]
+        s[i] = np.sqrt(window.mean())
+    half = 4 * np.maximum(s, 0.01 * np.abs(m))
+    return m - half, m + half
 
 # %% ../nbs/91_bands.ipynb #write-band
 CURVES = ("loss", "mlm_acc", "mse", "perplexity", "accuracy", "grad_norm", "lr")
+# what belongs to one run; inputs: what lay at the paths that it read
 OWN = CHANGEABLE_FIELDS | {"seed", "tokenizer", "tokens", "init", "inputs", "watch_every"}
 
 
@@ -144,6 +144,7 @@ def band_of(config: dict, files: list[Path] | None = None) -> Band | None:
     mine = recipe_fields(config)
     like = []
     for band in map(read_band, files):
+        # it has no init any more, so "from weights" is put back
         theirs = recipe_fields(band.config) | {"from weights": band.config["from weights"]}
         if all(mine.get(name) == theirs.get(name) for name in SAME):
             other = other_fields(config, band)
@@ -152,13 +153,16 @@ def band_of(config: dict, files: list[Path] | None = None) -> Band | None:
 
 
 def other_fields(config: dict, band: Band) -> list[str]:
-    "The fields in which a recipe differs from that of a band, with both values; lengths aside."
-    length = {"steps", "epochs", "eval_every", "precision", "compile", "online_knn"}
+    """The fields in which a recipe differs from that of a band, with both values.
+
+    Left aside: its length, and how it is computed and watched.
+    """
+    aside = {"steps", "epochs", "eval_every", "precision", "compile", "online_knn"}
     mine = recipe_fields(config)
     theirs = recipe_fields(band.config)
     common = mine.keys() & theirs.keys()
     differ = []
-    for name in sorted(common - length - {"from weights"}):
+    for name in sorted(common - aside - {"from weights"}):
         if mine[name] != theirs[name]:
             differ.append(f"{name} {mine[name]!r}, there {theirs[name]!r}")
     return differ
@@ -171,7 +175,7 @@ def rate_ratio(course: RunCourse, band: Band) -> float:
 
 def is_swept(course: RunCourse, band: Band) -> bool:
     "Is it another rate than the band's, but no more than `TOO_HIGH` times higher or lower?"
-    ratio = max(rate_ratio(course, band), 1e-9)
+    ratio = max(rate_ratio(course, band), 1e-9)  # 0 where the recipe does not say: no sweep
     times = round(max(ratio, 1 / ratio), 2)
     return abs(ratio - 1) > 0.25 and times <= TOO_HIGH
 
@@ -211,12 +215,12 @@ def compare_curve(course: RunCourse, band: Band, key: str) -> Finding:
     below = (values < low)[late].mean()
     outside = max(above, below)
     last = late[-1]
-    said = f"{values[last]:.3g} at {course.unit} {steps[last]:g}, "
-    said += f"{len(band.seeds)} runs of {band.name} {low[last]:.3g} to {high[last]:.3g}"
+    said = f"{values[last]:.3g} at {course.unit} {steps[last]:g}, where the band of {band.name} "
+    said += f"({len(band.seeds)} runs) is {low[last]:.3g} to {high[last]:.3g}"
     if outside <= 1 / 3:
         return Finding(name, "fine", said)
     side = "above" if above > below else "below"
-    said += f": {side} it in {outside:.0%} of the lines"
+    said += f": {side} it in {outside:.0%} of the later lines"
     if is_swept(course, band):
         said += f", with {rate_ratio(course, band):.2g} times its learning rate"
         return Finding(name, "unknown", said)
@@ -228,7 +232,7 @@ def check_band(course: RunCourse, band: Band | None) -> list[Finding]:
     if band is None:
         return [Finding("band", "unknown", "no runs of this recipe were recorded to compare with")]
     findings = []
-    for key in CURVES[:-1]:
+    for key in CURVES[:-1]:  # all but lr
         if key in band.curves and len(course.values(key)):
             findings += [compare_curve(course, band, key)]
     return findings
@@ -248,7 +252,7 @@ ANCHORS = (
     Anchor(115, False, 6.59, 0.034, "unilm#598: epoch 115 of 800, batch 1,024, lr 1.4e-3"),
     Anchor(300, True, 6.30, 0.0496, "unilm#383: the author's BEiT+, gradient norm 0.42"),
 )
-BASE_PARAMETERS = (85e6, 93e6)  # 91,965,776 and 92,089,856
+BASE_PARAMETERS = (85e6, 93e6)  # BEiT+ base has 91,965,776, plain base 92,089,856
 
 
 def is_base(course: RunCourse) -> bool:

@@ -62,7 +62,9 @@ def test_other_seeds_stay_inside(tmp_path, band):
 def test_a_course_leaves_it_on_a_side(tmp_path, band, shift, side):
     [finding] = check_band(course(tmp_path / "seed-0", shift), band)
 
-    assert finding.grade == "look" and f": {side} it" in finding.said
+    assert finding.grade == "look" and f": {side} it in 100% of the later lines" in finding.said
+    low, high = band_edges(*band.curves["loss"])
+    assert f"the band of band (3 runs) is {low[-1]:.3g} to {high[-1]:.3g}" in finding.said
 
 
 def test_every_second_line_is_compared_as_well(tmp_path, band):
@@ -98,6 +100,13 @@ def test_a_run_belongs_to_the_band_of_its_task(tmp_path, band):
     assert band_of(config | {"batch_size": 32}, files) is None
     assert band_of(config | {"init": "runs/other"}, files) is None
     assert other_fields(config | {"clip_grad": 1.0}, band) == ["clip_grad 1.0, there 3.0"]
+
+
+def test_lengths_and_how_a_run_is_computed_are_left_aside(band):
+    config = as_config("pretrain", recipe_named("pretrain", "nano"))
+
+    aside = {"steps": 9, "epochs": 3, "precision": "bf16", "compile": True}
+    assert other_fields(config | aside, band) == []
 
 
 @pytest.mark.parametrize("seeds", [(0, 1), (0, 1, 1), (0,)])
