@@ -122,9 +122,10 @@ def share_bars(rows: list[tuple[str, float, str, str]], width: int = 120) -> str
         filled = min(max(share, 0), 1)
         style = f"height:9px;border-radius:2px;background:{color}"
         bar = f'<div style="{style};width:{filled:.1%}"></div>'
+        # at most 30 % of the width of its explorer
         lines.append(
             f'<tr><td style="padding:0 8px 0 0">{name}</td>'
-            f'<td><div style="width:min({width}px,30cqw)">{bar}</div></td>'  # of its explorer
+            f'<td><div style="width:min({width}px,30cqw)">{bar}</div></td>'
             f'<td style="padding-left:6px">{text}</td></tr>'
         )
     return f'<table class="beit-words" style="border-spacing:0">{"".join(lines)}</table>'
@@ -157,6 +158,7 @@ class BlittedFigure:
     """A figure whose still parts are drawn once; `picture` draws the moving ones on top.
 
     What moves seldom, such as letters, lies between: `settle` draws it anew into the still part.
+    Call it once before the first `picture`: until then the `seldom` artists are not drawn.
     """
 
     def __init__(self, figure: Figure, moving: list[Artist], seldom: Sequence[Artist] = ()):
@@ -167,17 +169,17 @@ class BlittedFigure:
         for artist in (*moving, *seldom):
             artist.set_animated(True)
         self.canvas.draw()
-        self.ground = self.still = self.canvas.copy_from_bbox(figure.bbox)
+        self.bare = self.still = self.canvas.copy_from_bbox(figure.bbox)
 
     def settle(self) -> None:
         "Draw what moves seldom as it stands now."
-        self.canvas.restore_region(self.ground)
+        self.canvas.restore_region(self.bare)
         for artist in self.seldom:
             artist.draw(self.canvas.renderer)
         self.still = self.canvas.copy_from_bbox(self.canvas.figure.bbox)
 
     def picture(self) -> Image.Image:
-        "The figure as it stands now, RGBA on transparent ground."
+        "The figure as it stands now, RGBA, transparent where nothing is drawn."
         self.canvas.restore_region(self.still)
         for artist in self.moving:
             artist.draw(self.canvas.renderer)
