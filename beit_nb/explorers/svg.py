@@ -14,7 +14,7 @@ import numpy as np
 
 # %% ../../nbs/explorers_svg.ipynb #plane
 def _shares(values, limits: tuple[float, float]) -> np.ndarray:
-    "Which shares of the way between two limits numbers are at."
+    "How far along the way from low to high each number is: 0 at low, 1 at high."
     low, high = limits
     span = (high - low) or 1
     return (np.asarray(values, float) - low) / span
@@ -42,13 +42,13 @@ class _Plane:
         self.left = max(self.LEFT, 8 * letters + 8)
 
     def x(self, values) -> Any:
-        "Pixels from the left of a number, or a list of them for many."
+        "How many pixels from the left a number lies; a list for many numbers."
         room = self.width - self.left - self.RIGHT
         pixels = self.left + _shares(values, self.xlim) * room
         return np.round(pixels, 1).tolist()
 
     def y(self, values) -> Any:
-        "Pixels from the top of a number, or a list of them for many."
+        "How many pixels from the top a number lies; a list for many numbers."
         floor = self.height - self.BOTTOM
         room = floor - self.top
         pixels = floor - _shares(values, self.ylim) * room
