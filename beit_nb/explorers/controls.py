@@ -227,7 +227,11 @@ class Picture(Part):
 
     @property
     def pressed_at(self) -> tuple[float, float]:
-        "Where the present touch began: while the kernel is busy a press may become a drag."
+        """Where the present touch began.
+
+        While the kernel is busy, a drag may overwrite the press before Python has seen it; so every
+        touch says where it began.
+        """
         x, y = self.touch[4:6] or self.touch[1:3]
         return x, y
 
@@ -243,7 +247,8 @@ class Guide(Part):
     """The words above an explorer: what one sees, what to try, and what to notice then.
 
     `done` are the numbers of the acts that were done; after the last of them `notice` appears.
-    `said` is what a screen reader hears of the newest state. `screen` is where all this stands.
+    `said` is what a screen reader hears of the newest state. `screen` is the ink and the density
+    for figures drawn here.
     """
 
     see = T.Unicode().tag(sync=True)

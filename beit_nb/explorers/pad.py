@@ -81,7 +81,7 @@ def _count_pixels(file: str | Path | io.BytesIO, name: str) -> int:
 def _whole_picture(
     source: str | Path | bytes | Tensor | Image.Image, most: int | None, name: str = "this file"
 ) -> Image.Image:
-    "Any source as an RGB picture; a file with more than `most` pixels is refused (None: usual)."
+    "Any source as RGB; a file of more than `most` pixels is refused (None: the usual limit)."
     if isinstance(source, Image.Image):
         return source.convert("RGB")
     if isinstance(source, Tensor):
@@ -130,7 +130,8 @@ HIDDEN = "#6b7078"  # the colour of a covered cell; explorers.css has it too
 class Box(NamedTuple):
     """A frame around cells, counted in cells from the top left; `color` as in CSS, '#rrggbb'.
 
-    A "dashed" frame is crossed out as well. A "dotted" one is for a single cell, which a cross
+    A "dashed" frame is crossed out; in the browser its edge is dashed as well, on paper it is not.
+    A "dotted" one is for a single cell, which a cross
     would cover.
     """
 
