@@ -48,7 +48,7 @@ class DebouncedCallback:
         self.pieces: Iterator[float | None] | None = None
 
     def start(self, pieces: Iterator[float | None], delay: float = 0.02) -> None:
-        "Begin in `delay` seconds: what is on its way to the screen goes first."
+        "Begin after `delay` seconds, so that what is on its way to the screen arrives first."
         self.stop()
         try:
             loop = asyncio.get_running_loop()
@@ -222,7 +222,7 @@ class PictureMenu(W.HBox):
         self.menu = Menu(
             "picture",
             sources,
-            name=[*own, source][0],
+            next(iter(own), source),  # the first of yours, or the photograph of that name
             help="which picture; the button beside takes one of yours",
         )
         self.upload = Upload()
@@ -253,7 +253,7 @@ class PictureMenu(W.HBox):
         upload.content = b""  # the widget would keep every byte
 
     def add(self, name: str, source) -> None:
-        "A picture more, and chosen; UnreadableImage if it is none, and nothing has changed."
+        "Add a picture and choose it. Raises UnreadableImage, and changes nothing, if it is none."
         read_picture(source, 8)
         self.menu.add(name, source)
 
