@@ -129,12 +129,21 @@ def test_single_patches_cover_the_mask_once():
         (MaskBlock(0, 0, 1, 1, 1, True), "a single patch: masks 1 more"),
         (MaskBlock(0, 0, 14, 2, 0, False), "14 × 2 refused: a block may not span the picture"),
         (MaskBlock(0, 0, 3, 5, 0, False), "3 × 5 refused: masks nothing new"),
-        (MaskBlock(0, 0, 2, 4, 7, False), "2 × 4 refused: would mask 7 more, only 6 may be"),
+        (
+            MaskBlock(0, 0, 2, 4, 7, False),
+            "2 × 4 refused: would mask 7 more, but only 6 are missing",
+        ),
     ],
     ids=("accepted", "single", "span", "nothing", "too many"),
 )
 def test_a_move_in_words(block, words):
     assert describe_block(block, 6, (14, 14)) == words
+
+
+def test_a_single_missing_patch_in_words():
+    block = MaskBlock(0, 0, 2, 2, 4, False)
+
+    assert describe_block(block, 1, (14, 14)).endswith("would mask 4 more, but only 1 is missing")
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)

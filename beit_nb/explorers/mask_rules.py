@@ -83,7 +83,7 @@ class MaskRule:
         while not any(block.accepted for block in blocks):
             blocks += blockwise_steps(*settings, rng)
             if len(blocks) >= 1000:
-                blockwise_mask(*settings, rng=rng)  # says what is wrong
+                blockwise_mask(*settings, rng=rng)  # raises, and says what is wrong
         yield from blocks
         if self.algorithm == EXACT:
             mask = mask_of(blocks, self.grid_size)
@@ -141,7 +141,8 @@ def describe_block(block: MaskBlock, missing: int, grid_size: tuple[int, int]) -
         return f"{name} refused: a block may not span the picture"
     if not block.new:
         return f"{name} refused: masks nothing new"
-    return f"{name} refused: would mask {block.new} more, only {missing} may be"
+    verb = "is" if missing == 1 else "are"
+    return f"{name} refused: would mask {block.new} more, but only {missing} {verb} missing"
 
 
 def tell_game(attempts: list[MaskBlock]) -> str:
@@ -222,6 +223,7 @@ def sample_statistics(
 def _number_on(share: float, top: float, place: str) -> str:
     "A share on a heat map, in letters that stand out from the colour of its patch."
     rgb = np.array(heat_map(np.array([[share]]), 1, top).getpixel((0, 0)))
+    # the luminance from which on black letters have the higher contrast (figures, part 3)
     bright = (rgb / 255) ** 2.2 @ [0.2126, 0.7152, 0.0722] > 0.18
     colors = f"color:{'#000' if bright else '#fff'};background:rgb{tuple(rgb.tolist())}"
     return f'<span class="{place}" style="{colors}">{share:.0%}</span>'
@@ -258,6 +260,7 @@ def counts_html(stats: dict, rule: MaskRule, mask: np.ndarray) -> str:
     shares = times / draws * 100
     low = min(values[0], target, now) - 1.5
     high = max(values[-1], target, now) + 1.5
+    # an end too near to the target gets no number
     ends = [v for v in (values[0], values[-1]) if abs(v - target) > (high - low) / 10]
     bars = chart(
         {"share of masks": (values, shares, PALETTE["blue"])},
@@ -265,7 +268,7 @@ def counts_html(stats: dict, rule: MaskRule, mask: np.ndarray) -> str:
         size=(360, 160),
         xlim=(low, high),
         xlabel="patches masked",
-        ticks=([target, *ends], [0, shares.max()]),  # no number over the target's
+        ticks=([target, *ends], [0, shares.max()]),
         yunit="%",
         mark=target,
         pointer=(now, PALETTE["orange"]),
