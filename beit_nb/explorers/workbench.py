@@ -35,7 +35,10 @@ from ..patches import patchify
 
 # %% ../../nbs/explorers_workbench.ipynb #reading
 class Reading(NamedTuple):
-    "What tokenizer and network say about one picture under one mask; V tokens, h x w cells."
+    """What tokenizer and network say about one picture under one mask; V tokens, h x w cells.
+
+    Mind the order: `odds` is (V, h, w), `guess.probs` is (h, w, V).
+    """
 
     odds: Tensor  # (V, h, w), q(z | picture): the tokenizer, which sees everything
     guess: Guess  # p(z | what is left of it): the network; its `truth` is the best of `odds`
@@ -65,16 +68,17 @@ def tell_patch(reading: Reading, cell: int) -> str:
     taken = reading.looks[:, row, col].clone()
     taken[cell] = 0
     fan = int(taken.argmax())  # the patch that looks at it most
+    name = f"{fan // w},{fan % w}"
     lines = {
         "patch": f"<b>{row},{col}</b>, word <b>{cell + 1}</b> of {h * w} in the sequence",
         "token": f"<b>{guess.truth[row, col]}</b>; "
         f"the best are {top_tokens(reading.odds[:, row, col])}",
         "mask": "<b>hidden</b>" if guess.mask[row, col] else "shown",
         "guess": f"<b>{best}</b>, {verdict}; the best are {top_tokens(guess.probs[row, col])}",
-        "attention": f"patch {fan // w},{fan % w} takes most from it, "
-        f"<b>{percent(float(taken[fan]))}</b> of what it takes in all",
+        "attention": f"patch {name} takes most from this one: "
+        f"<b>{percent(float(taken[fan]))}</b> of all that {name} takes",
     }
-    rows = (f"<tr><td>{name}</td><td>{text}</td></tr>" for name, text in lines.items())
+    rows = (f"<tr><td>{about}</td><td>{text}</td></tr>" for about, text in lines.items())
     return words_html(f'<table class="beit-facts">{"".join(rows)}</table>')
 
 # %% ../../nbs/explorers_workbench.ipynb #verdict
@@ -141,7 +145,8 @@ class Stations(W.HBox):
         size = picture.shape[1] // pad.rows
         patches = patchify(picture[None], size)[0]  # (N, P*P*3)
         tiles = (patches * 255).round().byte().view(-1, size, size, 3).numpy()
-        self.pads["sequence"].show(mosaic(tiles, 2 * pad.cols, 19))
+        step = SIZE // pad.cols  # pixels of a patch and the gap of 2 beside it
+        self.pads["sequence"].show(mosaic(tiles, 2 * pad.cols, step - 2))
         return patches
 
     def show_reading(self, tokens: Tensor, guess: Tensor, verdict: list[Box]) -> None:
@@ -166,6 +171,7 @@ class Stations(W.HBox):
 BENCH_ACTS = (
     Act(
         "Point at a patch of the stroke and read its token.",
+        # the pixels of a patch without a stroke are all alike
         lambda bench: bench.touched and bool(bench.patches[bench.here].std() > 0.1),
     ),
     Act("Paint on station 4: hide a patch, or show one.", lambda bench: bench.painted),
@@ -180,7 +186,7 @@ class Workbench(Explorer):
     """One picture in six stations: point at a patch anywhere, and see it everywhere.
 
     `predictor`: a network and its tokenizer, or None for those that are at hand. `hidden` gives the
-    hidden patches by number, in place of the mask that `share` and `seed` throw.
+    hidden patches by number, in place of the random mask of `share` and `seed`.
     """
 
     SEE = (
@@ -190,7 +196,8 @@ class Workbench(Explorer):
     ACTS = BENCH_ACTS
     NOTICE = (
         "The network never saw the tokens behind the mask, only the patches that are left. "
-        "Where it is wrong, the right token is often its second or third choice."
+        "Where the one that came along is wrong, the right token is its second or third choice in "
+        "about one of three cases."
     )
 
     def __init__(
@@ -212,7 +219,7 @@ class Workbench(Explorer):
         self.menu = Menu("picture", named_digits(), picture, help="digits that no network learnt")
         shares = [n / 20 for n in range(1, 19)]
         self.share = Slider("hide", shares, share, "{:.0%}".format, help="how many patches")
-        again = W.Button(description="Another mask", tooltip="throw the dice again")
+        again = W.Button(description="Another mask", tooltip="as many patches, at random")
         clear = W.Button(description="Show all", tooltip="hide nothing; then paint a mask")
         self.stations = Stations(*self.grid_size, self.guarded(self.point))
         self.pad = self.stations.pads["mask"]
@@ -231,15 +238,16 @@ class Workbench(Explorer):
         return self.pad.mask  # (h, w) bool
 
     def _throw(self, hidden: list[int] | None = None) -> None:
-        "The mask of the dice, or these patches."
+        "The random mask of `share` and `seed`, or these patches."
         count = max(1, round(self.share.value * self.pad.rows * self.pad.cols))
         drawn = blockwise_mask(self.grid_size, count, min(4, count), rng=default_rng(self.seed))
         self.drawn = np.flatnonzero(drawn).tolist() if hidden is None else sorted(hidden)
         self.pad.marked = self.drawn
 
     def throw(self, change=None) -> None:
-        "Another mask; the slider alone does not throw the dice again."
-        self.seed += isinstance(change, W.Button)
+        "Another mask; the slider keeps the seed, the button takes the next one."
+        if isinstance(change, W.Button):
+            self.seed += 1
         self._throw()
 
     def update(self, change=None) -> None:
