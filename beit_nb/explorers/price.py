@@ -64,7 +64,7 @@ class PriceFigure:
             figure = Figure((3.9, 3.2), dpi=100 * screen.density, layout="constrained")
             self.ax = ax = figure.subplots()
             ones = np.ones(len(TAUS))
-            dashed = ax.plot(TAUS, ones, "--", lw=2, color=PALETTE["purple"])
+            dashed = ax.plot(TAUS, ones, "--", lw=2, color=PALETTE["blue"])
             solid = ax.plot(TAUS, ones, lw=2, color=PALETTE["red"])
             self.lines = [*dashed, *solid]
             self.now = ax.axvline(1, color=screen.ink, lw=1, ls=":")
