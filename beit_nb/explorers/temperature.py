@@ -92,6 +92,7 @@ class TriangleFigure:
         place = self.figure.data_at(self.ax, x, y)
         reach = (torch.tensor(place) - CENTER) @ OUTWARDS.T
         beyond = reach - (CORNERS - CENTER).norm(dim=1)
+        # so far beyond a corner lies no dot, only its label (a side has length 1)
         return int(beyond.argmax()) if beyond.max() > 0.04 else None
 
     def way_out(self, corner: int, start: Sequence[float], end: Sequence[float]) -> float:
