@@ -84,7 +84,8 @@ class GuessExplorer(Explorer):
     )
     ACTS = (
         Act(
-            "Point at a cell with a dotted frame in its guess, and read its five best tokens.",
+            "In the middle picture, point at a cell with a dotted frame, and read its five best "
+            "tokens.",
             lambda e: e.saw_miss,
         ),
         Act("Move “cells to hide” to 50 or more.", lambda e: e.controls.hide.value >= 50),
