@@ -152,3 +152,16 @@ def test_without_a_demo_the_network_is_the_one_that_came_along(tmp_path):
 
     assert "came with beit_nb" in line and mean_std == ((0.5,) * 3, (0.5,) * 3)
     assert torch.equal(model.lm_head.weight, again.lm_head.weight)
+
+
+def test_paper_frames_the_chosen_tile(explorer):
+    corners = []
+    for head in ((1, 1), (3, 2)):
+        explorer.pads.head = head
+        page = explorer.static_picture()
+        left, top = 12 + 226 + 12, 28  # of the table: gaps, the first picture, the names
+        corners.append(page.crop((left, top, left + 60, top + 60)).convert("RGB"))
+    framed, bare = (corner.getpixel((20, 1)) for corner in corners)
+
+    assert framed[0] > 150 > framed[2]  # orange
+    assert max(bare) < 100

@@ -23,10 +23,10 @@ from torch import Tensor
 from ..attention import attention_maps, cls_attention, patch_attention, top_mass_mask
 from .controls import Menu, Slider
 from .figures import mosaic, side_by_side, words_html
-from .pad import PatchPad
+from .pad import Box, PatchPad, draw_boxes
 from .shell import Act, Explorer, plain_words, titled_column
 from .tokens import Tiles, named_pictures, odds, overlay_heat
-from ..images import BEIT_MEAN_STD, MEAN_STD, normalize, to_pil
+from ..images import BEIT_MEAN_STD, MEAN_STD, PALETTE, normalize, to_pil
 from ..mim import BeitForMaskedImageModeling
 from ..networks import ready_networks
 from ..pretraining import load_mim
@@ -113,7 +113,7 @@ ATTENTION_LEGEND = (
 class AttentionPads(W.HBox):
     "Who asks, all tiles, and the chosen one over the picture; a patch pointed at is marked in all."
 
-    TITLES = ("1. who asks?", "2. where it looks: all heads", "3. the chosen tile, over 1")
+    TITLES = ("1. who asks?", "2. where it looks: all heads", "3. the chosen tile, over picture 1")
 
     def __init__(self, rows: int, cols: int, blocks: int, heads: int):
         self.rows = rows
@@ -292,9 +292,12 @@ class AttentionExplorer(Explorer):
         return f"AttentionExplorer({', '.join([*self.given, state])})"
 
     def static_picture(self) -> Image.Image:
+        blocks, columns = self.table.shape[:2]
+        chosen = Box(*divmod(self.tiles.index, columns), 1, 1, PALETTE["orange"])
+        tiles = draw_boxes(heads_picture(self.table), [chosen], blocks, columns)
         pictures = {
             self.pads.TITLES[0]: self.pad.static_picture(),
-            "2. blocks down, heads across, mean last": heads_picture(self.table),
+            "2. blocks down, heads across, mean last": tiles,
             self.pads.TITLES[2]: self.pads.looks.static_picture(),
         }
         return side_by_side(pictures, 226)
