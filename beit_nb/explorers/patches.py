@@ -95,7 +95,7 @@ def sequence_notes(cut: Cut, order: np.ndarray) -> list[str]:
 
 # %% ../../nbs/explorers_patches.ipynb #patch-explorer
 class PatchExplorer(Explorer):
-    "Patch size, stride, the sequence of patches, and what attention over it costs (lesson 01)."
+    "Patch size, stride, the sequence of patches, and what a ViT-B pays for it (lesson 01)."
 
     SEE = (
         "A picture, and the same picture as a transformer reads it: one patch after the other. "
