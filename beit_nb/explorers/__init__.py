@@ -1,4 +1,4 @@
-"""Things to touch: pictures under a finger, and every idea of the book as an explorer.
+"""Things to touch: pictures under a finger, and the main ideas of the book as explorers.
 
 Written by hand, as beit_nb/__init__.py is; the modules of this package are exported from the
 notebooks nbs/explorers_*.ipynb, and pad.js, controls.js and explorers.css, the part that runs in
