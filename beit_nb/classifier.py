@@ -117,7 +117,8 @@ def label_names(config: Mapping[str, Any], where: str | Path) -> list[str]:
     pairs = labels.items() if isinstance(labels, dict) else [("", "")]
     if not all(str(key).isdecimal() and isinstance(name, str) for key, name in pairs):
         raise BeitError(f"id2label in {where}/config.json does not map numbers to names of classes")
-    names = [labels[key] for key in sorted(labels, key=int)]  # the list of ImageNet-22K lacks two
+    # sorted and not counted: the numbers of ImageNet-22K skip two
+    names = [labels[key] for key in sorted(labels, key=int)]
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
 
@@ -137,7 +138,7 @@ def told_of_heads(config: Mapping[str, Any], depth: int, where: str | Path) -> d
     """What a config.json says of the heads of a segmentation: names of classes, blocks they read.
 
     `out_indices` in our counting, as transformers computes: its number i is the stream after i - 1
-    blocks, so our block i - 2. Raises BeitError for anything but four numbers.
+    blocks, so our block i - 2: their 5 is our 3. Raises BeitError for anything but four numbers.
     """
     labels = label_names(config, where)
     told: dict[str, Any] = {"classes": labels}
@@ -145,7 +146,7 @@ def told_of_heads(config: Mapping[str, Any], depth: int, where: str | Path) -> d
     if theirs:
         if len(theirs) != 4 or not all(isinstance(i, int) for i in theirs):
             raise BeitError(f"{where} has out_indices {theirs!r}; a segmentation reads four blocks")
-        states = [(i - 1) % (depth + 1) for i in theirs]  # as a list of Python's is indexed
+        states = [(i - 1) % (depth + 1) for i in theirs]  # -1 is the last, as in Python
         told["out_indices"] = tuple(state - 1 for state in states)
     return told
 
@@ -182,6 +183,7 @@ def hf_preprocessing(
 # %% ../nbs/45_classifier.ipynb #mean-std
 def _color(levels: Any, where: str | Path, channels: int) -> tuple[float, ...]:
     "A number for red, green and blue, or for each of other channels. Raises BeitError otherwise."
+    # a network of one channel gets three equal colours, and averages them (`PatchEmbed`)
     wanted = 3 if channels == 1 else channels
     if isinstance(levels, list) and len(levels) == channels == 1:
         levels = 3 * levels
@@ -227,14 +229,17 @@ def read_preprocessing(folder: Path, img_size: int, in_chans: int = 3) -> tuple:
     if not steps.get("do_center_crop"):
         edge = img_size
     if not isinstance(edge, int) or not 1 <= edge / img_size <= 20:
-        raise BeitError(f"{path} cuts out a centre of a picture of size {size!r}")
+        raise BeitError(
+            f"{path} resizes to {size!r}; for a network of {img_size} pixels a whole number from "
+            f"{img_size} to {20 * img_size} is needed"
+        )
     mode = "center" if "shortest_edge" in sizes else "squash"
     number = steps.get("resample")
-    how = PIL_NAMES.get(number if isinstance(number, int) else 3, "bicubic")
+    interpolation = PIL_NAMES.get(number if isinstance(number, int) else 3, "bicubic")
     crop_pct = img_size / edge
     if int(img_size / crop_pct) < edge:  # 224 / (224 / 375) is less than 375
         crop_pct = nextafter(crop_pct, 0)
-    return mean_std, ScoredView(img_size, crop_pct, mode, how)
+    return mean_std, ScoredView(img_size, crop_pct, mode, interpolation)
 
 # %% ../nbs/45_classifier.ipynb #timm-preprocessing
 def timm_preprocessing(config: Mapping[str, Any], img_size: int, in_chans: int, where) -> tuple:
@@ -257,9 +262,9 @@ def timm_preprocessing(config: Mapping[str, Any], img_size: int, in_chans: int, 
             f"{where} prepares pictures with crop_pct {crop_pct!r}, crop_mode {mode!r} and std "
             f"{std}; a share from 0.05 to 1, center or squash, and stds above 0 are needed"
         )
-    how = steps.get("interpolation", "bicubic")
-    how = how if how in PIL_NAMES.values() else "bicubic"
-    return (mean, std), ScoredView(img_size, crop_pct, mode, how)
+    named = steps.get("interpolation")
+    interpolation = named if named in PIL_NAMES.values() else "bicubic"
+    return (mean, std), ScoredView(img_size, crop_pct, mode, interpolation)
 
 # %% ../nbs/45_classifier.ipynb #recorded
 def recorded_mean_std(config: Mapping[str, Any], channels: int) -> tuple | None:
