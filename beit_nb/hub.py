@@ -75,10 +75,10 @@ def hf_config(
     classes: Sequence[str] = (),  # names of a classifier's classes
     known: Mapping[str, Any] | None = None,  # arguments of the network that tensors do not tell
 ) -> dict:
-    """The config.json of a network, for transformers' `BeitConfig`; nothing is left to defaults.
+    """The config.json of a network, for transformers' `BeitConfig`, whose defaults are not BEiT's.
 
-    Raises BeitError for a network without a head that transformers has, or with another number of
-    classes.
+    Raises BeitError for a network without a head for classes or visual tokens, and where `classes`
+    are not as many as the head has.
     """
     is_mim = "lm_head.weight" in state
     if not is_mim and "head.weight" not in state:
@@ -153,7 +153,7 @@ def write_hf_folder(
     crop_pct: float = 1.0,
     known: Mapping[str, Any] | None = None,  # as for `hf_config`
     about: Mapping[str, Any] | None = None,  # as for `model_card`
-    how: Sequence[str] = ("center", "bicubic"),  # as for `hf_preprocessing`
+    how: Sequence[str] = ("center", "bicubic"),  # crop_mode and interpolation
 ) -> Path:
     """A network as a folder that transformers' `from_pretrained` reads; returns the folder.
 
