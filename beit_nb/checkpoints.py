@@ -51,7 +51,8 @@ from beit_nb.resizing import (
 from .transformer import Block
 from .vit import VisionTransformer
 
-_all_ = ["load_backbone", "resize_pos_embed", "resize_rel_pos_bias"]  # handed on, in __all__
+# nbdev adds these to __all__: other modules import them from here
+_all_ = ["load_backbone", "resize_pos_embed", "resize_rel_pos_bias"]
 
 # %% ../nbs/49_checkpoints.ipynb #weights-of-run
 # what a recipe says of its network: the shape, and how it starts
@@ -75,7 +76,7 @@ def weights_of_run(checkpoint: Mapping[str, Any], ema: bool = False) -> Weights:
         raise BeitError(f"these weights come from `beit {command}` and are no BEiT")
     recipe = from_config(checkpoint["config"])
     state = kept_mean(checkpoint) if ema else checkpoint.get("model", {})
-    if recipe.depth > len(state):  # before a model of so many blocks is built, if only on meta
+    if recipe.depth > len(state):  # damaged: refused before a million blocks are built
         raise BeitError(f"{len(state)} tensors are too few for {recipe.depth} blocks")
     around = {name: x for name, x in state.items() if AROUND.match(name)}
     state = {name: x for name, x in state.items() if name not in around}
@@ -98,7 +99,7 @@ def weights_of_run(checkpoint: Mapping[str, Any], ema: bool = False) -> Weights:
 
 # %% ../nbs/49_checkpoints.ipynb #weights-of-content
 def is_of_hugging_face(folder: Path) -> bool:
-    "Has this folder a config.json that names a type of model, or weights under its names?"
+    "Is this a folder of Hugging Face's (or timm's), by its config.json or its files of weights?"
     config = folder / "config.json"
     told = config.is_file() and "model_type" in read_json(config)
     return told or any((folder / name).is_file() for name in WEIGHTS)
@@ -196,7 +197,7 @@ def load_weights(
     if is_of_hugging_face(path):
         if ema:
             raise BeitError(f"{path} is Hugging Face's, which knows no running mean; no --ema")
-        return read_hf_folder(path)
+        return read_hf_folder(path)  # which reads a folder of timm's, too
     if path.is_dir():
         warn_unfinished(path)
         return weights_of_content(load_run(path), path, ema)
@@ -215,7 +216,7 @@ def load_pretrained(kind: type[Network], source, **changes) -> Network:
     """
     weights = load_weights(source)
     args = args_for(kind, weights, **changes)
-    if args == weights.args:
+    if args == weights.args:  # nothing is changed, so nothing may be missing
         check_whole(weights.state, args, weights.source, kind)
     model = kind(**args)
     fresh = load_backbone(model, weights.state, weights.grid)

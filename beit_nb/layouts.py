@@ -101,7 +101,9 @@ def unwrap(state: Mapping[str, Tensor], ema: bool = False) -> dict[str, Tensor]:
     fronts |= {f"{front}beit." for front in fronts if f"{front}beit.{official}" in state}
     if not fronts:
         some = ", ".join(sorted(state)[:3]) or "nothing"
-        raise BeitError(f"these {len(state)} tensors are no BEiT ({some} ...)")
+        more = " ..." if len(state) > 3 else ""
+        those = "this tensor is" if len(state) == 1 else f"these {len(state)} tensors are"
+        raise BeitError(f"{those} no BEiT ({some}{more})")
     if ema and not any("ema" in front for front in fronts):
         raise BeitError("there is no running mean of the weights in it; leave --ema out")
     fronts = {front for front in fronts if not ema or "ema" in front}

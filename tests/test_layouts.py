@@ -122,10 +122,17 @@ def test_index_buffers_are_dropped():
     assert same(to_official(own | {index: torch.zeros(17, 17)}), own)
 
 
-@pytest.mark.parametrize("strange", ({}, {"encoder.weight": torch.zeros(3)}))
-def test_what_is_no_beit_is_refused(strange):
-    with pytest.raises(BeitError, match="are no BEiT"):
-        to_official(strange)
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        ("", r"these 0 tensors are no BEiT \(nothing\)$"),
+        ("a", r"this tensor is no BEiT \(a\)$"),
+        ("abcd", r"these 4 tensors are no BEiT \(a, b, c ...\)$"),
+    ],
+)
+def test_what_is_no_beit_is_refused(names, words):
+    with pytest.raises(BeitError, match=words):
+        to_official(dict.fromkeys(names, torch.zeros(3)))
 
 
 def test_a_plain_vit_is_called_so():

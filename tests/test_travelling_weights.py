@@ -175,7 +175,7 @@ def test_a_pre_training_becomes_a_classifier_of_larger_pictures(capfd):
     [
         (BeitForImageClassification, lambda: masked("shared"), "say num_classes="),
         (BeitForMaskedImageModeling, lambda: classifier("per block"), "say vocab_size="),
-        (BeitForImageClassification, lambda: {"a.weight": torch.zeros(2)}, "are no BEiT"),
+        (BeitForImageClassification, lambda: {"a.weight": torch.zeros(2)}, "tensor is no BEiT"),
     ],
 )
 def test_what_cannot_be_is_said_in_one_line(kind, source, words):
