@@ -100,7 +100,7 @@ def load_init(r: FinetuneRecipe) -> Weights | None:
 
 
 def head_for(weights: Weights, classes: Sequence[str]) -> Weights:
-    """The weights, without their head if its classes are as many as `classes` and others.
+    """The weights, without their head if it knows as many classes, but others or in another order.
 
     A head for another number of classes is left behind when the weights are loaded.
     """
@@ -170,15 +170,15 @@ def evaluate_classifier(
 def running_mean(model: nn.Module, decay: float) -> Ema:
     "The mean of a model's weights over the steps to come, on the device, from these weights on."
     ema = Ema(model.to(default_device()), decay)
-    ema.update(model)
+    ema.update(model)  # the first update copies the weights
     return ema
 
 # %% ../nbs/50_finetuning.ipynb #evaluate-callback
 class EvaluateCallback:
     """A callback: scores the model on held-out pictures every so many steps, and at the end.
 
-    With a running mean of the weights it scores that too. A rehearsal tries it on some of the
-    pictures; that is no figure of the run.
+    With a running mean of the weights it scores that too. With --dry-run it is tried on 64
+    pictures, and that score is thrown away.
     """
 
     def __init__(
@@ -225,8 +225,8 @@ class EvaluateCallback:
 def measure_mean_std(pictures: ImageDataset, most: int = 1000) -> list[list[float]]:
     """[means, standard deviations] of all channels of a set, where 0 is black and 1 white.
 
-    Of at most so many pictures, spread over the set, each as it is stored and all with one vote. A
-    channel that is everywhere the same gets 1. Raises BeitError where no picture can be read.
+    Of at most so many pictures, spread over the set; every picture counts alike, whatever its size.
+    A channel that is everywhere the same gets 1. Raises BeitError where no picture can be read.
     """
     moments = []
     for i in range(0, len(pictures), ceil(len(pictures) / most)):
@@ -245,8 +245,8 @@ def mean_std_of_run(
 ) -> Sequence[Sequence[float]]:
     """(mean, std) of every channel as the run in `out` normalises its training pictures.
 
-    Of one or three as the recipe names it. Of bands as `init` saw them, else measured; recorded in
-    `out`, where a run that goes on finds them.
+    For one or three channels: as the recipe names it. For bands: as `init` saw them, else measured,
+    and recorded in `out`, where a run that goes on finds them.
     """
     if r.in_chans in (1, 3):
         return mean_std_for(r.mean_std, r.in_chans)
@@ -301,7 +301,7 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
         held_out = open_data(r.data, r.split, True, r.in_chans)
         scored_on = picture_records(held_out)
         record_inputs(out, r, {"data": picture_records(pictures)})
-        # a curve is of one set; a finished run may be scored on another
+        # while a run goes on, its held-out pictures may not change; afterwards they may
         record_inputs(out, r, {"split": scored_on}, redo=read_metrics(out) is not None)
         labels = labels_in(pictures)
         ids = sample_labels(labels, r.labels_per_class, r.seed)
@@ -344,6 +344,7 @@ def finetune(r: FinetuneRecipe, quiet: bool = False) -> dict:
             )
         evaluate = EvaluateCallback(r, held_out, r.eval_every or length.per_epoch, ema, looks)
         loss = FinetuneLoss(r, len(classes), size, looks)
+        # a finished run has no step left, so here it is only scored
         fit(trainer, loader, loss, [evaluate], [evaluate.follow])
         metrics = last_scores(r, trainer, scored_on, again=metrics is not None)
         return write_metrics(out, metrics, trainer.finished)
