@@ -53,10 +53,10 @@ class WholePicture:
 # %% ../nbs/52_probing.ipynb #block-features
 def block_features(
     model: VisionTransformer,
-    images: Tensor,  # (N, C, H, W) uint8, or floats around [0, 1]
+    images: Tensor,  # (n, C, H, W) uint8, or floats around [0, 1]
     mean_std=BEIT_MEAN_STD,  # the normalisation it was trained with
     chunk: int = 256,  # pictures at once
-) -> np.ndarray:  # (depth, N, D)
+) -> np.ndarray:  # (depth, n, D)
     "The mean patch token after every block (paper, App. D), in the device's best precision."
     both = pooled_features(model, images, mean_std, chunk)
     return both[POOLINGS.index("mean")]
@@ -102,7 +102,7 @@ def probe_networks(
 
 # %% ../nbs/52_probing.ipynb #all-features
 def raw_pixels(images: Tensor) -> np.ndarray:
-    "Images (N, C, H, W) as stored to (1, N, D), averaged down to 32x32 where they are larger."
+    "Images (n, C, H, W) as stored to (1, n, D), averaged down to 32x32 where they are larger."
     height, width = images.shape[-2:]
     x = F.adaptive_avg_pool2d(to_float(images), (min(32, height), min(32, width)))
     return x.flatten(1).numpy()[None]
@@ -116,9 +116,9 @@ def all_features(
     batch_size: int = 256,
     workers: int = 0,  # processes that load
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """What every arm makes of the pictures: name -> (..., N, D).
+    """What every arm makes of the pictures: name -> (..., n, D).
 
-    And the numbers (N,) of those that were seen.
+    And the numbers (n,) of those that were seen.
     """
     features: dict[str, list[np.ndarray]] = {name: [] for name in arms}
     seen = []
@@ -179,7 +179,7 @@ def neighbours_line(arm: dict) -> str:
     "One short line about the neighbours and the rank of an examined arm."
     parts = []
     for pooling, found in arm["knn"].items():
-        near = found["given"]
+        near = found["given"]  # with the recipe's k; under "chosen" is the k that val chose
         spread = arm["rank"][pooling]["rankme"][near["layer"] - 1]
         parts.append(f"{pooling} {near['mean']:.3f} (block {near['layer']}, rank {spread:.0f})")
     return f"  {near['k']}-NN: " + ", ".join(parts)
