@@ -67,11 +67,12 @@ def check_scored_memory(args: Mapping[str, Any], img_size: int, at_once: int) ->
     """
     have = machine_memory()
     rows = (img_size // args["patch_size"]) ** 2 + 1
-    widest = rows * args["embed_dim"] * (1 + args["mlp_ratio"])
+    widest = rows * args["embed_dim"] * (1 + args["mlp_ratio"])  # what goes in and comes out
     pairs = args["num_heads"] * rows**2
+    # three colours, each 1 byte as stored and 4 as a float; layers at least in half precision
     a_picture = 5 * 3 * img_size**2 + 2 * widest
     if not kernels_for(default_device()).fused_attention:
-        a_picture += 2 * 2 * pairs  # scores and their softmax, at least in half precision
+        a_picture += 2 * 2 * pairs  # scores and their softmax
     need = at_once * a_picture
     if args["use_rel_pos_bias"] or args["use_shared_rel_pos_bias"]:
         need += 2 * 4 * pairs
@@ -104,8 +105,8 @@ def standard_error(accuracy: float, pictures: int) -> float:
 def wilson_interval(right: int, pictures: int, z: float = 1.96) -> tuple[float, float]:
     """Where the share of right answers among all such pictures lies, in 95 of 100 cases.
 
-    Of that many seen pictures so many were right (Wilson, 1927). `z`: the same for other shares, in
-    standard errors.
+    `right` answers of `pictures` were right (Wilson, 1927). `z`: half the width in standard errors;
+    1.96 is for 95 %.
     """
     p = right / pictures
     z2 = z**2 / pictures
