@@ -144,7 +144,10 @@ class BaseDiscreteVAE(nn.Module):
         return self.logits(images).argmax(1)
 
     def indices_at(self, images: Tensor, masked_index: Tensor) -> Tensor:
-        "The ids (n,) of the cells `masked_index` (n,), counted over the whole batch."
+        """The ids (n,) of the cells `masked_index` (n,), counted over the whole batch.
+
+        They are the targets of hidden patches. A subclass may compute only these.
+        """
         return self.get_codebook_indices(images).flatten()[masked_index]
 
     def decode(self, ids: Tensor) -> Tensor:
