@@ -158,12 +158,12 @@ def choice_products(r: TokenizerShape) -> list[MatMul]:
     if r.quantizer == "vq":
         return [MatMul("scores", cells, D, V, learned=False, gradients=0)]
     if r.quantizer in ("fsq", "lfq"):
-        few = bits if r.quantizer == "lfq" else -(-bits // 3)  # of 8 levels, the last of 4
+        few = bits if r.quantizer == "lfq" else -(-bits // 3)  # of 8 or 4 levels: `fsq_levels`
         down = MatMul("narrow", cells, D, few, extra_parameters=few)
         return [down, MatMul("widen", cells, few, D, extra_parameters=D)]
     if r.logits == "linear":
         return [conv_matmul("scores", r.img_size // r.downsample, 1, D, V)]
-    # distances to the codebook, which the decoder counts; and one scale
+    # distances to the codebook, whose parameters are counted with the decoder; a learnt scale
     return [MatMul("scores", cells, D, V, learned=False, extra_parameters=1)]
 
 
