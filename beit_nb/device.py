@@ -17,9 +17,9 @@ class KernelChoice(NamedTuple):
     """How to compute on one kind of device; no choice changes what is computed, only rounding.
 
     `fused_attention`: attention by one kernel that never writes the scores (B, heads, N, N), or by
-    two plain products. `skip_dropped`: do not compute the samples that drop path drops; to know how
-    many are left, the processor has to wait for the device. `tokenizer`: number type for the
-    convolutions of DALL-E's blocks; None keeps fp32.
+    two plain products. `skip_dropped`: compute only the samples that drop path keeps. (On a GPU
+    this costs more than it saves, because the processor must wait to learn how many they are.)
+    `tokenizer`: number type for the convolutions of DALL-E's blocks; None keeps fp32.
     """
 
     fused_attention: bool
@@ -52,6 +52,7 @@ def set_matmul_precision(device: str | torch.device, width: int) -> str:
     bf16 or tf32 products, so there it stays off; small matrices lose by it.
     """
     on_cpu = torch.device(device).type == "cpu"
+    # if torch cannot say, take the side that leaves fp32 as it is
     wide_vectors = _cpu_has("avx512", unknown=False)
     has_amx = _cpu_has("amx_tile", unknown=True)
     medium = on_cpu and wide_vectors and not has_amx and width >= 512
