@@ -51,7 +51,7 @@ def _levels_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
     if image.mode == "F":  # three habits: white is at 1, at 255 or at 65,535
         whites = [1, 255, 65535]
     elif bits == 32:
-        whites = [65535]  # a habit, too
+        whites = [65535]  # many programs write 16-bit levels into 32 bits
     full = 65535 if image.mode == "F" else 2 ** (bits - signed) - 1
     white = next((white for white in whites if brightest <= white), full)
     if fields.get(262) == 0:  # 0 is white
@@ -77,7 +77,17 @@ def _deep_gray_to_8_bit(image: Image.Image) -> tuple[Image.Image, list[str]]:
     return Image.fromarray(levels.round(out=levels).astype(np.uint8)), remarks
 
 # %% ../../nbs/18_engine_decoding.ipynb #open-upright
-TURNS = [None, None, *(Image.Transpose(turn) for turn in (0, 3, 1, 5, 4, 6, 2))]  # by orientation
+TURNS = [  # by orientation
+    None,  # none has the number 0
+    None,
+    Image.Transpose.FLIP_LEFT_RIGHT,
+    Image.Transpose.ROTATE_180,
+    Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+]
 
 
 def _on_white(image: Image.Image, file: bytes) -> Image.Image:
