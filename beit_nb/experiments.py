@@ -221,7 +221,8 @@ def study_folder(study: Study, out: str | Path) -> Path:
     "The folder of a study, made; raises BeitError where another study lies there."
     out = make_folder(out)
     make_folder(out / "runs")
-    there = read_record(out).get("study", {})
+    kept = read_record(out).get("study")
+    there = kept if isinstance(kept, dict) else {}  # somebody may have edited the file
     ours = _plain(study)
     if other := [k for k in ("name", "scale", "stages") if there and there.get(k) != ours[k]]:
         scale = f" at {there['scale']}" if there.get("scale") else ""
