@@ -65,8 +65,8 @@ def measured(record: Mapping[str, Any]) -> dict[str, list[dict]]:
 
 
 def _name_and_seeds(record: Mapping[str, Any]) -> str:
-    study = record["study"]
-    return f"{study['name']} at {study['scale']}, {len(record['seeds'])} seeds"
+    study, seeds = record["study"], len(record["seeds"])
+    return f"{study['name']} at {study['scale']}, {seeds} seed{'' if seeds == 1 else 's'}"
 
 
 def summary_lines(record: Mapping[str, Any]) -> list[str]:
