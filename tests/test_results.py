@@ -137,6 +137,11 @@ def test_the_study_in_the_readme():
     rows = [r for r in heads["summary"] if r["arm"].endswith("400, pre-trained")]
     quoted = " / ".join(summary_cells(row)["difference [95 %]"] for row in rows)
     assert quoted in readme and quoted.count("[") == 3
+    [targets] = [r for r in kept_studies() if r["study"]["name"] == "targets"]
+    asked = ("LFQ", "VQ-VAE", "k-means", "dVAE", "random hash", "pixels")
+    tuned = {r["arm"]: r for r in targets["summary"] if r["measure"] == "fine-tuning"}
+    quoted = " / ".join(summary_cells(tuned[arm])["fine-tuning"] for arm in asked)
+    assert f"| {quoted} % |" in readme
 
 
 def test_some_of_the_report():
