@@ -151,10 +151,13 @@ def check_body(own: dict, weights: dict) -> None:
 
 # %% ../nbs/47_resizing.ipynb #load-backbone
 def _other_shape(name: str, there: Tensor, here: Tensor) -> BeitError:
-    "The refusal of a tensor of another shape."
+    "The refusal of a tensor of another shape; it names the field that decides about that."
+    fields = {"cls_token": "embed_dim", "patch_embed": "patch_size"}
+    fields |= {".mlp.": "mlp_ratio", BIAS_TABLE: "num_heads"}
+    field = next((fields[part] for part in fields if part in name), "the recipe's shape")
     return BeitError(
         f"{name} has shape {tuple(there.shape)} in the checkpoint, but {tuple(here.shape)} is "
-        "needed; the recipe's shape must be the checkpoint's"
+        f"needed; {field} must be the checkpoint's"
     )
 
 
@@ -200,7 +203,7 @@ class Weights(NamedTuple):
     "A trained network, whoever wrote its file."
 
     state: dict[str, Tensor]  # official names, which are ours
-    args: dict[str, Any]  # of the class that `class_of` says
+    args: dict[str, Any]  # of the network's class, which `class_of` finds by them
     classes: list[str]  # [] where they have no names
     mean_std: Sequence[Sequence[float]]  # for `normalize`
     view: ScoredView  # what the network sees of a picture when it is scored
@@ -209,7 +212,8 @@ class Weights(NamedTuple):
     precision: str = "auto"  # in which its training scored it
     data: str = ""  # on which pictures, where that is told
     around: Mapping[str, Tensor] = {}  # what a segmentation has around its BEiT, in its own names
-    told: Mapping[str, Any] = {}  # if told: classes, out_indices, targets
+    # what the file says besides: classes of pixels, blocks that a head reads, what is guessed
+    told: Mapping[str, Any] = {}  # keys: classes, out_indices, targets
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -280,7 +284,7 @@ def args_for(kind: type[VisionTransformer], weights: Weights, **changes) -> dict
 
 # %% ../nbs/47_resizing.ipynb #check-finite
 def check_finite(state: Mapping[str, Tensor], init: str) -> None:
-    "Raise BeitError where a number of the weights is none: a training on them can only fail."
+    "Raise BeitError where some weights are not finite: a training on them can only fail."
     if broken := [name for name, x in state.items() if not x.isfinite().all()]:
         raise BeitError(
             f"the weights in {init} are broken, with numbers that are not finite ({few(broken)}); "

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from beit_nb import BeitError
-from beit_nb.resizing import resize_pos_embed, resize_rel_pos_bias
+from beit_nb.mim import BeitForMaskedImageModeling
+from beit_nb.resizing import load_backbone, resize_pos_embed, resize_rel_pos_bias
 
 
 @pytest.mark.parametrize("grid", [(6, 6), (8, 8), (12, 12), (10, 7), (3, 24)])
@@ -54,3 +55,18 @@ def test_bad_input_is_named_in_one_line(work, words):
     with pytest.raises(BeitError, match=words) as e:
         work()
     assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [dict(embed_dim=16), dict(patch_size=2), dict(mlp_ratio=2.0), dict(num_heads=2)],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_tensor_of_another_shape_names_its_field(other):
+    size = dict(img_size=16, patch_size=4, embed_dim=32, depth=1, num_heads=4, vocab_size=8)
+    size |= dict(use_abs_pos_emb=False, use_rel_pos_bias=True)
+    weights = BeitForMaskedImageModeling(**size).state_dict()
+    model = BeitForMaskedImageModeling(**size | other)
+    [field] = other
+    with pytest.raises(BeitError, match=f"has shape .* is needed; {field} must be the checkpoint"):
+        load_backbone(model, weights, (4, 4))
