@@ -75,6 +75,19 @@ def test_classes_and_few_labels(mixed, tmp_path):
     assert dataset_size(replace(r, labels_per_class=3)) == (6, 2)
 
 
+def test_pictures_with_label_maps_count_as_a_segmentation_reads_them(tmp_path):
+    for kind in ("images", "masks"):
+        folder = tmp_path / kind / "train"
+        folder.mkdir(parents=True)
+        for i in range(3):
+            Image.new("L", (8, 8), i).save(folder / f"{i}.png")
+    r = replace(recipe_named("segment", "nano"), data=str(tmp_path), labelled=None)
+
+    assert folder_size(r) == dataset_size(r) == (3, 3)
+    assert dataset_size(replace(r, reduce_zero_label=True)) == (3, 2)
+    assert dataset_size(replace(r, labelled=2)) == (2, 3)
+
+
 @pytest.mark.parametrize("name", ["digits", "photos"])
 def test_embedded_sets_are_as_large_as_the_table_says(name):
     assert dataset_size(replace(NANO, data=name))[0] == len(open_data(name))

@@ -28,9 +28,14 @@ from .flops import flops_per_image, model_products
 def folder_size(r: Run) -> tuple[int, int]:
     "Pictures and classes of a recipe's folder, of pictures or tar shards, as its training sees it."
     from beit_nb.data import open_data  # imports torch: only who counts waits for it
+    from beit_nb.label_maps import open_label_maps
 
+    if isinstance(r, SegmentRecipe):
+        maps = open_label_maps(r.data, "train", r.reduce_zero_label)
+        return len(maps), len(maps.classes)
     channels = getattr(r, "in_chans", 3)
     pictures = open_data(r.data, labels=isinstance(r, FinetuneRecipe), channels=channels)
+    # no labels: the head of ImageNet-1K is assumed
     return len(pictures), len(pictures.classes) or 1000
 
 
