@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from beit_nb import BeitError
+from beit_nb.layouts import to_official
 from beit_nb.mim import masked_indices
 from beit_nb.recipes import recipe_named
 from beit_nb.scale import bench_step as b
@@ -58,18 +59,38 @@ def test_a_step_learns(name, mode, precision_restored):
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_ours_and_the_official_style_have_the_same_targets_and_loss(precision_restored):
-    official, ours = made("official"), made("ours")
-    ours.patch_view, ours.token_view = official.patch_view, official.token_view
+def test_all_get_the_same_pictures_mask_and_tokenizer():
+    official, ours, theirs = made("official"), made("ours"), made("hf")
+
+    for s in (ours, theirs):
+        for name in ("patch_view", "token_view", "mask"):
+            assert torch.equal(getattr(s, name), getattr(official, name))
+        for mine, other in zip(s.encoder.parameters(), official.encoder.parameters()):
+            assert torch.equal(mine, other)
+
+
+def test_with_the_same_weights_all_have_the_same_targets_and_loss(precision_restored):
+    official, ours, theirs = made("official"), made("ours"), made("hf")
+    weights = to_official(theirs.model.state_dict())
+    for model in (official.model.model, ours.model):
+        assert not model.load_state_dict(weights, strict=False).unexpected_keys
     found = []
-    for s in (official, ours):
+    for s in (official, ours, theirs):
         s.model.eval()  # no drop path
         mask, masked_index = masks_on_device(s.mask, s.device)
         targets = s.targets(mask, masked_index)
         found.append((targets, s.loss(mask, masked_index, targets)))
 
-    assert torch.equal(found[0][0], found[1][0]) and len(found[0][0]) == official.mask.sum()
-    torch.testing.assert_close(found[1][1], found[0][1], atol=1e-5, rtol=1e-5)
+    assert len(found[0][0]) == official.mask.sum()
+    for targets, loss in found[1:]:
+        assert torch.equal(targets, found[0][0])
+        torch.testing.assert_close(loss, found[0][1], atol=1e-5, rtol=1e-5)
+
+
+def test_only_ours_changes_the_tokenizer_in_bf16_all():
+    made_so = [made(name, "bf16 all").tokenizer_dtype for name in ("official", "ours")]
+
+    assert made_so == [None, torch.bfloat16]
 
 
 def test_modes_share_a_model_and_change_the_tokenizer():

@@ -43,7 +43,8 @@ class OfficialStep:
     """One step of pre-training in the order of the official code, tokenizer included.
 
     `set_mode` says how it is computed: "fp32", "bf16" (the model under autocast), "bf16 all" (the
-    tokenizer too) or "bf16 compiled". With a `clock`, each stage's times are noted in `times`.
+    tokenizer too; ours only) or "bf16 compiled". With a `clock`, each stage's times are noted in
+    `times`.
     """
 
     def __init__(
@@ -53,12 +54,13 @@ class OfficialStep:
         device: str | torch.device = "cpu",
         clock: Callable[[], float] | None = None,
     ):
-        torch.manual_seed(0)
         self.device = torch.device(device)
         self.clock = clock
+        torch.manual_seed(0)
         self.model: Any = self.build_model(shape).to(device).train()  # perhaps compiled later
         self.optimizer = self.build_optimizer()
-        width = 256 if shape == BASE_SHAPE else 16
+        torch.manual_seed(1)  # the same tokenizer and pictures, whatever the model drew
+        width = 256 if shape == BASE_SHAPE else 16  # of DALL-E's encoder; narrow for trying out
         encoder = DalleEncoder(n_hid=width, vocab_size=shape["vocab_size"])
         self.encoder = encoder.requires_grad_(False).to(device)
         self.patch_view, self.token_view, self.mask = draw_batch(shape, batch, device)
@@ -74,8 +76,6 @@ class OfficialStep:
         self.mode = mode
         self.times: dict[str, list[float]] = {}
         self.tokenizer_dtype = kernels_for(self.device).tokenizer
-        if mode == "bf16 all":
-            self.tokenizer_dtype = torch.bfloat16
         if mode == "bf16 compiled":
             self.model = torch.compile(self.model)
 
@@ -106,6 +106,8 @@ class OurStep(OfficialStep):
 
     def set_mode(self, mode: str) -> None:
         super().set_mode(mode)
+        if mode == "bf16 all":
+            self.tokenizer_dtype = torch.bfloat16
         half = self.tokenizer_dtype is not None
         encoder = copy.deepcopy(self.encoder) if half else self.encoder
         self.dvae = optimize_for_inference(DalleVAE(encoder), self.tokenizer_dtype)
