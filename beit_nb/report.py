@@ -205,15 +205,15 @@ def is_arm(arm: Any) -> bool:
 
 
 def probe_pictures(out: Path, recipe: ProbeRecipe, metrics: dict) -> Pictures:
-    "What a straight line reads from every block, the neighbours, and the effective ranks."
+    "What a linear classifier reads from every block, the neighbours, and the effective ranks."
     if "pretrained" not in metrics:
         return []
     arms: list[Any] = [metrics.get(name) for name in ("pretrained", "random", "pixels")]
     if not all(map(is_arm, arms)) or len({len(arm["layers"]) for arm in arms[:2]}) > 1:
         raise BeitError(f"the figures in {out}/metrics.json are not those of a probe")
     line = (
-        "What a straight line can read from each block; the random network and the raw pixels "
-        "show how much of it was learnt."
+        "What a linear classifier can read from each block; the random network and the raw "
+        "pixels show how much of it was learnt."
     )
     near = (
         f"The nearest neighbours of each block, with k = {recipe.knn_k} at temperature "
@@ -233,7 +233,7 @@ def figures_html(metrics: dict) -> tuple[list[Html], list[Html]]:
     for name, value in metrics.items():
         if isinstance(value, dict):
             shown = {k: value[k] for k in ("mean", "std", "layer") if k in value}
-            arms.append({"features": name} | shown)
+            arms.append({"arm": name} | shown)
         elif isinstance(value, (int, float, str)) and name != "finished":
             plain.append({"figure": name, "value": value})
     return (
