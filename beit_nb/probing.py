@@ -247,10 +247,9 @@ def probe(r: ProbeRecipe, quiet: bool = False) -> dict:
             best = examine_arm(train, held_out, rows, r)
             result[name] = best
             if not quiet and rank() == 0:
-                say(
-                    f"{name}: {best['mean']:.3f} ± {best['std']:.3f} "
-                    f"(best of {len(best['layers'])}: {best['layer']})"
-                )
+                blocks = len(best["layers"])
+                which = f" (block {best['layer']}, the best of {blocks})" if blocks > 1 else ""
+                say(f"{name}: {best['mean']:.3f} ± {best['std']:.3f}{which}")
                 say(neighbours_line(best))
         return write_metrics(out, {"labels": len(draws[0]), "split": r.split, **result})
 
