@@ -262,7 +262,7 @@ def timm_preprocessing(config: Mapping[str, Any], img_size: int, in_chans: int, 
             f"{where} prepares pictures with crop_pct {crop_pct!r}, crop_mode {mode!r} and std "
             f"{std}; a share from 0.05 to 1, center or squash, and stds above 0 are needed"
         )
-    named = steps.get("interpolation")
+    named = str(steps.get("interpolation"))
     interpolation = named if named in PIL_NAMES.values() else "bicubic"
     return (mean, std), ScoredView(img_size, crop_pct, mode, interpolation)
 
