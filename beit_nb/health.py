@@ -37,7 +37,7 @@ def columns_of(rows: list[dict], names: dict[str, str] | None = None) -> dict[st
 class RunCourse:
     "What is known of a training: its log in columns, and what to read them with."
 
-    command: str  # "pretrain", "tokenizer" or "finetune"
+    command: str  # of any training, such as "pretrain"
     columns: dict[str, Column]
     config: dict = field(default_factory=dict)  # its recipe; empty: nobody knows
     unit: str = "step"  # of the columns; of an official log "epoch"
@@ -163,7 +163,10 @@ def check_masks(course: RunCourse) -> list[Finding]:
 
 # %% ../nbs/85_health.ipynb #check-alphabet
 def grade_perplexity(perplexity: float, vocab_size: int) -> Grade:
-    "How an alphabet is used; limits of ours: below 2 % of it, look; below half a percent, broken."
+    """How an alphabet is used; the limits are ours.
+
+    Below 3 tokens or 2 % of it: look. Below 1.5 tokens or half a percent: broken.
+    """
     if perplexity < max(1.5, 0.005 * vocab_size):
         return "broken"
     if perplexity < max(3, 0.02 * vocab_size):
@@ -201,7 +204,8 @@ def check_alphabet(course: RunCourse) -> list[Finding]:
 def settled(course: RunCourse) -> bool:
     """Has the warm-up ended?
 
-    Eight lines of loss, five of them since the rate passed half its peak, and it rises no more.
+    Eight lines of loss, five of them since the rate passed half its peak, and the rate rises no
+    more.
     """
     rates = course.values("lr")
     n = len(course.values("loss"))
@@ -231,7 +235,8 @@ def check_loss(course: RunCourse) -> list[Finding]:
     rungs = rungs_of(course)
     top = rungs["ln V"]
     entropy = rungs.get("token frequencies", math.nan)
-    perplexity = math.exp(min(entropy, top))  # NaN where it is not known: no comparison holds
+    # no more than V; NaN where it is not known, and then no comparison below holds
+    perplexity = math.exp(min(entropy, top))
     if grade_perplexity(perplexity, course.config["vocab_size"]) != "fine":
         return [Finding("loss", "unknown", "so few tokens are in use that it says nothing")]
     place = rungs.get("frequencies by place", math.nan)
