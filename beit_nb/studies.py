@@ -38,7 +38,9 @@ SCALES: dict[str, tuple[dict[str, tuple[str, Fields]], tuple[Measure, ...]]] = {
         },
         (
             Measure("fine-tuning", "finetune", "accuracy"),
+            # mean over the draws of labels
             Measure("linear probe", "probe", "pretrained.mean"),
+            # k-NN on mean-pooled tokens, with the recipe's own k
             Measure("neighbours", "probe", "pretrained.knn.mean.given.mean"),
         ),
     ),
@@ -51,7 +53,7 @@ SCALES: dict[str, tuple[dict[str, tuple[str, Fields]], tuple[Measure, ...]]] = {
         (Measure("fine-tuning", "finetune", "accuracy"),),
     ),
 }
-SEGMENTATION = (Measure("segmentation", "segment", "mIoU"),)  # where the paper has it as well
+SEGMENTATION = (Measure("segmentation", "segment", "mIoU"),)  # in some studies only
 
 # %% ../nbs/86_studies.ipynb #add-study
 STUDIES: dict[str, dict[str, Study]] = {}  # name -> scale -> study
@@ -102,6 +104,7 @@ def block_arms(usual: int, sizes: tuple[int, ...]) -> tuple[Arm, ...]:
 
 HOW_MUCH = "How much of a picture should be hidden?"
 add_study("mask-ratio", "nano", HOW_MUCH, ratio_arms(64, 26))
+# the paper says "approximately 40 %" and hides 75, which are 38 %
 add_study("mask-ratio", "base-in1k", HOW_MUCH, ratio_arms(196, 75))
 HOW_LARGE = "In how large pieces should it be hidden?"
 add_study("block-size", "nano", HOW_LARGE, block_arms(4, (1, 2, 8, 16)))
@@ -143,11 +146,15 @@ LENGTHS = (
 )
 add_study("longer", "base-in1k", HOW_LONG, LENGTHS, "Table 4, last row", SEGMENTATION)
 HOW_MANY = "How many words should the alphabet have?"
+# at base-in1k: train a tokenizer on ImageNet, in the place of DALL-E's files
 OWN_WORDS: Any = {"tokenizer": ("imagenet", {}), "pretrain": ("base-in1k", {"epochs": 300})}
 add_study("vocabulary", "nano", HOW_MANY, word_arms(256, (16, 64, 1024)))
 add_study("vocabulary", "base-in1k", HOW_MANY, word_arms(8192, (512, 2048, 16384)), **OWN_WORDS)
 
 # %% ../nbs/86_studies.ipynb #label-studies
+NO_PRETRAINING = ("pretrain", "probe")  # stages left out: there are no features to probe
+
+
 def label_arms(
     labels: tuple[int, ...],  # a class; the first one is the base's
     lengths: dict[str, Fields],  # name -> fields that make a training longer
@@ -169,7 +176,6 @@ def label_arms(
     return tuple(arms)
 
 
-NO_PRETRAINING = ("pretrain", "probe")  # stages left out: there are no features to probe
 HOW_FEW = "For how few labels does pre-training pay, and does scratch only need longer?"
 TIMES: dict[str, Fields] = {f"{k} x": {"steps": 100 * k, "eval_every": 100 * k} for k in (4, 16)}
 TRIPLE: dict[str, Fields] = {"3 x": {"epochs": 300}}
@@ -178,6 +184,11 @@ add_study("labels", "nano", HOW_FEW, label_arms((20, 5, 100), TIMES))
 add_study("labels", "base-in1k", HOW_FEW, label_arms((128, 13), TRIPLE), "Table 2")
 
 # %% ../nbs/86_studies.ipynb #head-studies
+# stages left out where only a segmentation is measured, from scratch and pre-trained
+ONLY_SEGMENT = ("pretrain", "finetune", "probe")
+ONLY_SEGMENT_OF_PRETRAINED = ("finetune", "probe")
+
+
 def head_arms(
     labelled: tuple[int | None, ...],  # pictures; None: all
     heads: dict[str, tuple[Fields, Fields]],  # head -> what it needs pre-trained, and from scratch
@@ -197,15 +208,13 @@ def head_arms(
     return tuple(arms)
 
 
-# stages left out where only a segmentation is measured, from scratch and pre-trained
-ONLY_SEGMENT = ("pretrain", "finetune", "probe")
-ONLY_SEGMENT_OF_PRETRAINED = ("finetune", "probe")
 FEW_PIXELS = on_digits(steps=300, batch_size=16, eval_every=300, split="test")
 NANO_HEADS: dict[str, tuple[Fields, Fields]] = {  # rates: by validation digits
     "linear": ({"lr": 1e-2}, {"lr": 3e-3}),
     "setr_pup": ({"channels": 64, "lr": 2e-2}, {"channels": 64, "lr": 1e-2}),
     "upernet": ({"channels": 128, "lr": 1e-2}, {"channels": 128, "lr": 3e-3}),
 }
+# None: blocks 3, 5, 7 and 11, in the place of SETR-PUP's 4, 7, 9 and 11
 UPER: Fields = {"out_indices": None, "lr": 7e-4}
 BASE_HEADS: dict[str, tuple[Fields, Fields]] = {"setr_pup": ({}, {}), "upernet": (UPER, UPER)}
 WHICH_HEAD = "How much of a segmentation is the head, the body, and the labels?"
