@@ -30,7 +30,7 @@ from beit_nb.health import (
 
 # %% ../nbs/92_remedies.ipynb #check-others
 def check_codebook(course: RunCourse) -> list[Finding]:
-    "Of a tokenizer: how much of its alphabet is in use, and does it redraw anything?"
+    "Of a tokenizer: how much of its alphabet is in use; its error is told beside it."
     values = course.values("hard_perplexity")
     if not len(values):
         return [Finding("codebook", "unknown", "the log does not tell how much of it is in use")]
