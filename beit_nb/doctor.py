@@ -89,10 +89,9 @@ def wanted_rates(recipe: Run, steps: np.ndarray, total: int, per_epoch: int) -> 
 
 def add_wanted(columns: dict[str, Column], recipe: Run, total: int | None) -> None:
     "Put the learning rates that the recipe asks for beside those of the log."
-    # without epochs in the log: zeros, and nothing is added
-    steps, epochs = columns.get("epoch", (np.zeros(1),) * 2)
-    if total and "lr" in columns and epochs[0] > 0:
+    if total and "lr" in columns and "epoch" in columns:
         at = columns["lr"][0]
+        steps, epochs = columns["epoch"]
         per_epoch = round(steps[0] / epochs[0])
         columns["wanted_lr"] = at, wanted_rates(recipe, at, total, per_epoch)
 
@@ -250,7 +249,7 @@ def examine(path: str | Path, band: Band | None = None) -> Examination:
     """Judge a run of ours, finished or not, or a log of the official code.
 
     `band`: to compare with; None: the one of its recipe that comes with the package, if there is
-    one. Raises BeitError where there is no run.
+    one. Raises BeitError where there is no run, and for a band that cannot be compared with it.
     """
     course = open_course(path)
     asked = []
@@ -262,6 +261,9 @@ def examine(path: str | Path, band: Band | None = None) -> Examination:
             raise BeitError(f"{said}, and {path} a run of beit {course.command}; give another")
         if band and not course.recipe_lr:
             course.recipe_lr = band.config["lr"]
+    elif band:
+        said = f"{path} is a log of the official code, which counts epochs"
+        raise BeitError(f"{said}; a band counts steps: leave --band out")
     return Examination(str(path), course, findings_of(course, band, asked))
 
 # %% ../nbs/93_doctor.ipynb #consult

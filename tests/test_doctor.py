@@ -290,6 +290,8 @@ def test_refusals(top, tmp_path):
     refused("doctor", tmp_path / "log.txt", says="train_loss")
     refused("doctor", top / "seed-0", "--band", tmp_path / "no.json", says="no.json is no band")
     refused("doctor", top / "tok", "--band", tiny, says="beit pretrain")
+    (tmp_path / "log.txt").write_text(official(3))
+    refused("doctor", tmp_path, "--band", tiny, says="counts epochs; a band counts steps")
     refused("doctor", top / "seed-0", "--write-band", tmp_path / "b.json", says="three seeds")
     assert not (tmp_path / "b.json").exists()
 

@@ -397,7 +397,7 @@ def doctor() -> Drawing:
         132,
         92,
         "checks",
-        "numbers, schedule,\nloss, masks, tokens\n(lessons 85, 91)",
+        "numbers, schedule,\nloss, masks, tokens\n(lessons 85, 91 to 93)",
         ORANGE,
     )
     d.arrow(582, 126, 612, 126, color=ORANGE)
