@@ -132,7 +132,7 @@ def labelled_pair(maps: LabelMaps, picture: Image.Image | Tensor, i: int) -> tup
 class SegmentTransform:
     """A picture and its label map as training sees them: (3, S, S) and (S, S) uint8.
 
-    Resized, cut, mirrored, recolored and padded (mmsegmentation's pipeline of the official code).
+    Resized, cut, mirrored, recoloured and padded (mmsegmentation's pipeline of the official code).
     """
 
     def __init__(self, r: SegmentRecipe, maps: LabelMaps):
