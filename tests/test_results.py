@@ -127,7 +127,7 @@ def test_the_study_in_the_readme():
     [table5] = [r for r in kept_studies() if r["study"]["name"] == "table5"]
     both = next(r for r in table5["summary"] if r["arm"] == "+ LayerScale + relative bias")
     assert both["verdict"] == "contradicted"
-    assert f"| {summary_cells(both)['difference [95 %]']} (the paper: +0.4) |" in readme
+    assert f"| {summary_cells(both)['difference [95 %]']} | +0.4 |" in readme
     [labels] = [r for r in kept_studies() if r["study"]["name"] == "labels"]
     asked = ("20, pre-trained, 4 x", "20, scratch, 16 x")
     tuned = {r["arm"]: r for r in labels["summary"] if r["measure"] == "fine-tuning"}
@@ -137,6 +137,9 @@ def test_the_study_in_the_readme():
     rows = [r for r in heads["summary"] if r["arm"].endswith("400, pre-trained")]
     quoted = " / ".join(summary_cells(row)["difference [95 %]"] for row in rows)
     assert quoted in readme and quoted.count("[") == 3
+    [blocks] = [r for r in kept_studies() if r["study"]["name"] == "block-size"]
+    single = next(r for r in blocks["summary"] if r["arm"] == "single patches")
+    assert f"| {summary_cells(single)['difference [95 %]']} | -0.1 |" in readme
     [targets] = [r for r in kept_studies() if r["study"]["name"] == "targets"]
     asked = ("LFQ", "VQ-VAE", "k-means", "dVAE", "random hash", "pixels")
     tuned = {r["arm"]: r for r in targets["summary"] if r["measure"] == "fine-tuning"}
