@@ -228,7 +228,7 @@ def load_pretrained(kind: type[Network], source, **changes) -> Network:
 def weights_for(recipe: Any, fields: Sequence[str], of_pixels: bool = False) -> Weights:
     """The weights that a recipe names as its `init`, of any of these kinds.
 
-    `of_pixels`: a segmentation's heads are wanted, too; else they are left out, which is said.
+    `of_pixels`: a segmentation's heads are wanted, too; else they are left out, with a warning.
     Raises BeitError where one of these fields of its network differs from theirs, and where they
     are broken.
     """
