@@ -63,7 +63,7 @@ def build_classifier(r: FinetuneRecipe, num_classes: int) -> BeitForImageClassif
     )
 
 # %% ../nbs/50_finetuning.ipynb #build-from-checkpoint
-BODY_FIELDS = (  # fields that must be the checkpoint's, besides depth (`check_body`)
+BODY_FIELDS = (  # fields that must be the checkpoint's, besides depth (`check_body` of lesson 47)
     "patch_size",
     "embed_dim",
     "num_heads",

@@ -85,7 +85,6 @@ def test_words_that_compare_still_hold():
 
 # where else the demo's figures are told: lesson, cell of words, figures
 OF_THE_DEMO = [
-    ("50_finetuning", "real-meaning", ".890 .332"),
     ("52_probing", "real-words", "0.686"),
     ("58_own_pictures", "caption-pretrain", ".385 .284"),
 ]
