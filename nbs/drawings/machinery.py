@@ -5,7 +5,7 @@ from card import BLUE, INK, LIGHT, LINE, ORANGE, Drawing
 LEAVES = [  # presets of the pre-training: name, what it adds, source or group, color
     ("base-in1k", "BASE, 800 epochs: Tables 1 to 4", "IN1K", BLUE),
     ("large-in1k", "LARGE, 800 epochs, clip 1.0", "IN1K", BLUE),
-    ("base-in1k-300", "BASE, 300 epochs", "IN1K", BLUE),
+    ("base-in1k-300", "ABLATED: BASE, 300 epochs", "IN1K", BLUE),
     ("base-plus-in1k", "BASE, PLUS, LayerScale 0.1, 300", "IN1K", BLUE),
     ("small-in1k, tiny-in1k", "a smaller ViT, 300 epochs", "IN1K", LINE),
     ("base-plus-in22k", "BASE, PLUS, LayerScale 0.1", "IN22K", BLUE),
@@ -57,7 +57,8 @@ def presets() -> Drawing:
     y = middle["base-in1k-300"]
     d.arrow(742, y, 752, y)
     d.box(754, y - 36, 96, 72, "8 rows", "Tables 4, 5, 8:\none field or\ntwo differ", ORANGE)
-    d.text(430, 448, "blue: the paper's and the released trainings; grey: our own", 11.5)
+    words = "blue: the paper's and the released trainings; grey: our own; orange: rows of ablations"
+    d.text(430, 448, words, 11.5)
     return d
 
 
@@ -78,7 +79,7 @@ CHAINS = [  # title, pre-training, what starts from it, what starts from the fir
 
 
 def chains() -> Drawing:
-    d = Drawing(860, 372, "Which training goes on from which")
+    d = Drawing(860, 400, "Which training goes on from which")
     for x, words in ((112, "pretrain"), (380, "finetune, or segment"), (702, "and once more")):
         d.text(x, 28, words, 12.5, weight="600")
 
@@ -99,10 +100,10 @@ def chains() -> Drawing:
         d.box(22, y - 16, 180, 32, first)
         column(202, y, 266, 230, then)
         column(496, y, 566, 272, last)
-    words = (
-        "An arrow is the weights that `init` names. Blue: pictures are named; orange: every pixel."
-    )
-    d.text(430, 354, words.replace("`", ""), 11.5)
+    words = """An arrow: the weights with which a training begins. The recipe names them;
+only for a first fine-tuning you name them, with --init.
+Blue: pictures are named; orange: every pixel."""
+    d.lines(430, 354, words, 11.5)
     return d
 
 
