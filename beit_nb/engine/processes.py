@@ -198,8 +198,9 @@ def _start_process_group() -> dist.Store:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, number, count = next(dist.rendezvous("env://"))
-    # The store outlives a restart, with the addresses of dead processes in it, so each start writes
-    # under keys of its own. Several machines may count restarts differently: there they are shared.
+    # torchrun may restart the processes. The store outlives that, with addresses of dead processes
+    # in it, so each start writes under keys of its own. Several machines may count the restarts
+    # differently, so there all starts use the same keys.
     one_machine = os.environ["LOCAL_WORLD_SIZE"] == os.environ["WORLD_SIZE"]
     life = os.environ["TORCHELASTIC_RESTART_COUNT"] if one_machine else ""
     backends = "cpu:gloo,cuda:nccl" if cuda else "gloo"
