@@ -147,7 +147,7 @@ def evaluate_mim(
     r: PretrainRecipe,
     tokenizer: Tokenizer | None,  # None: pixels are guessed
     pictures: ImageDataset,  # unseen ones
-    prior: Tensor | None = None,  # of training pictures: ids (N, h, w), or their `mean_patches`
+    prior: Tensor | None = None,  # of training pictures: ids (N, h, w); pixels: `mean_patches` (43)
     seed: int = 0,  # of the masks
     batch_size: int = 250,
 ) -> dict:
@@ -278,6 +278,7 @@ def pretrain(r: PretrainRecipe, quiet: bool = False) -> nn.Module:
         add_cells = partial(add_masked_indices, everywhere=r.recover == "all")
         loader = TrainLoader(samples, r, trainer.micro_batch_size, add_cells, rank(), world_size())
         model = fit(trainer, loader, PretrainLoss(targets, r.mean_std, r.compile), callbacks)
-        known = read_metrics(out) or {}  # of a call that ended before; its log may be lost
+        # figures that an earlier call wrote; kept, because the log they came from may be gone
+        known = read_metrics(out) or {}
         write_metrics(out, known | last_figures(trainer), trainer.finished)
         return model
