@@ -117,7 +117,7 @@ def label_names(config: Mapping[str, Any], where: str | Path) -> list[str]:
     pairs = labels.items() if isinstance(labels, dict) else [("", "")]
     if not all(str(key).isdecimal() and isinstance(name, str) for key, name in pairs):
         raise BeitError(f"id2label in {where}/config.json does not map numbers to names of classes")
-    # sorted and not counted: the numbers of ImageNet-22K skip two
+    # sorted, not range(n): in Hugging Face's ImageNet-22K the numbers have two gaps
     names = [labels[key] for key in sorted(labels, key=int)]
     return [] if names == [f"LABEL_{i}" for i in range(len(names))] else names
 
@@ -137,8 +137,9 @@ def classes_of_head(
 def told_of_heads(config: Mapping[str, Any], depth: int, where: str | Path) -> dict[str, Any]:
     """What a config.json says of the heads of a segmentation: names of classes, blocks they read.
 
-    `out_indices` in our counting, as transformers computes: its number i is the stream after i - 1
-    blocks, so our block i - 2: their 5 is our 3. Raises BeitError for anything but four numbers.
+    In transformers number i means the output of the first i - 1 blocks. We count blocks from 0, so
+    that is the output of our block i - 2: their 5 is our 3. Raises BeitError for anything but four
+    numbers.
     """
     labels = label_names(config, where)
     told: dict[str, Any] = {"classes": labels}
@@ -146,7 +147,8 @@ def told_of_heads(config: Mapping[str, Any], depth: int, where: str | Path) -> d
     if theirs:
         if len(theirs) != 4 or not all(isinstance(i, int) for i in theirs):
             raise BeitError(f"{where} has out_indices {theirs!r}; a segmentation reads four blocks")
-        states = [(i - 1) % (depth + 1) for i in theirs]  # -1 is the last, as in Python
+        # -1 is transformers' last number, of 12 blocks the number 12, which is our block 10
+        states = [(i - 1) % (depth + 1) for i in theirs]
         told["out_indices"] = tuple(state - 1 for state in states)
     return told
 
@@ -237,7 +239,8 @@ def read_preprocessing(folder: Path, img_size: int, in_chans: int = 3) -> tuple:
     number = steps.get("resample")
     interpolation = PIL_NAMES.get(number if isinstance(number, int) else 3, "bicubic")
     crop_pct = img_size / edge
-    if int(img_size / crop_pct) < edge:  # 224 / (224 / 375) is less than 375
+    # rounding: 224 / (224 / 375) gives 374.99..., and int() would make the edge 374
+    if int(img_size / crop_pct) < edge:
         crop_pct = nextafter(crop_pct, 0)
     return mean_std, ScoredView(img_size, crop_pct, mode, interpolation)
 
