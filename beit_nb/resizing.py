@@ -183,6 +183,8 @@ def load_backbone(
         is_head = name.startswith(("head.", "lm_head.")) or ".conv_seg." in name
         if value is None or (is_head and value.shape != old.shape):
             continue
+        # what may differ: rows of a table, places of pos_embed, channels of the first convolution
+        # (they are brought to size below), rows of a head (left behind above)
         if value.shape[2:] != old.shape[2:] or value.shape[-1:] != old.shape[-1:]:
             raise _other_shape(name, value, old)
         if is_table:
@@ -203,7 +205,7 @@ class Weights(NamedTuple):
     "A trained network, whoever wrote its file."
 
     state: dict[str, Tensor]  # official names, which are ours
-    args: dict[str, Any]  # of the network's class, which `class_of` finds by them
+    args: dict[str, Any]  # of the network's class, found by `class_of` (lesson 46)
     classes: list[str]  # [] where they have no names
     mean_std: Sequence[Sequence[float]]  # for `normalize`
     view: ScoredView  # what the network sees of a picture when it is scored
