@@ -32,7 +32,8 @@ from .layouts import AROUND, check_whole, shape_of, to_hf_names, to_official
 from .resizing import Weights, head_args
 
 # %% ../nbs/48_hub.ipynb #hf-config
-ASSUMED = {"drop_path_rate": 0.0, "layer_norm_eps": 1e-6}  # no tensor tells: no drop path, eps as official
+# what no tensor tells: no drop path, eps as in the official code
+ASSUMED = {"drop_path_rate": 0.0, "layer_norm_eps": 1e-6}
 FIELDS: dict[str, tuple[str, Any]] = {  # ours -> name in config.json, what transformers assumes
     "img_size": ("image_size", 224),
     "patch_size": ("patch_size", 16),
