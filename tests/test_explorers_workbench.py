@@ -130,6 +130,18 @@ def test_the_line_of_code_makes_the_same_bench(bench, predictor, painted):
     assert ("hidden=" in line) == painted
 
 
+@pytest.mark.parametrize("hidden", ([20, 3, 9], []), ids=("three", "none"))
+def test_the_line_of_a_bench_with_given_patches_gives_them_again(predictor, hidden):
+    bench = Workbench(predictor, hidden=hidden)
+
+    copy = eval(bench.link())
+
+    assert f"hidden={sorted(hidden)}" in bench.link() and copy.link() == bench.link()
+    assert (copy.mask == bench.mask).all() and copy.mask.sum() == len(hidden)
+    copy.throw()
+    assert "seed=" in copy.link() and "hidden=" not in copy.link()
+
+
 def test_show_all_hides_nothing(bench):
     bench._throw([])
 

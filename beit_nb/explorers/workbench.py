@@ -196,8 +196,8 @@ class Workbench(Explorer):
     ACTS = BENCH_ACTS
     NOTICE = (
         "The network never saw the tokens behind the mask, only the patches that are left. "
-        "Where the one that came along is wrong, the right token is its second or third choice in "
-        "about one of three cases."
+        "Where the network that comes with the package is wrong, the right token is its second or "
+        "third choice in about one of three cases."
     )
 
     def __init__(
@@ -239,6 +239,7 @@ class Workbench(Explorer):
 
     def _throw(self, hidden: list[int] | None = None) -> None:
         "The random mask of `share` and `seed`, or these patches."
+        self.by_dice = hidden is None
         count = max(1, round(self.share.value * self.pad.rows * self.pad.cols))
         drawn = blockwise_mask(self.grid_size, count, min(4, count), rng=default_rng(self.seed))
         self.drawn = np.flatnonzero(drawn).tolist() if hidden is None else sorted(hidden)
@@ -261,7 +262,7 @@ class Workbench(Explorer):
         self.reader.start(self._read_soon())
 
     def _read_soon(self):
-        yield self.read()
+        yield self.read()  # one piece: it reads, and yields None, which asks for no wait
 
     def read(self) -> None:
         "Ask both networks, and show what they say."
@@ -291,7 +292,7 @@ class Workbench(Explorer):
     def link(self) -> str:
         patch = divmod(self.here, self.grid_size[1])
         dice = f"share={self.share.value}, seed={self.seed}"
-        if self.pad.marked != self.drawn or not self.drawn:
+        if not self.by_dice or self.pad.marked != self.drawn:
             dice = f"hidden={self.pad.marked}"
         given = "predictor, " if self.given else ""
         return f"Workbench({given}picture={self.menu.name!r}, {dice}, patch={patch})"
