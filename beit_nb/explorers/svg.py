@@ -101,7 +101,7 @@ def _svg_pointer(plane: _Plane, x: float, color: str) -> str:
 
 # %% ../../nbs/explorers_svg.ipynb #axes
 def _label(tick, form: str = "{:g}") -> tuple[float, str]:
-    "A tick, which is a number or a number and the words for it, as both."
+    "A tick as (number, words): words are made for a tick that is only a number."
     if isinstance(tick, tuple):
         return tick
     return tick, form.format(tick)
@@ -112,7 +112,7 @@ def _apart(plane: _Plane, ticks: Sequence) -> list[tuple[float, str]]:
     placed: list[tuple[float, float, str]] = []
     for tick in ticks:
         value, words = _label(tick)
-        half = 3.4 * len(words)  # of its width in pixels
+        half = 3.4 * len(words)  # half the width of the words in pixels, at about 6.8 a letter
         x = plane.middle(plane.x(value), half)
         near = [other for other, wide, _ in placed if abs(x - other) <= half + wide + 3]
         if not near:
@@ -140,10 +140,10 @@ def _svg_axes(plane: _Plane, xlabel: str, xticks, labels: list[tuple[float, str]
 
 # %% ../../nbs/explorers_svg.ipynb #mark
 def _svg_mark(plane: _Plane, value: float, words: str) -> str:
-    "A dashed vertical line with words over it, which may hold coloured <tspan>."
+    "A dashed vertical line, and words over it; the words may hold coloured <tspan>."
     x = plane.x(value)
     letters = re.sub("<[^>]+>", "", words)
-    half = 3.4 * len(letters)  # of their width in pixels
+    half = 3.4 * len(letters)  # half their width in pixels, as in `_apart`
     middle = plane.middle(x, half)
     floor = plane.y(plane.ylim[0])
     top = plane.top - 2
