@@ -111,8 +111,8 @@ class PatchExplorer(Explorer):
     )  # fmt: skip
     NOTICE = (
         "Half the size is four times the patches, and more than four times the work, because every "
-        "patch attends to every other. The order is free: attention takes a sequence for a set, "
-        "which is why a network must be given positions."
+        "patch attends to every other. Any order is the same to attention, which takes a sequence "
+        "for a set; that is why a network must be given positions."
     )
 
     picture: Image.Image
