@@ -167,7 +167,7 @@ class GuessExplorer(Explorer):
 
     @property
     def mask(self) -> np.ndarray:
-        "(h, w) bool, True where hidden; nothing is while a hand draws."
+        "(h, w) bool, True where hidden; all False while a hand draws."
         return self.pads.hide.mask & (self.hand == "hides")
 
     def rule_mask(self) -> np.ndarray:
@@ -193,7 +193,7 @@ class GuessExplorer(Explorer):
         pad = self.pads.hide
         if self.hand == "draws":
             pad = self.pads.draw
-            if pad.marked:  # a wipe of nothing is not taken back
+            if pad.marked:  # there is nothing to take back after a wipe of an empty canvas
                 self.history.append(pad.marked)
         pad.marked = []
 
