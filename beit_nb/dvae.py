@@ -85,7 +85,7 @@ def unmap_pixels(x: Tensor) -> Tensor:
 
 # %% ../nbs/04_dvae.ipynb #logit-laplace
 def logit_laplace_nll(x: Tensor, mu: Tensor, log_b: Tensor) -> Tensor:
-    """-log f(x | mu, b) in nats, elementwise, for mapped pixels x in (0, 1).
+    """-log p(x | mu, b) in nats, elementwise, for mapped pixels x in (0, 1).
 
     logit(x) has a Laplace distribution around mu with width b (DALL-E, App. A.3).
     """
