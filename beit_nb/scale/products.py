@@ -142,7 +142,7 @@ def dalle_decoder_products(r: TokenizerShape) -> list[MatMul]:
 
 # %% ../../nbs/09_scale_products.ipynb #small-products
 def res_block_products(side: int, channels: int, times: int) -> list[MatMul]:
-    "The two convolutions of our `ResBlock`, so many blocks."
+    "The two convolutions of our `ResBlock`, for `times` blocks in a row."
     half = channels // 2
     return [
         conv_matmul("res", side, 3, channels, half, times),
@@ -158,7 +158,8 @@ def choice_products(r: TokenizerShape) -> list[MatMul]:
     if r.quantizer == "vq":
         return [MatMul("scores", cells, D, V, learned=False, gradients=0)]
     if r.quantizer in ("fsq", "lfq"):
-        few = bits if r.quantizer == "lfq" else -(-bits // 3)  # of 8 or 4 levels: `fsq_levels`
+        # fsq: a number of 8 levels holds 3 bits, so ceil(bits / 3) numbers; some have only 4 levels
+        few = bits if r.quantizer == "lfq" else -(-bits // 3)
         down = MatMul("narrow", cells, D, few, extra_parameters=few)
         return [down, MatMul("widen", cells, few, D, extra_parameters=D)]
     if r.logits == "linear":
