@@ -14,7 +14,7 @@ from . import BeitError
 
 # %% ../nbs/11_device.ipynb #kernels
 class KernelChoice(NamedTuple):
-    """How to compute on one kind of device; no choice changes what is computed, only rounding.
+    """How to compute on one kind of device; no choice changes the formula, only its rounding.
 
     `fused_attention`: attention by one kernel that never writes the scores (B, heads, N, N), or by
     two plain products. `skip_dropped`: compute only the samples that drop path keeps. (On a GPU
