@@ -36,8 +36,8 @@ from ..images import pil_to_tensor
 def _levels_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
     "A gray picture of 16 or 32 bits or of floats as (H, W) floats, and which level is white."
     tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
-    # 258: bits of a level; 262: 0 where 0 is white; 281: the largest level; 339: 2 if signed
-    values = {tag: np.asarray(tags.get(tag)) for tag in (258, 262, 281, 339)}
+    # 258: bits of a level; 339: 2 if signed; 281: the largest level; 262: 0 where 0 is white
+    values = {tag: np.asarray(tags.get(tag)) for tag in (258, 339, 281, 262)}
     fields = {tag: int(x.max()) for tag, x in values.items() if x.dtype.kind in "iu"}
     bits = fields.get(258, 16)
     signed = fields.get(339) == 2
@@ -47,6 +47,7 @@ def _levels_and_white(image: Image.Image) -> tuple[np.ndarray, float]:
     levels = levels.astype(np.float64)
     brightest = np.max(levels, initial=0, where=np.isfinite(levels))
     stated = fields.get(281, 0)  # the largest level, if it is a round number of bits
+    # white: the first of these that no pixel exceeds, else the largest level there can be (full)
     whites = [stated] if stated + 1 in (2**n for n in range(9, 16)) else []
     if image.mode == "F":  # three habits: white is at 1, at 255 or at 65,535
         whites = [1, 255, 65535]
@@ -98,6 +99,7 @@ def _on_white(image: Image.Image, file: bytes) -> Image.Image:
         image.info["transparency"] = key * 255 // (2**depth - 1)  # scaled as its pixels are
     if image.mode == "RGB" and depth == 16:
         with open_picture(file) as low:  # the same pixels by their lower bytes
+            # read as if the lower byte came first: Pillow keeps the other byte then
             low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]
             levels = np.asarray(image, np.uint16) * 256 + np.asarray(low)
         paper = (levels == key).all(2, keepdims=True)
@@ -121,7 +123,7 @@ def _decode(file: PictureFile) -> tuple[Image.Image, list[str]]:
     "The picture, upright and RGB, and remarks on it."
     turn = file.orientation
     with open_picture(file.data) as image:
-        if image.format == "WEBP":  # Pillow takes it apart itself
+        if image.format == "WEBP":  # Pillow alone takes it apart
             found = [image.info.get(key, b"") for key in ("exif", "xmp")]
             turn = orientation([AS_EXIF + note for note in found])
         image.load()
