@@ -41,7 +41,7 @@ from .tools import TOOLS, Plan
 def usage() -> str:
     "What `beit --help` prints."
     lines = [
-        "usage: beit COMMAND [RECIPE] [options]      (beit COMMAND --help lists the options)",
+        "usage: beit COMMAND [RECIPE] [options]  (beit COMMAND [RECIPE] --help lists the options)",
         "",
         "BEiT, explained and defined in notebooks.",
         "",

@@ -156,7 +156,7 @@ def story_html(out: Path, config: dict, rows: list[dict]) -> tuple[str, list[Htm
 
 # %% ../nbs/81_report.ipynb #tokens-figure
 def tokens_figure(tokenizer: Tokenizer, images: Tensor) -> Figure:
-    "Pictures (n, 3, H, W) in [0, 1], their token grids (a color an id), and what they decode to."
+    "Pictures (n, 3, H, W) in [0, 1], their token grids (a color for each id), and these decoded."
     ids = tokenizer.get_codebook_indices(images)
     return rows_figure(
         {
@@ -176,8 +176,8 @@ def tokenizer_pictures(out: Path, recipe: TokenizerRecipe, metrics: dict) -> Pic
     return [
         (
             tokens_figure(load_tokenizer(out), first_pictures(samples, 6)),
-            "Pictures of the training, their token ids (one colour an id), and what the decoder "
-            "paints from the ids alone.",
+            "Pictures of the training, their token ids (one colour for each id), and what the "
+            "decoder paints from the ids alone.",
         )
     ]
 
@@ -249,7 +249,9 @@ def pictures_html(out: Path, config: dict, metrics: dict) -> list[Html]:
     "What a training has to show; where that cannot be drawn, one line that says why."
     name = config.get("command", "")
     command = COMMANDS.get(name)
-    painter = EVALUATION if name == "evaluate" else command.pictures if command else ""
+    painter = command.pictures if command else ""
+    if name == "evaluate":
+        painter = EVALUATION
     if not painter:
         return []
     try:

@@ -119,7 +119,7 @@ def bench_small(threads: int, quick: bool = False, turns: int = 5, batch: int = 
     seconds = time_in_turns(candidates, 1 if quick else turns, clock_for(device, threads))
     rows = compare(seconds, len(images), "timm ViT, fused, fp32")
     peaks = machine_peaks(device, 256 if quick else 8192 if device.type == "cuda" else 1024)
-    for name, run in candidates.items():
+    for name, run in candidates.items():  # the names end in fp32 or bf16
         add_roofline(rows[name], run, peaks[name[-4:]], device)
     peers = [name for name in rows if name.startswith("timm")]
     fastest = max(peers, key=lambda name: rows[name]["per_second"])

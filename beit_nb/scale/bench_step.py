@@ -189,7 +189,7 @@ def peak_memory(name: str, mode: str, batch: int, shape: dict) -> float:
     s = STEPS[name](shape, batch, default_device())
     s.set_mode(mode)
     if name == "ours":
-        del s.encoder  # the tokenizer at work is another
+        del s.encoder  # in half precision the tokenizer at work is a copy of it
     warm_up(s)
     run_step(s)
     if torch.cuda.is_available():
