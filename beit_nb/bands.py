@@ -230,7 +230,10 @@ def compare_curve(course: RunCourse, band: Band, key: str) -> Finding:
 def check_band(course: RunCourse, band: Band | None) -> list[Finding]:
     "Which curves of a course leave the band, and on which side?"
     if band is None:
-        return [Finding("band", "unknown", "no runs of this recipe were recorded to compare with")]
+        why = "no runs of this recipe were recorded to compare with"
+        if course.unit == "epoch":
+            why = "the log counts epochs and a band counts steps, so none can be compared"
+        return [Finding("band", "unknown", why)]
     findings = []
     for key in CURVES[:-1]:  # all but lr
         if key in band.curves and len(course.values(key)):
@@ -252,7 +255,8 @@ ANCHORS = (
     Anchor(115, False, 6.59, 0.034, "unilm#598: epoch 115 of 800, batch 1,024, lr 1.4e-3"),
     Anchor(300, True, 6.30, 0.0496, "unilm#383: the author's BEiT+, gradient norm 0.42"),
 )
-BASE_PARAMETERS = (85e6, 93e6)  # BEiT+ base has 91,965,776, plain base 92,089,856
+# narrow enough to tell 8,192 tokens from other vocabularies
+BASE_PARAMETERS = (91.5e6, 92.5e6)  # BEiT+ base has 91,965,776, plain base 92,089,856
 
 
 def is_base(course: RunCourse) -> bool:

@@ -180,9 +180,9 @@ def ask_tokenizer(
 def measure_tokens(r: PretrainRecipe, out: Path, most: int = 1024, seconds: float = 20) -> dict:
     """Landmarks of a pre-training, from its tokenizer and at most so many of its pictures.
 
-    `masked` patches a picture, and unless that is 0, means and spreads over the batches of what
-    `blind_guess` tells, and `place_landmarks`. Stops after `seconds`. Raises BeitError where
-    tokenizer or pictures are gone or are not those of the training.
+    `masked` patches a picture and, unless no patch counts for the loss, means and spreads over
+    the batches of what `blind_guess` tells, and `place_landmarks`. Stops after `seconds`. Raises
+    BeitError where tokenizer or pictures are gone or are not those of the training.
     """
     tokenizer = load_tokenizer(r.tokenizer)
     check_tokenizer(r, tokenizer)
