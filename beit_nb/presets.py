@@ -27,7 +27,7 @@ VIT_TINY = shared(embed_dim=192, depth=12, num_heads=3)  # DeiT-Ti
 # BEiT+'s positions; each recipe adds its own init_values
 PLUS = shared(use_abs_pos_emb=False, use_shared_rel_pos_bias=True)
 SMALL = shared(img_size=32, patch_size=4, weight_init="xavier", pos_embed_init="sincos")
-# mean_std: NANO's belongs to no data set, as its digits are grey; TINY's is ImageNet's, for photos
+# mean_std: NANO's is of no data set (grey digits, and all that rests on it); TINY's is ImageNet's
 NANO = SMALL | shared(embed_dim=128, depth=4, num_heads=4, drop_path_rate=0.0, mean_std="beit")
 TINY = SMALL | shared(embed_dim=192, depth=12, num_heads=3, mean_std="imagenet")
 

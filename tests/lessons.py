@@ -30,6 +30,7 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 WIDTH = 110  # columns of a saved text
 COLORS = (24, 32, 48, 64, 96, 128, 192, 256)  # sizes of palette for saved pictures, in turn
 NOISE = 12  # of 255: colors nearer than this are noise where there are few
+DARK = 80  # the brightest channel of a ground whose pattern nobody sees
 COLLAPSED = "jp-MarkdownHeadingCollapsed"  # what JupyterLab calls a section out of sight
 KEPT = ["jupyter", COLLAPSED]  # of a cell's metadata; settings.ini says so to nbdev_clean
 END = {  # the last two cells of a lesson, by their ids
@@ -107,12 +108,13 @@ def few_colors(image: Image.Image) -> Image.Image:
 def without_noise(picture: Image.Image) -> Image.Image:
     """Palette picture in which each pixel takes the colour at its left where the two are near.
 
-    Networks paint a black ground with a faint pattern, which nobody sees and no PNG can pack.
+    Networks paint a black ground with a faint pattern, which nobody sees and no PNG can pack. On a
+    light ground one sees the stripes that this leaves, so there nothing is changed.
     """
     places = np.array(picture)
     colors = np.array(picture.getpalette(), int).reshape(-1, 3)
     near = abs(colors[:, None] - colors).max(-1) <= NOISE
-    near[:, colors.min(1) > 255 - NOISE] = False  # paper stays white beside letters
+    near[:, colors.max(1) > DARK] = False
     for left, here in zip(places.T, places.T[1:]):
         here[:] = np.where(near[left, here], left, here)
     out = Image.fromarray(places, "P")

@@ -9,7 +9,7 @@ LEAVES = [  # presets of the pre-training: name, what it adds, source or group, 
     ("base-plus-in1k", "BASE, PLUS, LayerScale 0.1, 300", "IN1K", BLUE),
     ("small-in1k, tiny-in1k", "a smaller ViT, 300 epochs", "IN1K", LINE),
     ("base-plus-in22k", "BASE, PLUS, LayerScale 0.1", "IN22K", BLUE),
-    ("large-plus-in22k", "LARGE, PLUS, LayerScale 1e-5", "IN22K", BLUE),
+    ("large-plus-in22k", "LARGE, PLUS, scale 1e-5, clip 1.0", "IN22K", BLUE),
     ("cifar", "TINY: 12 blocks of 192, 300 epochs", "SMALL", LINE),
     ("nano, photos", "NANO: 4 blocks; photos: 64 pixels", "SMALL", LINE),
 ]
