@@ -11,6 +11,7 @@ from helpers_processes import run_python
 from beit_nb.ablating import summary_cells
 from beit_nb.arms import StudyRun, study_graph
 from beit_nb.cli import read_recipe
+from beit_nb.engine.files import read_json
 from beit_nb.options import check_options, read_options
 from beit_nb.recipes import COMMANDS
 from beit_nb.results import (
@@ -140,6 +141,10 @@ def test_the_study_in_the_readme():
     [blocks] = [r for r in kept_studies() if r["study"]["name"] == "block-size"]
     single = next(r for r in blocks["summary"] if r["arm"] == "single patches")
     assert f"| {summary_cells(single)['difference [95 %]']} | -0.1 |" in readme
+    longer = read_json(ROOT / "nbs" / "88_longer.json")["summary"]
+    rows = {r["measure"]: summary_cells(r)["difference [95 %]"] for r in longer if "verdict" in r}
+    asked = f"| **{rows['segmentation']}** / {rows['neighbours']} / {rows['fine-tuning']} |"
+    assert asked in readme
     compared = {
         "targets": ("LFQ", "VQ-VAE", "k-means", "dVAE", "random hash", "pixels"),
         "vocabulary": ("16 words", "64 words", "256 words", "1,024 words"),
