@@ -30,6 +30,10 @@ from beit_nb.scale.timing import machine
 SIZE = (1280, 1250)  # of the window: a whole explorer can be seen
 PARTS = ("jupyterlab", "ipywidgets", "anywidget", "ipykernel", "playwright")
 RIGHT = ("ArrowRight",)
+BACK = ("ArrowRight", "ArrowLeft")  # twenty keys to the right would pass the end
+    "ArrowRight",
+    "ArrowLeft",
+)  # from the left end and back: twenty keys would pass the right one
 
 # resolves when nothing in the output has changed for 0.3 seconds
 STILL = """output => new Promise((done) => {
@@ -160,7 +164,7 @@ def attention_rows(view: View) -> Iterator[Row]:
 
 def gap_rows(view: View) -> Iterator[Row]:
     slider = [view.slider("q to posterior")]
-    yield Row("gap: key on q to posterior", 50, view.figures("ELBO"), "keydown", slider, RIGHT)
+    yield Row("gap: key on q to posterior", 50, view.figures("ELBO"), "keydown", slider, BACK)
 
 
 def temperature_rows(view: View) -> Iterator[Row]:
