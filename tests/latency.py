@@ -31,9 +31,6 @@ SIZE = (1280, 1250)  # of the window: a whole explorer can be seen
 PARTS = ("jupyterlab", "ipywidgets", "anywidget", "ipykernel", "playwright")
 RIGHT = ("ArrowRight",)
 BACK = ("ArrowRight", "ArrowLeft")  # twenty keys to the right would pass the end
-    "ArrowRight",
-    "ArrowLeft",
-)  # from the left end and back: twenty keys would pass the right one
 
 # resolves when nothing in the output has changed for 0.3 seconds
 STILL = """output => new Promise((done) => {
@@ -114,7 +111,7 @@ class View(ExplorerView):
 
 
 def mask_rows(view: View) -> Iterator[Row]:
-    grid, words = view.grid(0).locator(".cells"), view.says("wanted")
+    grid, words = view.grid(0).locator(".cells"), view.says("patches masked (")
     ratio, size = [view.slider("masking ratio")], [view.slider("patch size")]
     code = view.output.locator(".beit-code code").last  # has the seed; words may come again
     charts = [view.says("How often is each patch"), view.says("How many patches are masked?")]
