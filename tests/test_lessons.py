@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from helpers_processes import run_python
 from kernels import ForkedKernelManager
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 
 from beit_nb.images import photos
 
@@ -334,6 +334,16 @@ def test_saved_pictures_get_small_palettes():
         assert lessons.small_png(data) == data, "tidied twice is tidied once"
     assert colors["drawing"] <= 24 < colors["photo"]
     assert not lessons.looks_like(drawing, Image.new("RGB", drawing.size, "white"))
+
+
+def test_light_grounds_get_no_stripes():
+    "Paper with a faint pattern is saved with the colours of its palette, pixel by pixel."
+    pattern = np.random.default_rng(0).integers(230, 238, (120, 160, 1), np.uint8)
+    image = Image.fromarray(pattern.repeat(3, 2))
+
+    small = Image.open(io.BytesIO(base64.b64decode(lessons.small_png(png(image)))))
+
+    assert not ImageChops.difference(small.convert("RGB"), image).getbbox()
 
 
 def test_noise_that_nobody_sees_is_not_saved():
