@@ -277,10 +277,16 @@ def save(path, slow: bool = False, execute: bool = True) -> None:
     write_nb(clean, path)
 
 
-def place(stem: str) -> int:
+def number_of(stem: str) -> str:
+    "The number that a lesson's file begins with: 21, or 21b for one put behind it; else nothing."
+    found = re.match(r"(\d\d[b-z]?)_", stem)
+    return found[1] if found else ""
+
+
+def place(stem: str) -> float:
     "Where a lesson stands in the book: its number; after all these the explorers' rooms."
-    if stem[:2].isdigit():
-        return int(stem[:2])
+    if number := number_of(stem):
+        return int(number[:2]) + "abcdefghijklmnopqrstuvwxyz".index(number[2:] or "a") / 26
     return 100 + EXPLORERS.index(stem.removeprefix("explorers_"))
 
 
@@ -314,8 +320,7 @@ def lessons() -> list[Lesson]:
         code = "\n".join(c.source for c in nb.cells if c.cell_type == "code")
         module = re.search(r"^#\| ?default_exp (\S+)", code, re.M)
         named = module[1] if module else ""
-        number = path.stem[:2] if path.stem[:2].isdigit() else ""
-        which = part(path.stem)
+        number, which = number_of(path.stem), part(path.stem)
         rows.append(Lesson(number, which, path.name, question, minutes, named, sentence))
     return rows
 
