@@ -66,7 +66,9 @@ def measured(record: Mapping[str, Any]) -> dict[str, list[dict]]:
 
 def _name_and_seeds(record: Mapping[str, Any]) -> str:
     study, seeds = record["study"], len(record["seeds"])
-    return f"{study['name']} at {study['scale']}, {seeds} seed{'' if seeds == 1 else 's'}"
+    where = sorted({run.get("machine", "") for run in record.get("runs", {}).values()} - {""})
+    made = f", made on {' and on '.join(where)}" if where else ""
+    return f"{study['name']} at {study['scale']}, {seeds} seed{'' if seeds == 1 else 's'}{made}"
 
 
 def summary_lines(record: Mapping[str, Any]) -> list[str]:

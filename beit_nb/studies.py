@@ -6,10 +6,11 @@
 __all__ = ['DIGITS', 'SCALES', 'SEGMENTATION', 'STUDIES', 'RATIOS', 'HOW_MUCH', 'HOW_LARGE', 'HOW_LONG', 'LENGTHS', 'HOW_MANY',
            'OWN_WORDS', 'NO_PRETRAINING', 'HOW_FEW', 'TIMES', 'TRIPLE', 'ONLY_SEGMENT', 'ONLY_SEGMENT_OF_PRETRAINED',
            'FEW_PIXELS', 'NANO_HEADS', 'UPER', 'BASE_HEADS', 'WHICH_HEAD', 'NANO_ARMS', 'BASE_ARMS', 'SCALED',
-           'SHARED_BIAS', 'OWN_BIAS', 'LAYER_SCALE', 'BOTH_PARTS', 'TABLE_5', 'UPERNET', 'WHAT_ADDS', 'SCATTERED',
-           'PIXELS', 'EVERYWHERE', 'UNMASKED', 'FROM_SCRATCH', 'NO_TOKENIZER', 'LONGER', 'WHICH_PART', 'DALLE_DIGITS',
-           'WHOSE_WORDS', 'QUANTIZERS', 'BY_WHAT', 'on_digits', 'add_study', 'study_named', 'ratio_arms', 'block_arms',
-           'paper_row', 'step_arms', 'word_arms', 'label_arms', 'head_arms', 'table_4', 'table_8', 'race_arms']
+           'SHARED_BIAS', 'OWN_BIAS', 'LAYER_SCALE', 'BOTH_PARTS', 'TABLE_5', 'KEPT', 'KEPT_POSITIONS', 'FOUR_ROWS',
+           'UPERNET', 'WHAT_ADDS', 'SCATTERED', 'PIXELS', 'EVERYWHERE', 'UNMASKED', 'FROM_SCRATCH', 'NO_TOKENIZER',
+           'LONGER', 'WHICH_PART', 'DALLE_DIGITS', 'WHOSE_WORDS', 'QUANTIZERS', 'BY_WHAT', 'on_digits', 'add_study',
+           'study_named', 'ratio_arms', 'block_arms', 'paper_row', 'step_arms', 'word_arms', 'label_arms', 'head_arms',
+           'table_4', 'table_8', 'race_arms']
 
 # %% ../nbs/86_studies.ipynb #imports
 from collections.abc import Mapping
@@ -234,9 +235,17 @@ TABLE_5 = (
     paper_row("+ LayerScale", LAYER_SCALE, 83.00, 45.43),
     paper_row("+ LayerScale + relative bias", BOTH_PARTS, 83.22, 45.70),
 )
+# ours: the bias beside absolute positions, so that one sees what their absence costs
+KEPT = SCALED | {"use_abs_pos_emb": True}
+KEPT_POSITIONS = {
+    "pretrain": KEPT | {"use_shared_rel_pos_bias": True},
+    "finetune": KEPT | {"use_rel_pos_bias": True},
+    "segment": KEPT | {"use_rel_pos_bias": True},
+}
+FOUR_ROWS = (*TABLE_5, Arm("+ both, positions kept", KEPT_POSITIONS, base="+ LayerScale"))
 UPERNET = ("base-in1k-pup", {"head": "upernet", **UPER})
 WHAT_ADDS = "What do LayerScale and relative positions add?"
-add_study("table5", "nano", WHAT_ADDS, TABLE_5, "Table 5", SEGMENTATION)
+add_study("table5", "nano", WHAT_ADDS, FOUR_ROWS, "Table 5", SEGMENTATION)
 add_study("table5", "base-in1k", WHAT_ADDS, TABLE_5, "Table 5", SEGMENTATION, segment=UPERNET)
 
 # %% ../nbs/86_studies.ipynb #table4
@@ -316,5 +325,5 @@ def race_arms() -> tuple[Arm, ...]:
 
 
 BY_WHAT = "By what should hidden patches be named?"
-add_study("targets", "nano", BY_WHAT, race_arms())
+add_study("targets", "nano", BY_WHAT, race_arms(), also=SEGMENTATION)
 add_study("targets", "base-in1k", BY_WHAT, race_arms(), **OWN_WORDS)

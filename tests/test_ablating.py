@@ -179,3 +179,15 @@ def test_lines_and_picture_of_little():
     assert lines[-1].split() == ["b", "1", "1.0", "+1.0", "a", "+2.0", "undecided"]
     assert [ax.get_title("left") for ax in figure.axes] == ["m"] and len(empty.axes) == 1
     assert table_lines([{"a": "1"}, {"a": "22"}]) == ["a", "1", "22"]
+
+
+def test_says_on_which_machines_its_runs_were_made():
+    study = {"name": "longer", "scale": "nano", "question": "How long?"}
+    runs = {name: {"machine": where} for name, where in zip("abcd", ("B", "A", "", "B"))}
+    record = {"study": study, "seeds": [0, 1], "summary": []}
+
+    assert summary_lines({**record, "runs": runs}) == [
+        "longer at nano, 2 seeds, made on A and on B: How long?"
+    ]
+    older = {name: {} for name in runs}  # of a version that did not know
+    assert summary_lines({**record, "runs": older}) == ["longer at nano, 2 seeds: How long?"]
