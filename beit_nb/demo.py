@@ -19,6 +19,7 @@ import numpy as np
 
 from . import BeitError, say
 from .arms import Arm, Fields, Measure, Study, plan_run
+from .classifier_files import load_classifier
 from .configs import PretrainRecipe, Run, TokenizerRecipe
 from .demo_report import demo_report
 from .demo_stages import ARMS, DemoPlan, read_stage, settings_of, stage
@@ -28,7 +29,7 @@ from .engine.log import write_metrics
 from .engine.processes import memory_mb
 from .engine.sources import Digits
 from .experiments import run_study
-from .finetuning import evaluate_classifier, load_classifier
+from .finetuning import evaluate_classifier
 from .images import to_float
 from .pretraining import evaluate_mim, pretrain
 from .probing import probe

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from . import BeitError
 from .checkpoints import Weights, load_backbone, weights_for
+from .classifier_files import BODY_FIELDS
 from .configs import SegmentRecipe
 from .device import default_device, pick_precision, set_matmul_precision
 from .engine.loading import LabelledBatch, TrainLoader, TransformedDataset
@@ -26,7 +27,7 @@ from .engine.processes import rank, sum_over_ranks, world_size
 from .engine.runs import fingerprint_weights, open_run, record_inputs
 from .engine.token_files import picture_records
 from .engine.training import Trainer, all_or_none, check_shares, fit
-from .finetuning import BODY_FIELDS, scored_the_same
+from .finetuning import scored_the_same
 from .images import MEAN_STD, normalize, preprocess, to_float
 from .index_maps import LabelMaps
 from .label_maps import open_label_maps

@@ -40,6 +40,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from beit_nb import images
+from beit_nb.classifier_files import build_classifier
 from beit_nb.configs import Run
 from beit_nb.dalle import DalleEncoder, DalleVAE
 from beit_nb.device import KERNELS
@@ -50,7 +51,7 @@ from beit_nb.engine.processes import wrap_model
 from beit_nb.engine.steps import map_batch
 from beit_nb.engine.trainer import Trainer
 from beit_nb.engine.training import train_step
-from beit_nb.finetuning import FinetuneLoss, build_classifier
+from beit_nb.labelled_views import FinetuneLoss
 from beit_nb.masking import blockwise_masks
 from beit_nb.pretraining import PretrainLoss, add_masked_indices, build_mim
 from beit_nb.recipes import recipe_named

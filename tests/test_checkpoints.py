@@ -8,13 +8,9 @@ from helpers_models import SIZE, shaken
 
 from beit_nb import BeitError, checkpoints, resizing
 from beit_nb.checkpoints import load_backbone, load_weights
+from beit_nb.classifier import BeitForImageClassification
+from beit_nb.classifier_files import build_classifier, build_from_checkpoint, load_classifier
 from beit_nb.engine.runs import save_checkpoint
-from beit_nb.finetuning import (
-    BeitForImageClassification,
-    build_classifier,
-    build_from_checkpoint,
-    load_classifier,
-)
 from beit_nb.limits import as_config
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.pretraining import build_mim, load_mim

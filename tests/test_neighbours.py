@@ -6,10 +6,10 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from beit_nb import BeitError
+from beit_nb.classifier_files import build_classifier
 from beit_nb.configs import ProbeRecipe, check_recipe
 from beit_nb.engine.log import read_log
 from beit_nb.engine.runs import load_checkpoint
-from beit_nb.finetuning import build_classifier
 from beit_nb.neighbours import (
     OnlineNeighbours,
     effective_rank,

@@ -15,8 +15,8 @@ from torch.testing import assert_close
 from beit_nb import BeitError, UnreadableImage
 from beit_nb.checkpoints import save_official
 from beit_nb.classifier import BeitForImageClassification
+from beit_nb.classifier_files import load_classifier
 from beit_nb.engine.decoding import load_image
-from beit_nb.finetuning import load_classifier
 from beit_nb.images import preprocess, to_tensor
 from beit_nb.predicting import (
     GAP,

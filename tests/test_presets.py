@@ -12,10 +12,10 @@ from dataclasses import asdict
 import pytest
 from torch import nn
 
+from beit_nb.classifier_files import BODY_FIELDS, build_classifier
 from beit_nb.configs import check_recipe
 from beit_nb.engine.optim import cosine_schedule
 from beit_nb.engine.training import Trainer
-from beit_nb.finetuning import BODY_FIELDS, build_classifier
 from beit_nb.pretraining import build_mim
 from beit_nb.recipes import COMMANDS, recipe_named
 

@@ -7,8 +7,8 @@ import torch
 from helpers_work import count, counted
 from torch.utils.flop_counter import FlopCounterMode
 
+from beit_nb.classifier_files import build_classifier
 from beit_nb.configs import Backbone, Run
-from beit_nb.finetuning import build_classifier
 from beit_nb.mim import mim_loss
 from beit_nb.pretraining import build_mim
 from beit_nb.recipes import COMMANDS, recipe_named

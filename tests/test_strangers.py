@@ -20,7 +20,7 @@ from helpers import beit, refused, save_gray, unpainted
 from safetensors.torch import save_file
 
 from beit_nb import BeitError
-from beit_nb.finetuning import load_classifier
+from beit_nb.classifier_files import load_classifier
 from beit_nb.pretraining import load_mim
 from beit_nb.tokenizer import load_tokenizer
 

@@ -22,8 +22,8 @@ from beit_nb.checkpoints import (
     to_timm,
 )
 from beit_nb.classifier import BeitForImageClassification
+from beit_nb.classifier_files import build_classifier
 from beit_nb.engine.runs import save_checkpoint
-from beit_nb.finetuning import build_classifier
 from beit_nb.limits import as_config
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.recipes import recipe_named
