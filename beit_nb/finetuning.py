@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['evaluate_classifier', 'running_mean', 'EvaluateCallback', 'measure_mean_std', 'mean_std_of_run', 'scored_the_same',
-           'last_scores', 'finetune']
+           'last_scores', 'finetune', 'BeitForImageClassification']
 
 # %% ../nbs/50_finetuning.ipynb #imports
 from collections.abc import Sequence
@@ -19,6 +19,7 @@ from torch import nn
 
 from . import BeitError, UnreadableImage, warn
 from .checkpoints import Weights, recorded_mean_std
+from .classifier import BeitForImageClassification
 from .classifier_files import build_from_checkpoint, head_for, load_init
 from .configs import FinetuneRecipe
 from .data import labels_in, open_data, sample_labels
@@ -45,6 +46,9 @@ from beit_nb.labelled_views import (
     ask_classifier,
     scored_view,
 )
+
+# %% ../nbs/50_finetuning.ipynb #handed-on
+_all_ = ["BeitForImageClassification"]  # handed on; nbdev adds them to __all__
 
 # %% ../nbs/50_finetuning.ipynb #evaluate-classifier
 def evaluate_classifier(

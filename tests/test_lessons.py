@@ -254,6 +254,7 @@ HANDED_ON = {
     "tokenizer": "Tokenizer codebook_usage",
     "checkpoints": "load_backbone resize_rel_pos_bias resize_pos_embed",
     "experiments": "Study Arm run_study summarize",
+    "finetuning": "BeitForImageClassification",
 }
 
 
