@@ -15,13 +15,13 @@ import numpy as np
 from . import BeitError, warn
 from .checkpoints import Weights, load_backbone, weights_for
 from .classifier import BeitForImageClassification
-from .configs import FinetuneRecipe
 from .engine.log import warn_unfinished
 from .engine.processes import rank
 from .engine.runs import load_checkpoint
 from .engine.trainer import build_model
 from .images import mean_std_for
 from .recipes import from_config
+from .task_configs import FinetuneRecipe
 from .vit import backbone_args
 
 # %% ../nbs/49b_classifier_files.ipynb #build-classifier

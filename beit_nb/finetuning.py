@@ -21,7 +21,6 @@ from . import BeitError, UnreadableImage, warn
 from .checkpoints import Weights, recorded_mean_std
 from .classifier import BeitForImageClassification
 from .classifier_files import build_from_checkpoint, head_for, load_init
-from .configs import FinetuneRecipe
 from .data import labels_in, open_data, sample_labels
 from .device import default_device, set_matmul_precision
 from .engine.loading import TrainLoader, TransformedDataset
@@ -46,6 +45,7 @@ from beit_nb.labelled_views import (
     ask_classifier,
     scored_view,
 )
+from .task_configs import FinetuneRecipe
 
 # %% ../nbs/50_finetuning.ipynb #handed-on
 _all_ = ["BeitForImageClassification"]  # handed on; nbdev adds them to __all__

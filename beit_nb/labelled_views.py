@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import BeitError
-from .configs import FinetuneRecipe
 from .device import pick_precision
 from .engine.augment import TwoViews, middle_box
 from .engine.loading import LabelledBatch, TransformedDataset, sequential_batches
@@ -34,6 +33,7 @@ from beit_nb.images import (
     to_float,
     to_pil_image,
 )
+from .task_configs import FinetuneRecipe
 
 # %% ../nbs/40_labelled_views.ipynb #timm-transform
 def timm_transform(r: FinetuneRecipe) -> Callable[[Image.Image], Tensor]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from . import BeitError
 from .checkpoints import Weights, load_pretrained, load_weights
-from .configs import LinearRecipe
 from .data import labels_in, open_data, sample_labels
 from .device import default_device, pick_precision
 from .engine.augment import TwoViews
@@ -34,6 +33,7 @@ from .engine.training import Trainer, all_or_none, check_shares, fit
 from .images import normalize, to_float
 from .labelled_views import ScoredTransform
 from .neighbours import best_on_val
+from .task_configs import LinearRecipe
 from .vit import VisionTransformer
 
 # %% ../nbs/53_linear.ipynb #frozen-body

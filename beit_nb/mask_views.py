@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import BeitError
-from .configs import SegmentRecipe
 from .engine.augment import Box, crop
 from .engine.loading import LabelledBatch, TransformedDataset, sequential_batches
 from .engine.notes import max_pixels
@@ -28,6 +27,7 @@ from .images import MEAN_STD, pil_to_tensor
 from .index_maps import IGNORED, LabelMaps, check_size
 from .segheads import resize_maps
 from .segmentation import slide_inference
+from .task_configs import SegmentRecipe
 
 # %% ../nbs/63_mask_views.ipynb #fitted-size
 def fitted_size(

@@ -11,7 +11,8 @@ __all__ = ['BASE', 'LARGE', 'VIT_SMALL', 'VIT_TINY', 'PLUS', 'SMALL', 'NANO', 'T
 # %% ../nbs/22_presets.ipynb #imports
 from typing import Any
 
-from .configs import FinetuneRecipe, PretrainRecipe, TokenizerRecipe
+from .configs import PretrainRecipe, TokenizerRecipe
+from .task_configs import FinetuneRecipe
 
 # %% ../nbs/22_presets.ipynb #presets
 def shared(**fields: Any) -> dict[str, Any]:

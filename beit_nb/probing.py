@@ -19,7 +19,6 @@ from torch import Tensor
 from . import BeitError, say
 from .checkpoints import Weights, args_for, load_backbone, load_weights
 from .classifier import BeitForImageClassification
-from .configs import ProbeRecipe
 from .data import labels_in, open_data, sample_labels
 from .device import default_device
 from .engine.augment import TwoViews
@@ -38,6 +37,7 @@ from beit_nb.neighbours import (
     neighbour_scores,
     pooled_features,
 )
+from .task_configs import ProbeRecipe
 from .vit import VisionTransformer
 
 # %% ../nbs/52_probing.ipynb #whole-picture

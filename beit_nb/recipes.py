@@ -14,20 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from . import BeitError
-from beit_nb.configs import (
-    Backbone,
-    FinetuneRecipe,
-    LinearRecipe,
-    PretrainRecipe,
-    ProbeRecipe,
-    Recipe,
-    Run,
-    SegmentRecipe,
-    TokenizerRecipe,
-    check_recipe,
-)
+from .configs import Backbone, PretrainRecipe, Recipe, Run, TokenizerRecipe, check_recipe
 from .limits import CHANGEABLE_FIELDS, as_config, check_same_run, no_such
 from .presets import BASE, FINETUNE, LARGE, NANO, PRETRAIN, TOKENIZER, shared
+from .task_configs import FinetuneRecipe, LinearRecipe, ProbeRecipe, SegmentRecipe
 
 # handed on; nbdev adds them to __all__
 _all_ = ["Backbone", "Run", "CHANGEABLE_FIELDS", "as_config", "check_recipe", "check_same_run"]

@@ -28,7 +28,7 @@ from beit_nb.charts import (
     table_html,
     write_page,
 )
-from .configs import PretrainRecipe, ProbeRecipe, TokenizerRecipe
+from .configs import PretrainRecipe, TokenizerRecipe
 from .data import pictures_of_run
 from .engine.augment import TwoViews
 from .engine.files import read_json
@@ -40,6 +40,7 @@ from .probing import probe_figure
 from .recipes import COMMANDS, from_config
 from .reconstructions import decode_tokens, is_painted, reconstruction_figure, rows_figure
 from .targets import decoder_of
+from .task_configs import ProbeRecipe
 from .tokenizer import first_pictures, load_tokenizer
 from .tokens import Tokenizer
 

@@ -28,7 +28,6 @@ from beit_nb.checkpoints import (
     weights_of_content,
 )
 from .classifier import match_classes
-from .configs import SegmentRecipe
 from .device import default_device, pick_precision, set_matmul_precision
 from .engine.files import atomic_write, write_json
 from .engine.log import warn_unfinished, write_metrics
@@ -59,6 +58,7 @@ from beit_nb.mask_views import (
 from .recipes import from_config
 from .segmentation import BeitForSemanticSegmentation
 from .segmenting import build_segmenter, class_scores, score_maps
+from .task_configs import SegmentRecipe
 
 # %% ../nbs/65_segmenters.ipynb #segmenter
 class Segmenter(NamedTuple):

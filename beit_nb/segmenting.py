@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from . import BeitError
 from .checkpoints import Weights, load_backbone, weights_for
 from .classifier_files import BODY_FIELDS
-from .configs import SegmentRecipe
 from .device import default_device, pick_precision, set_matmul_precision
 from .engine.loading import LabelledBatch, TrainLoader, TransformedDataset
 from .engine.log import read_log, read_metrics, write_metrics
@@ -48,6 +47,7 @@ from beit_nb.segmentation import (
     segmentation_scores,
     with_heads,
 )
+from .task_configs import SegmentRecipe
 from .vit import backbone_args
 
 # %% ../nbs/64_segmenting.ipynb #confusion-share

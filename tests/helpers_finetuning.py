@@ -1,6 +1,6 @@
 "Fine-tunings of moments."
 
-from beit_nb.configs import FinetuneRecipe
+from beit_nb.task_configs import FinetuneRecipe
 
 TINY = dict(
     img_size=16,

@@ -14,10 +14,10 @@ from beit_nb import BeitError
 from beit_nb.checkpoints import save_official
 from beit_nb.classifier import BeitForImageClassification
 from beit_nb.classifier_files import build_from_checkpoint, load_classifier
-from beit_nb.configs import FinetuneRecipe
 from beit_nb.finetuning import finetune
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.recipes import recipe_named
+from beit_nb.task_configs import FinetuneRecipe
 
 pytestmark = pytest.mark.usefixtures("pages_unpainted")
 

@@ -13,15 +13,7 @@ import pytest
 
 from beit_nb import BeitError
 from beit_nb.cli import main
-from beit_nb.configs import (
-    FinetuneRecipe,
-    PretrainRecipe,
-    ProbeRecipe,
-    Recipe,
-    Run,
-    TokenizerRecipe,
-    check_recipe,
-)
+from beit_nb.configs import PretrainRecipe, Recipe, Run, TokenizerRecipe, check_recipe
 from beit_nb.limits import (
     CHANGEABLE_FIELDS,
     as_config,
@@ -33,7 +25,7 @@ from beit_nb.limits import (
 from beit_nb.recipes import COMMANDS, from_config
 from beit_nb.tools import TOOLS
 
-CLASSES = (TokenizerRecipe, PretrainRecipe, FinetuneRecipe, ProbeRecipe)
+CLASSES = (TokenizerRecipe, PretrainRecipe)
 NANOS = {name: command.presets["nano"][1] for name, command in COMMANDS.items()}
 
 
@@ -206,7 +198,6 @@ CONFLICTS = [  # a preset, changes of it, what the refusal says
     ("pretrain", dict(img_size=30), "img_size 30 is not divisible by patch_size 4"),
     ("pretrain", dict(num_heads=5), "embed_dim 128 is not divisible by num_heads 5"),
     ("pretrain", dict(embed_dim=6, num_heads=3), "embed_dim 6 is not divisible by the 4 waves"),
-    ("finetune", dict(embed_dim=6, num_heads=3), "embed_dim 6 is not divisible by the 4 waves"),
     ("pretrain", dict(num_mask_patches=65), "num_mask_patches 65 does not fit 64 patches"),
     ("pretrain", dict(num_mask_patches=3), "masks stay empty"),
     ("pretrain", dict(max_mask_patches_per_block=3), "max_mask_patches_per_block 3 is below"),
@@ -225,9 +216,6 @@ CONFLICTS = [  # a preset, changes of it, what the refusal says
     ("tokenizer", dict(arch="dalle"), "logits linear"),
     ("tokenizer", dict(arch="dalle", width=6), "width 6 is not divisible by"),
     ("tokenizer", dict(parallel="fsdp"), "set parallel ddp"),
-    ("finetune", dict(mixup=0.8, batch_size=31), "mixup and cutmix pair pictures"),
-    ("finetune", dict(ema=0.9, parallel="fsdp"), "ema keeps a whole copy"),
-    ("finetune", dict(cutmix=0.8, device_batch_size=1), "mixup and cutmix pair pictures"),
 ]
 
 
@@ -262,9 +250,6 @@ UNUSUAL = [
     ("pretrain", dict(min_aspect=1)),
     ("pretrain", dict(watch_every=None)),
     ("pretrain", dict(embed_dim=6, num_heads=3, use_abs_pos_emb=False)),
-    ("finetune", dict(layer_decay=0)),
-    ("finetune", dict(layer_decay=None, label_smoothing=0)),
-    ("finetune", dict(batch_size=31)),
     ("tokenizer", dict(arch="dalle", width=8, logits="linear", likelihood="laplace")),
 ]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import beit_nb.engine.optim as optim
 from beit_nb import BeitError
-from beit_nb.configs import Run, SegmentRecipe, TokenizerRecipe
+from beit_nb.configs import Run, TokenizerRecipe
 from beit_nb.engine.optim import (
     Ema,
     build_optimizer,
@@ -23,6 +23,7 @@ from beit_nb.engine.optim import (
     warmup_length,
     warn_if_only_rising,
 )
+from beit_nb.task_configs import SegmentRecipe
 
 
 def test_the_papers_schedule():

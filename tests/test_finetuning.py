@@ -17,7 +17,6 @@ from beit_nb import BeitError
 from beit_nb.checkpoints import load_weights, save_official
 from beit_nb.classifier import BeitForImageClassification
 from beit_nb.classifier_files import build_classifier, build_from_checkpoint, load_classifier
-from beit_nb.configs import FinetuneRecipe
 from beit_nb.converting import convert
 from beit_nb.data import open_data
 from beit_nb.engine.log import read_log, read_metrics
@@ -29,6 +28,7 @@ from beit_nb.labelled_views import FinetuneTransform, scored_view
 from beit_nb.mim import BeitForMaskedImageModeling
 from beit_nb.probing import all_features, raw_pixels
 from beit_nb.recipes import recipe_named
+from beit_nb.task_configs import FinetuneRecipe
 
 pytestmark = pytest.mark.usefixtures("pages_unpainted")
 

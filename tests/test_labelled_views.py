@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from torchvision.transforms.v2 import functional as TF
 
 from beit_nb import BeitError
-from beit_nb.configs import FinetuneRecipe, check_recipe
+from beit_nb.configs import check_recipe
 from beit_nb.engine.augment import seeded
 from beit_nb.engine.loading import LabelledBatch
 from beit_nb.images import MEAN_STD, preprocess
@@ -27,6 +27,7 @@ from beit_nb.labelled_views import (
     timm_transform,
 )
 from beit_nb.recipes import recipe_named
+from beit_nb.task_configs import FinetuneRecipe
 
 
 def test_an_unknown_policy_is_named_in_one_line():

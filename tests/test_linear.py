@@ -13,7 +13,7 @@ from helpers_processes import PATIENCE, torchrun_environment
 
 from beit_nb import BeitError
 from beit_nb.checkpoints import load_weights, save_official
-from beit_nb.configs import LinearRecipe, check_recipe
+from beit_nb.configs import check_recipe
 from beit_nb.data import open_data, sample_labels
 from beit_nb.engine.runs import load_checkpoint
 from beit_nb.linear import FrozenBody, LinearHeads, last_scores_of_blocks, linear
@@ -22,6 +22,7 @@ from beit_nb.neighbours import best_on_val
 from beit_nb.networks import NETS
 from beit_nb.probing import block_features, linear_scores
 from beit_nb.recipes import recipe_named
+from beit_nb.task_configs import LinearRecipe
 
 FORK = multiprocessing.get_context("fork")
 pytestmark = pytest.mark.usefixtures("pages_unpainted")

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import nn
 
 from beit_nb import BeitError
-from beit_nb.configs import SegmentRecipe
 from beit_nb.engine.augment import crop
 from beit_nb.engine.loading import TransformedDataset, load_batches
 from beit_nb.engine.sources import ImageFolder
@@ -35,6 +34,7 @@ from beit_nb.mask_views import (
 )
 from beit_nb.segheads import resize_maps
 from beit_nb.segmentation import BeitForSemanticSegmentation
+from beit_nb.task_configs import SegmentRecipe
 
 PLAIN = SegmentRecipe(
     img_size=32, scale=(60, 40), ratio_range=None, cat_max_ratio=1.0, flip=0.0, photometric=False

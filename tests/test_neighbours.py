@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from beit_nb import BeitError
 from beit_nb.classifier_files import build_classifier
-from beit_nb.configs import ProbeRecipe, check_recipe
+from beit_nb.configs import check_recipe
 from beit_nb.engine.log import read_log
 from beit_nb.engine.runs import load_checkpoint
 from beit_nb.neighbours import (
@@ -20,6 +20,7 @@ from beit_nb.neighbours import (
 )
 from beit_nb.pretraining import pretrain
 from beit_nb.recipes import recipe_named
+from beit_nb.task_configs import ProbeRecipe
 from beit_nb.tokenizer import train_tokenizer
 
 

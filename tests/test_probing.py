@@ -15,7 +15,6 @@ from sklearn.preprocessing import StandardScaler
 
 from beit_nb import BeitError, probing
 from beit_nb.checkpoints import save_official, to_timm
-from beit_nb.configs import ProbeRecipe
 from beit_nb.data import open_data
 from beit_nb.engine.runs import save_checkpoint
 from beit_nb.images import IMAGENET_MEAN_STD
@@ -25,6 +24,7 @@ from beit_nb.neighbours import best_on_val
 from beit_nb.pretraining import build_mim
 from beit_nb.probing import STRENGTHS, linear_scores, probe, raw_pixels
 from beit_nb.recipes import recipe_named
+from beit_nb.task_configs import ProbeRecipe
 
 pytestmark = pytest.mark.usefixtures("pages_unpainted")
 

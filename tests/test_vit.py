@@ -9,8 +9,9 @@ from helpers_models import FORMS, SIZE, a_batch, forms, shaken
 from torch import nn
 
 from beit_nb import BeitError
-from beit_nb.configs import Backbone, FinetuneRecipe, PretrainRecipe
+from beit_nb.configs import Backbone, PretrainRecipe
 from beit_nb.patches import patchify, unpatchify
+from beit_nb.task_configs import FinetuneRecipe
 from beit_nb.vit import (
     WEIGHT_INITS,
     Embeddings,

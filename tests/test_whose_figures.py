@@ -18,7 +18,6 @@ from helpers import beit, red_and_blue, refused, save_gray
 from PIL import Image
 
 from beit_nb import BeitError, finetuning, pretraining, tokenizer
-from beit_nb.configs import ProbeRecipe
 from beit_nb.engine import sources, training
 from beit_nb.engine.log import read_log, read_metrics
 from beit_nb.engine.runs import load_checkpoint
@@ -29,6 +28,7 @@ from beit_nb.pretraining import pretrain
 from beit_nb.probing import probe
 from beit_nb.recipes import recipe_named
 from beit_nb.report import run_report
+from beit_nb.task_configs import ProbeRecipe
 from beit_nb.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.usefixtures("pages_unpainted")

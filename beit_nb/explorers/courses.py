@@ -15,14 +15,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from beit_nb.configs import (
-    Backbone,
-    FinetuneRecipe,
-    Length,
-    Run,
-    SegmentRecipe,
-    TokenizerRecipe,
-)
+from ..configs import Backbone, Length, Run, TokenizerRecipe
 from ..engine.optim import Schedule, recipe_schedule, warmup_length
 from beit_nb.explorers.figures import (
     PAPER,
@@ -34,6 +27,7 @@ from beit_nb.explorers.figures import (
 from .svg import chart
 from ..images import PALETTE
 from ..scale.hours import dataset_size
+from ..task_configs import FinetuneRecipe, SegmentRecipe
 from ..tokenizer import tokenizer_schedules
 
 # %% ../../nbs/explorers_courses.ipynb #curves

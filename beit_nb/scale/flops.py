@@ -11,14 +11,7 @@ __all__ = ['NO_HEAD', 'block_products', 'vit_products', 'mim_products', 'classif
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from beit_nb.configs import (
-    Backbone,
-    FinetuneRecipe,
-    PretrainRecipe,
-    Run,
-    SegmentRecipe,
-    TokenizerRecipe,
-)
+from ..configs import Backbone, PretrainRecipe, Run, TokenizerRecipe
 from ..recipes import COMMANDS
 from beit_nb.scale.products import (
     MatMul,
@@ -28,6 +21,7 @@ from beit_nb.scale.products import (
     total_flops,
     training_flops,
 )
+from ..task_configs import FinetuneRecipe, SegmentRecipe
 
 # %% ../../nbs/70_scale_flops.ipynb #vit-products
 NO_HEAD = MatMul("head", 0, 0, 0)

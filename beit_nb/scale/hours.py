@@ -11,18 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .. import BeitError
-from beit_nb.configs import (
-    Backbone,
-    FinetuneRecipe,
-    PretrainRecipe,
-    Recipe,
-    Run,
-    SegmentRecipe,
-    TokenizerRecipe,
-)
+from ..configs import Backbone, PretrainRecipe, Recipe, Run, TokenizerRecipe
 from ..limits import no_such
 from ..recipes import DATASETS, known_set, recipe_named
 from .flops import flops_per_image, model_products
+from ..task_configs import FinetuneRecipe, SegmentRecipe
 
 # %% ../../nbs/72_scale_hours.ipynb #dataset-size
 def folder_size(r: Run) -> tuple[int, int]:

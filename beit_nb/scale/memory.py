@@ -11,10 +11,11 @@ import os
 from typing import NamedTuple
 
 from .. import BeitError
-from ..configs import Backbone, PretrainRecipe, Run, SegmentRecipe, TokenizerRecipe
+from ..configs import Backbone, PretrainRecipe, Run, TokenizerRecipe
 from ..limits import machine_memory
 from .flops import NO_HEAD, head_products, model_products, tokenizer_in_the_loop
 from .products import MatMul, encoder_products, total_parameters
+from ..task_configs import SegmentRecipe
 
 # %% ../../nbs/71_scale_memory.ipynb #activations
 def block_bytes(r: Backbone, half: bool, fused: bool) -> float:
