@@ -147,6 +147,7 @@ def test_the_study_in_the_readme():
     assert asked in readme
     compared = {
         "targets": ("LFQ", "VQ-VAE", "k-means", "dVAE", "random hash", "pixels"),
+        "mask-ratio": ("10 %", "20 %", "30 %", "40 %", "50 %", "70 %", "90 %"),
         "vocabulary": ("16 words", "64 words", "256 words", "1,024 words"),
     }
     for name, asked in compared.items():
