@@ -6,14 +6,12 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import replace
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
 from helpers import beit, red_and_blue, refused
 from helpers_models import SIZE, shaken
 from helpers_processes import run
-from matplotlib import font_manager
 from PIL import Image
 from timm.data import create_transform
 
@@ -25,19 +23,13 @@ from beit_nb.device import KERNELS
 from beit_nb.evaluation import (
     check_out,
     check_scored_memory,
-    confusion_figure,
-    confusion_matrix,
-    confusions,
     evaluate,
-    figures_of,
-    fonts_for_names,
     read_answers,
     score_folder,
-    standard_error,
-    wilson_interval,
 )
 from beit_nb.finetuning import finetune
 from beit_nb.recipes import recipe_named
+from beit_nb.scores import confusion_matrix, confusions, figures_of, standard_error
 
 NAMES = [f"kind{i}" for i in range(7)]
 
@@ -211,25 +203,6 @@ def test_figures_by_hand(pictures, file, tmp_path):
         == max(want[a, b] for a in range(7) for b in range(7) if a != b)
     )
     assert standard_error(0.5, 100) == 0.05
-
-
-@pytest.mark.parametrize("right", [0, 1, 13, 20])
-def test_intervals_are_those_of_scipy_and_never_a_point(right):
-    from scipy.stats import binomtest
-
-    low, high = wilson_interval(right, 20, z=1.959963985)
-
-    theirs = binomtest(right, 20).proportion_ci(0.95, "wilson")
-    assert np.allclose((low, high), theirs) and high - low > 0.1
-
-
-def test_many_classes_are_drawn_in_groups(pictures, file, tmp_path):
-    evaluate(str(file), str(pictures), str(tmp_path), quiet=True)
-    scored = read_answers(tmp_path)
-    many = scored._replace(names=[f"c{i}" for i in range(1000)])
-
-    assert confusion_matrix(many).shape == (250, 250) and confusion_matrix(many).sum() == 21
-    assert len(confusion_figure(many).axes) == 3
 
 
 def test_classes_are_matched_by_name(network, pictures, tmp_path):
@@ -420,12 +393,6 @@ def test_letters_that_no_font_has_make_no_warning(file, tmp_path):
 
     assert not [w for w in warned if "Glyph" in str(w.message)]
     assert read_answers(tmp_path / "out").names[-1] == "\U0001f408\u732b"
-
-
-def test_wide_fonts_are_taken_where_they_are(monkeypatch):
-    monkeypatch.setattr(font_manager, "get_font_names", lambda: ["NanumGothic", "Arial"])
-
-    assert fonts_for_names() == [*plt.rcParams["font.family"], "NanumGothic"]
 
 
 @pytest.mark.parametrize(("form", "fits"), [({}, True), ({"use_rel_pos_bias": True}, False)])
