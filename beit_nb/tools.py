@@ -225,7 +225,7 @@ class Doctor:
     # --out folders of trainings, finished or not, or a log.txt of the official code
     runs: Positional[Places]
     json: bool = False  # print one JSON object a line for each run, and nothing else
-    band: Place | None = None  # a band to compare with; none: what comes with beit_nb
+    band: Place | None = None  # to compare our own runs with; none: what comes with beit_nb
     write_band: Place | None = None  # judge nothing, make a band: runs of three seeds or more
 
     def run(self) -> int:

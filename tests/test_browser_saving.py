@@ -93,7 +93,7 @@ def test_the_map_can_be_run(clone):
 
 
 def test_explorers_work_before_any_demo(clone):
-    "With the networks that came along; and no run is made in silence."
+    "With the networks of the package; and no run is made in silence."
     repository, open_lesson = clone
     assert not (repository / "runs").exists()
     page = open_lesson(PAGE)

@@ -37,7 +37,7 @@ from ..vit import VisionTransformer
 def ready_mim(runs: str | Path = "runs") -> tuple[BeitForMaskedImageModeling, str, tuple]:
     """A pre-trained network, which it is, and the mean and std of its pictures.
 
-    That of a finished demo in RUNS/demo, or the one that came along.
+    That of a finished demo in RUNS/demo, or the one of the package.
     """
     networks = ready_networks(Path(runs, "demo"))
     model, recipe = load_mim(networks.mim)
@@ -170,7 +170,7 @@ class AttentionExplorer(Explorer):
     )
     ACTS = ATTENTION_ACTS
     NOTICE = (
-        "In the network that came along, block 1 looks at the same few places whoever asks, block "
+        "In the network of the package, block 1 looks at the same few places whoever asks, block "
         "2 looks around the patch that asks, and block 4 far: from the stroke mostly at the "
         "stroke. CLS has no task in pre-training."
     )

@@ -72,7 +72,7 @@ class GuessControls(W.VBox):
 class GuessExplorer(Explorer):
     """A digit with cells hidden, what a network guesses there, and the truth.
 
-    The network is `predict`, or that of a demo in `runs`, or the one that came along. A mask of
+    The network is `predict`, or that of a demo in `runs`, or the one of the package. A mask of
     blocks hides `hide` cells, drawn with `seed`, unless `hidden` says which; `drawing` is a digit
     of one's own. `hand`, "draws" or "hides", is what a finger does; `cell` is the framed one. The
     line of `link` holds all of these.

@@ -137,7 +137,7 @@ def _resize(picture: Tensor, size: int) -> Tensor:
 
 
 def mim_predictor(folder: str | Path = "runs/demo") -> MimPredictor:
-    "The predictor of a finished demo, or of the networks that came along; `line` says which."
+    "The predictor of a finished demo, or of the networks of the package; `line` says which."
     networks = ready_networks(folder)
     model, recipe = load_mim(networks.mim)
     tokenizer = load_tokenizer(networks.tokenizer)

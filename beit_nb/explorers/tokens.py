@@ -30,7 +30,7 @@ from ..tokens import Tokenizer
 
 # %% ../../nbs/explorers_tokens.ipynb #ready
 def ready_tokenizer(runs: str | Path = "runs") -> tuple[Tokenizer, str]:
-    "The tokenizer of a finished demo in RUNS/demo, or the one that came along; and which it is."
+    "The tokenizer of a finished demo in RUNS/demo, or the one of the package; and which it is."
     networks = ready_networks(Path(runs, "demo"))
     return load_tokenizer(networks.tokenizer), f"the tokenizer of {networks.whose}"
 
