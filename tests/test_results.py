@@ -150,6 +150,9 @@ def test_the_study_in_the_readme():
     rows = {r["measure"]: summary_cells(r)["difference [95 %]"] for r in longer if "verdict" in r}
     asked = f"| **{rows['segmentation']}** / {rows['neighbours']} / {rows['fine-tuning']} |"
     assert asked in readme
+    few = read_json(ROOT / "nbs" / "88_ratio_longer.json")["summary"]
+    rows = {r["measure"]: summary_cells(r)["difference [95 %]"] for r in few if "verdict" in r}
+    assert f"| {rows['fine-tuning']} / {rows['neighbours']} |" in readme
     compared = {
         "targets": ("LFQ", "VQ-VAE", "k-means", "dVAE", "random hash", "pixels"),
         "mask-ratio": ("10 %", "20 %", "30 %", "40 %", "50 %", "70 %", "90 %"),
