@@ -135,7 +135,7 @@ def test_the_study_in_the_readme():
         beside.append(summary_cells(tuned["+ both, positions kept"])["difference [95 %]"])
     assert f"| {' / '.join(beside)} |" in readme
     [labels] = [r for r in kept_studies() if r["study"]["name"] == "labels"]
-    asked = ("20, pre-trained, 4 x", "20, scratch, 16 x")
+    asked = ("20, pre-trained, 4 x", "20, scratch, 16 x", "20, scratch, 16 x, own rate")
     tuned = {r["arm"]: r for r in labels["summary"] if r["measure"] == "fine-tuning"}
     quoted = " / ".join(summary_cells(tuned[arm])["fine-tuning"] for arm in asked)
     assert f"| {quoted} % |" in readme
