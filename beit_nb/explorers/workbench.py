@@ -195,9 +195,9 @@ class Workbench(Explorer):
     )
     ACTS = BENCH_ACTS
     NOTICE = (
-        "The network never saw the tokens behind the mask, only the patches that are left. "
-        "Where the network that comes with the package is wrong, the right token is its second or "
-        "third choice in about one of three cases."
+        "The network never saw the tokens of the hidden patches, only the patches that are shown. "
+        "Where the network that comes with the package guesses wrong, the true token is its second "
+        "or third choice in about one of three cases."
     )
 
     def __init__(
