@@ -20,6 +20,12 @@ CELLS = ["from beit_nb.explorers import GuessExplorer", "GuessExplorer()"]
 PNG = "async img => [...new Uint8Array(await (await fetch(img.src)).arrayBuffer())]"
 
 
+@pytest.fixture(autouse=True)
+def no_demo_here(tmp_path, monkeypatch):
+    "The page has the networks of the package; so must the test, also where a demo was run."
+    monkeypatch.chdir(tmp_path)
+
+
 class GuessView(ExplorerView):
     "Its three pads, and what they show."
 
@@ -48,7 +54,7 @@ class GuessView(ExplorerView):
 
     def agrees(self, picture):
         "Wait until the screen says what the network says of this picture under the mask on screen."
-        predict = mim_predictor("no demo")  # there is none where the page runs, whatever runs here
+        predict = mim_predictor()
         guess = predict.guess(picture, self.mask())
         painted = to_pil(predict.paint(guess.ids)).tobytes()
         until(lambda: self.picture_of(self.guess), painted, 8)
