@@ -66,8 +66,9 @@ def measured(record: Mapping[str, Any]) -> dict[str, list[dict]]:
 
 def _name_and_seeds(record: Mapping[str, Any]) -> str:
     study, seeds = record["study"], len(record["seeds"])
-    where = sorted({run.get("machine", "") for run in record.get("runs", {}).values()} - {""})
-    made = f", made on {' and on '.join(where)}" if where else ""
+    told = {str(run.get("machine") or "") for run in record.get("runs", {}).values()}
+    where = sorted(told - {""})  # of the others nobody knows
+    made = f", {'partly ' * ('' in told)}made on {' and on '.join(where)}" if where else ""
     return f"{study['name']} at {study['scale']}, {seeds} seed{'' if seeds == 1 else 's'}{made}"
 
 

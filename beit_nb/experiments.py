@@ -83,22 +83,25 @@ def arm_values(
     return {arm.name: {m.name: of(arm, m) for m in study.measures} for arm in study.arms}
 
 
-def made_on() -> str:
-    "This machine's GPU, or its processor, and what `precision` auto means there."
+def made_on(precision: str = "auto") -> str:
+    "This machine's GPU, or its processor, and the numbers that a run of this precision has there."
     here = machine()
-    precision = pick_precision("auto", default_device()) or torch.float32
-    return f"{here['gpu'] or here['cpu']} in {str(precision).removeprefix('torch.')}"
+    dtype = pick_precision(precision, default_device()) or torch.float32
+    return f"{here['gpu'] or here['cpu']} in {str(dtype).removeprefix('torch.')}"
 
 
 def run_record(run: StudyRun, runs: Path, outcome: Outcome, figures: dict) -> dict:
     "What study.json says of one run."
+    # nobody knows where a run was made that was there already; a probe has no field for precision
+    precision = getattr(run.recipe(runs), "precision", "auto")
+    where = made_on(precision) if outcome.seconds else ""
     return {
         "line": shlex.join(["beit", *run_words(run, "OUT/runs")]),
         "fields": run.own_fields,
         "state": outcome.state,
         "reason": outcome.reason,
         "seconds": round(outcome.seconds, 1),
-        "machine": made_on() if outcome.seconds else "",  # nobody knows where it was made before
+        "machine": where,
         "figures": {k: v for k, v in figures.items() if isinstance(v, (int, float))},
     }
 

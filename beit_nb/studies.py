@@ -180,7 +180,7 @@ def label_arms(
 HOW_FEW = "For how few labels does pre-training pay, and does scratch only need longer?"
 TIMES: dict[str, Fields] = {f"{k} x": {"steps": 100 * k, "eval_every": 100 * k} for k in (4, 16)}
 TRIPLE: dict[str, Fields] = {"3 x": {"epochs": 300}}
-# a fresh network learns better at a lower rate: by validation digits, as in `beit demo`
+# the rate that validation digits chose for scratch in `beit demo --thorough`, at equal steps
 SLOWER: Fields = {"labels_per_class": 20, "layer_decay": None, **TIMES["16 x"], "lr": 3e-4}
 OWN_RATE = Arm(
     "20, scratch, 16 x, own rate", {"finetune": SLOWER}, base="20, scratch", without=NO_PRETRAINING

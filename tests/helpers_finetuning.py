@@ -16,6 +16,7 @@ TINY = dict(
     batch_size=4,
     warmup_steps=0,
 )
+PLUS = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)  # as BEiT+
 
 
 def quick(folder, out, **changes):

@@ -17,6 +17,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from string import ascii_lowercase
 from typing import NamedTuple
 
 import nbformat
@@ -286,7 +287,7 @@ def number_of(stem: str) -> str:
 def place(stem: str) -> float:
     "Where a lesson stands in the book: its number; after all these the explorers' rooms."
     if number := number_of(stem):
-        return int(number[:2]) + "abcdefghijklmnopqrstuvwxyz".index(number[2:] or "a") / 26
+        return int(number[:2]) + ascii_lowercase.index(number[2:] or "a") / 26
     return 100 + EXPLORERS.index(stem.removeprefix("explorers_"))
 
 

@@ -183,11 +183,12 @@ def test_lines_and_picture_of_little():
 
 def test_says_on_which_machines_its_runs_were_made():
     study = {"name": "longer", "scale": "nano", "question": "How long?"}
-    runs = {name: {"machine": where} for name, where in zip("abcd", ("B", "A", "", "B"))}
     record = {"study": study, "seeds": [0, 1], "summary": []}
 
-    assert summary_lines({**record, "runs": runs}) == [
-        "longer at nano, 2 seeds, made on A and on B: How long?"
-    ]
-    older = {name: {} for name in runs}  # of a version that did not know
-    assert summary_lines({**record, "runs": older}) == ["longer at nano, 2 seeds: How long?"]
+    def first_line(*machines):
+        runs = {str(i): {"machine": where} for i, where in enumerate(machines)}
+        return summary_lines({**record, "runs": runs})[0]
+
+    assert first_line("B", "A", "B") == "longer at nano, 2 seeds, made on A and on B: How long?"
+    assert first_line("A", "") == "longer at nano, 2 seeds, partly made on A: How long?"
+    assert first_line("", None) == "longer at nano, 2 seeds: How long?"

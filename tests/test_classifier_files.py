@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import red_and_blue
-from helpers_finetuning import TINY, quick
+from helpers_finetuning import PLUS, TINY, quick
 from helpers_models import shaken
 from safetensors.torch import save_file
 
@@ -20,8 +20,6 @@ from beit_nb.recipes import recipe_named
 from beit_nb.task_configs import FinetuneRecipe
 
 pytestmark = pytest.mark.usefixtures("pages_unpainted")
-
-PLUS = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
 
 
 @pytest.fixture(scope="module")

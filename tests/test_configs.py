@@ -10,6 +10,7 @@ from typing import get_type_hints
 
 import numpy as np
 import pytest
+from helpers_recipes import refusal
 
 from beit_nb import BeitError
 from beit_nb.cli import main
@@ -27,14 +28,6 @@ from beit_nb.tools import TOOLS
 
 CLASSES = (TokenizerRecipe, PretrainRecipe)
 NANOS = {name: command.presets["nano"][1] for name, command in COMMANDS.items()}
-
-
-def refusal(recipe):
-    "The one line with which a recipe is refused."
-    with pytest.raises(BeitError) as e:
-        check_recipe(recipe)
-    assert "\n" not in str(e.value)
-    return str(e.value)
 
 
 def test_every_number_has_its_limits():

@@ -9,7 +9,7 @@ import tifffile
 import torch
 import torch.nn.functional as F
 from helpers import beit, lay_out_bands, red_and_blue, refused, save_gray, unpainted
-from helpers_finetuning import TINY, quick
+from helpers_finetuning import PLUS, TINY, quick
 from helpers_models import SIZE, shaken
 from PIL import Image
 
@@ -31,8 +31,6 @@ from beit_nb.recipes import recipe_named
 from beit_nb.task_configs import FinetuneRecipe
 
 pytestmark = pytest.mark.usefixtures("pages_unpainted")
-
-PLUS = dict(use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 from dataclasses import fields, replace
 
 import pytest
+from helpers_recipes import refusal
 
-from beit_nb import BeitError
 from beit_nb.configs import Backbone, Recipe, Run, check_recipe
 from beit_nb.limits import limit_of
 from beit_nb.recipes import COMMANDS
@@ -12,14 +12,6 @@ from beit_nb.task_configs import FinetuneRecipe, LinearRecipe, ProbeRecipe, Segm
 
 CLASSES = (FinetuneRecipe, ProbeRecipe, LinearRecipe, SegmentRecipe)
 NANO = COMMANDS["finetune"].presets["nano"][1]
-
-
-def refusal(recipe):
-    "The one line with which a recipe is refused."
-    with pytest.raises(BeitError) as e:
-        check_recipe(recipe)
-    assert "\n" not in str(e.value)
-    return str(e.value)
 
 
 @pytest.mark.parametrize("recipe_class", CLASSES)
